@@ -1,0 +1,807 @@
+"""MXNet RecordIO, read and written without mxnet: single records, the `.idx`, and the InsightFace layout of crops.
+
+Decisions and their price:
+
+* Records are fetched with `pread`, not through a memory map. It costs one system call (about 1 us) per record and buys
+  that a file which shrinks or a disk that fails is an exception instead of SIGBUS, that forked loader workers share
+  one descriptor safely, and that resident memory does not grow with the part of the file that was read.
+* `RecordReader` fails record by record: a damaged file still gives every record that is whole. `CropSet`, what training
+  reads, is strict: whatever can be known without touching every record is checked before the first step.
+* The `.idx` is parsed by numpy in blocks: 8 bytes per record stay in memory (keys that count upwards are not stored).
+* Nothing is allocated from a length that was not compared with the size of the file first.
+
+The frame, as dmlc-core's `recordio.h` writes it: u32 magic, u32 (cflag << 29 | length), payload, zeros up to a multiple
+of 4. Where the magic stands at a payload offset divisible by 4 the writer splits the record there, drops those 4 bytes
+from the file and numbers the parts cflag 1, 2, ..., 2, 3; an unsplit record has cflag 0.
+"""
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+import utils
+from utils import InputError
+
+MAGIC_NUMBER = 0xCED7230A  # dmlc-core, recordio.h
+MAGIC = struct.pack("<I", MAGIC_NUMBER)
+MAX_RECORD = (1 << 29) - 1  # the length field has 29 bits
+
+_FRAME = struct.Struct("<II")
+_HEADER = struct.Struct("<IfQQ")  # mxnet/recordio.py: IRHeader(flag, label, id, id2)
+_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)  # cflag
+_MAX_HINT = 1 << 16  # bytes read at once before the frame's own length is known
+_INDEX_BLOCK = 1 << 23  # bytes of .idx text parsed at once
+FLOAT32_EXACT = 1 << 24  # labels are float32: larger integers are rounded
+_SAMPLES = 64  # images compared with the identity records when a set is opened
+_QUIET_SCAN = 200_000  # a scan of fewer records is over before a progress bar would be of use
+
+
+class RecordHeader(NamedTuple):
+    """The header of an image record.
+
+    `flag` 0: `label` is one float32 kept inside the 24 bytes; `flag` k > 0: k float32 follow them (k = 1 too).
+    `label` is float32 [k] or, for flag 0, [1]. `id` and `id2` are unsigned 64-bit.
+    """
+
+    flag: int
+    label: np.ndarray
+    id: int
+    id2: int = 0
+
+
+def unpack(record: bytes) -> tuple[RecordHeader, bytes]:
+    """Split a record into its header and its payload (an encoded image, or nothing for header and identity records).
+
+    Raises `ValueError` when the record is too short for the header or for the labels that it announces.
+    """
+    if len(record) < _HEADER.size:
+        raise ValueError(f"{len(record)} bytes, too short for the {_HEADER.size}-byte image header")
+    flag, label, id, id2 = _HEADER.unpack_from(record)
+    if flag == 0:
+        return RecordHeader(0, np.array([label], np.float32), id, id2), record[_HEADER.size :]
+    start = _HEADER.size + 4 * flag
+    if start > len(record):
+        raise ValueError(f"announces {flag} labels, but only {len(record) - _HEADER.size} bytes follow its header")
+    return RecordHeader(flag, np.frombuffer(record, "<f4", flag, _HEADER.size), id, id2), record[start:]
+
+
+def pack(header: RecordHeader, payload: bytes) -> bytes:
+    """The record of `header` and `payload`, byte for byte as mxnet's `recordio.pack` makes it.
+
+    With `flag` 0 the one label is stored inside the header; otherwise all of `label` follow it and the field holds 0.
+    """
+    label = np.asarray(header.label, "<f4").reshape(-1)
+    if header.flag != (len(label) if header.flag else 0) or (header.flag == 0 and len(label) != 1):
+        raise ValueError(f"flag {header.flag} does not fit a label of {len(label)} numbers")
+    if header.flag == 0:
+        return _HEADER.pack(0, label[0], header.id, header.id2) + payload
+    return _HEADER.pack(header.flag, 0.0, header.id, header.id2) + label.tobytes() + payload
+
+
+def frame(record: bytes) -> bytes:
+    """A record as it stands in the file: split at aligned magics, each part with its 8 bytes in front, padded to 4."""
+    if len(record) > MAX_RECORD:
+        raise ValueError(f"a record of {len(record)} bytes; RecordIO holds at most {MAX_RECORD}")
+    if MAGIC not in record:
+        return _FRAME.pack(MAGIC_NUMBER, len(record)) + record + bytes(-len(record) % 4)
+    parts = []
+    start = 0
+    at = record.find(MAGIC)
+    while at >= 0:
+        if at % 4:
+            at = record.find(MAGIC, at + 1)
+            continue
+        parts.append(record[start:at])
+        start = at + 4
+        at = record.find(MAGIC, start)
+    parts.append(record[start:])
+    flags = [_WHOLE] if len(parts) == 1 else [_FIRST, *[_MIDDLE] * (len(parts) - 2), _LAST]
+    framed = [_FRAME.pack(MAGIC_NUMBER, flag << 29 | len(part)) + part for flag, part in zip(flags, parts, strict=True)]
+    return b"".join(framed) + bytes(-len(record) % 4)
+
+
+def _parse_index_block(block: bytes, path: Path, first_line: int) -> np.ndarray:
+    """Key and offset of each line of a block of whole lines (ending in a newline): int64 [n, 2]."""
+    block = block.replace(b"\r\n", b"\n")
+    lines = block.count(b"\n")
+    shape_is_right = block.translate(None, b"0123456789") == b"\t\n" * lines
+    if shape_is_right and not (block[:1] == b"\t" or b"\n\t" in block or b"\t\n" in block):
+        numbers = np.fromstring(block, np.int64, sep=" ")  # text mode: any white space separates
+        if len(numbers) == 2 * lines and numbers.max() < np.iinfo(np.int64).max:
+            return numbers.reshape(-1, 2)
+    for number, line in enumerate(block.split(b"\n"), first_line):
+        fields = line.split(b"\t")
+        if len(fields) != 2 or not all(field.isdigit() and len(field) < 19 for field in fields):
+            shown = line[:60].decode("ascii", "backslashreplace")
+            raise InputError(f"{path}: line {number}: {shown!r} is not 'key<TAB>offset'")
+    raise AssertionError("unreachable: the block was refused, but each of its lines is sound")
+
+
+def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and offsets of an `.idx` (`key<TAB>offset` per line; LF or CRLF; the last newline may be missing).
+
+    Returns int64 [n] twice, in ascending order of the keys. Raises `InputError` with the line number of anything else
+    (blank lines, blanks for TAB, signs, fractions) and for a key that stands twice, since either line may be wrong.
+    """
+    path = Path(path)
+    blocks = []
+    line = 1
+    with open(path, "rb") as file:
+        tail = b""
+        while block := file.read(_INDEX_BLOCK):
+            head, newline, rest = (tail + block).rpartition(b"\n")
+            tail = rest
+            if newline:
+                blocks.append(_parse_index_block(head + newline, path, line))
+                line += len(blocks[-1])
+            elif len(tail) > _INDEX_BLOCK:
+                raise InputError(f"{path}: line {line}: longer than {_INDEX_BLOCK} bytes; not an .idx")
+        if tail:
+            blocks.append(_parse_index_block(tail.removesuffix(b"\r") + b"\n", path, line))
+    pairs = np.concatenate(blocks) if blocks else np.empty((0, 2), np.int64)
+    blocks.clear()
+    keys, offsets = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+    del pairs
+    steps = np.diff(keys)
+    if np.all(steps > 0):
+        return keys, offsets
+    order = np.argsort(keys, kind="stable")
+    keys, offsets = keys[order], offsets[order]
+    twice = np.flatnonzero(keys[1:] == keys[:-1])
+    if len(twice):
+        first, second = order[twice[0]] + 1, order[twice[0] + 1] + 1
+        raise InputError(f"{path}: key {keys[twice[0]]} stands twice, in lines {first} and {second}")
+    return keys, offsets
+
+
+class RecordReader:
+    """The records of a `.rec`, by key or in the order of the file.
+
+    `idx_path` None: the `.idx` beside the file; when there is none, the file is walked through once and the keys are
+    the records' own ids if these are all different, otherwise 0, 1, 2, ...
+
+    `len()` is the number of keys, iterating gives each record (bytes) in the order of the file, `read(key)` one of
+    them. Every complaint is an `InputError` with the file, the record's key and the offset. Safe to share over `fork`;
+    pickles with its index and opens the file again, which must not have changed its size by then.
+    """
+
+    def __init__(self, rec_path: str | Path, idx_path: str | Path | None = None) -> None:
+        self.path = Path(rec_path)
+        self.idx_path: Path | None = Path(idx_path) if idx_path else self.path.with_suffix(".idx")
+        if idx_path is None and not self.idx_path.exists():
+            self.idx_path = None
+        self._open()
+        if self.idx_path is None:
+            keys, offsets = self._walk_for_index()
+        else:
+            keys, offsets = read_index(self.idx_path)
+        self._take_index(keys, offsets)
+
+    def _open(self) -> None:
+        self._descriptor = -1
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if not os.path.isfile(self.path):  # noqa: PTH113 - also true through a symlink
+            os.close(descriptor)
+            raise InputError(f"{self.path}: not a file")
+        self._descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
+        with contextlib.suppress(OSError, AttributeError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _take_index(self, keys: np.ndarray, offsets: np.ndarray) -> None:
+        self._first_key = int(keys[0]) if len(keys) else 0
+        counts_up = len(keys) == 0 or int(keys[-1]) - self._first_key == len(keys) - 1
+        self._keys = None if counts_up else keys
+        self._offsets = offsets
+        self._stops = None  # where each record must have ended: the next offset of the .idx in the order of the file
+        if len(offsets) and not np.all(offsets[1:] > offsets[:-1]):
+            bounds = np.append(np.unique(offsets), self.size)
+            self._stops = bounds[np.searchsorted(bounds[:-1], offsets, side="right")]
+        self._views()
+
+    def _views(self) -> None:
+        """Memory views give Python integers several times faster than indexing a numpy array does."""
+        self._offset_at = memoryview(self._offsets)
+        self._stop_at = None if self._stops is None else memoryview(self._stops)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_descriptor", "_offset_at", "_stop_at")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        size = self.size
+        self._open()
+        if self.size != size:
+            raise InputError(f"{self.path}: changed from {size} to {self.size} bytes while it was in use")
+        self._views()
+
+    def close(self) -> None:
+        """Close the file; reading afterwards is an error."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "RecordReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """All keys, int64 [n], ascending (whatever the order of the lines)."""
+        if self._keys is not None:
+            return self._keys
+        return np.arange(self._first_key, self._first_key + len(self))
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """The offset of each of `keys`, int64 [n]."""
+        return self._offsets
+
+    def __contains__(self, key: int) -> bool:
+        return self._position(key) is not None
+
+    def _position(self, key: int) -> int | None:
+        if self._keys is None:
+            position = key - self._first_key
+            return position if 0 <= position < len(self._offsets) else None
+        position = int(np.searchsorted(self._keys, key))
+        return position if position < len(self._keys) and self._keys[position] == key else None
+
+    def position(self, key: int) -> int:
+        """Where `key` stands in `keys` and `offsets`."""
+        position = self._position(key)
+        if position is None:
+            raise InputError(f"{self.idx_path or self.path}: no record with key {key}")
+        return position
+
+    def fail(self, key: int | str, offset: int, reason: str) -> NoReturn:
+        """Raise the `InputError` of a record."""
+        raise InputError(f"{self.path}: record {key} at offset {offset}: {reason}")
+
+    def read(self, key: int) -> bytes:
+        """The record of `key`, its parts joined. Raises `InputError` if it is damaged or unknown."""
+        return self._read(self.position(key), key)
+
+    def _read(self, position: int, key: int) -> bytes:
+        offset = self._offset_at[position]
+        stop = self._stop(position)
+        data = self._fetch(offset, min(stop - offset, _MAX_HINT)) if stop - offset >= 8 else b""
+        if len(data) >= 8:
+            magic, length = _FRAME.unpack_from(data)
+            # Below 2^29 the flag is 0. That the frame ends where the next one starts makes further checks needless.
+            if magic == MAGIC_NUMBER and length < len(data) - 7 and 8 + length + (-length & 3) == stop - offset:
+                return data[8 : 8 + length]
+        return self._read_with_care(key, offset, stop)
+
+    def _stop(self, position: int) -> int:
+        """The next offset of the .idx in the order of the file, or the size of the file."""
+        if self._stop_at is not None:
+            return min(self._stop_at[position], self.size)
+        position += 1
+        return min(self._offset_at[position], self.size) if position < len(self._offset_at) else self.size
+
+    def _read_with_care(self, key: int, offset: int, stop: int) -> bytes:
+        """Any record that is not one plain frame reaching exactly to the next: in parts, or unindexed neighbours."""
+        if offset >= self.size:
+            self.fail(
+                key,
+                offset,
+                f"the .idx points past the end of the file ({self.size} bytes): "
+                "the file is cut off, or the .idx belongs to another",
+            )
+        if offset % 4:
+            self.fail(key, offset, "the .idx points to an offset that is not a multiple of 4; no record starts there")
+        parts: list[bytes] = []
+        at = offset
+        while True:
+            cflag, length = self._frame_at(at, key, offset)
+            expected = (_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST)
+            if cflag not in expected:
+                self.fail(
+                    key, offset, f"part {len(parts) + 1} has flag {cflag}, expected {expected[0]} or {expected[1]}"
+                )
+            parts.append(self._fetch(at + 8, length))
+            at += 8 + length + (-length & 3)
+            if at > stop:
+                self.fail(key, offset, f"its length leads to offset {at}, past the start of the next record at {stop}")
+            if cflag in (_WHOLE, _LAST):
+                break
+        if at < stop < self.size and self._fetch(at, 4) != MAGIC:
+            self.fail(key, offset, f"its length leads to offset {at}, where no record starts")
+        return MAGIC.join(parts)
+
+    def _frame_at(self, at: int, key: int | str, offset: int) -> tuple[int, int]:
+        """Flag and length of the frame at `at`, which lies wholly inside the file."""
+        if at + 8 > self.size:
+            self.fail(key, offset, f"cut off: {self.size - at} of the 8 bytes before a part are left in the file")
+        magic, field = _FRAME.unpack(self._fetch(at, 8))
+        if magic != MAGIC_NUMBER:
+            where = "" if at == offset else f" of a further part (offset {at})"
+            self.fail(key, offset, f"starts{where} with {magic:#010x} instead of the magic {MAGIC_NUMBER:#x}")
+        cflag, length = field >> 29, field & MAX_RECORD
+        there = self.size - at - 8
+        if length + (-length & 3) > there:
+            self.fail(
+                key,
+                offset,
+                f"its length field says {length} bytes, but the file ends after {there}: cut off or corrupt",
+            )
+        return cflag, length
+
+    def _fetch(self, offset: int, count: int) -> bytes:
+        try:
+            data = os.pread(self._descriptor, count, offset)
+        except OSError as error:
+            raise InputError(f"{self.path}: offset {offset}: {error.strerror}") from error
+        while len(data) < count:  # a signal, a network file system, or a file that has just become shorter
+            more = os.pread(self._descriptor, count - len(data), offset + len(data))
+            if not more:
+                raise InputError(f"{self.path}: offset {offset}: the file became shorter while it was read")
+            data += more
+        return data
+
+    def peek(self, key: int) -> tuple[bytes, int]:
+        """The first bytes of a record (at least its image header with one label, if it is that long) and its length.
+
+        Much cheaper than `read` when only the label is wanted; the rest of the record is not looked at.
+        """
+        position = self.position(key)
+        offset = self._offset_at[position]
+        if offset % 4 == 0 and offset + 8 <= self.size:
+            data = self._fetch(offset, min(8 + _HEADER.size + 8, self.size - offset))
+            magic, length = _FRAME.unpack_from(data)
+            if magic == MAGIC_NUMBER and offset + 8 + length + (-length & 3) <= self._stop(position):
+                return data[8 : 8 + length], length
+        record = self._read(position, key)
+        return record, len(record)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for _, record in self.walk():
+            yield record
+
+    def walk(self) -> Iterator[tuple[int, bytes]]:
+        """Offset and record, in the order of the file, whatever the `.idx` says.
+
+        At the end the `.idx` is compared with what was met: a file cut off exactly between two records shows only
+        there. Raises `InputError` at the first frame that is damaged and at bytes after the last record.
+        """
+        at = number = listed = 0
+        offsets = np.sort(self._offsets) if self.idx_path is not None else np.empty(0, np.int64)
+        while at < self.size:
+            start = at
+            parts: list[bytes] = []
+            while True:
+                cflag, length = self._frame_at(at, f"number {number}", start)
+                expected = (_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST)
+                if cflag not in expected:
+                    self.fail(
+                        f"number {number}",
+                        start,
+                        f"part {len(parts) + 1} has flag {cflag}, expected {expected[0]} or {expected[1]}",
+                    )
+                parts.append(self._fetch(at + 8, length))
+                at += 8 + length + (-length & 3)
+                if cflag in (_WHOLE, _LAST):
+                    break
+            while listed < len(offsets) and offsets[listed] <= start:
+                if offsets[listed] < start:
+                    self._fail_index(offsets[listed], "where no record starts")
+                listed += 1
+            yield start, MAGIC.join(parts)
+            number += 1
+        if listed < len(offsets):
+            self._fail_index(
+                offsets[listed],
+                f"but the file ends at {self.size} after {number} records ({len(offsets) - listed} of them missing)",
+            )
+
+    def _fail_index(self, offset: int, reason: str) -> NoReturn:
+        key = int(self.keys[np.flatnonzero(self._offsets == offset)[0]])
+        raise InputError(f"{self.path}: record {key}: {self.idx_path} points to offset {offset}, {reason}")
+
+    def _walk_for_index(self) -> tuple[np.ndarray, np.ndarray]:
+        self._take_index(np.empty(0, np.int64), np.empty(0, np.int64))
+        offsets, ids = [], []
+        for offset, record in self.walk():
+            offsets.append(offset)
+            ids.append(_HEADER.unpack_from(record)[2] if len(record) >= _HEADER.size else -1)
+        keys = np.array(ids if ids and min(ids) >= 0 and max(ids) < FLOAT32_EXACT**2 else [], np.int64)
+        if len(np.unique(keys)) != len(offsets):
+            keys = np.arange(len(offsets))
+        order = np.argsort(keys)
+        return keys[order], np.array(offsets, np.int64)[order]
+
+    def check_index(self) -> None:
+        """Compare the `.idx` with the file as far as that goes without touching every record.
+
+        Raises `InputError` for offsets outside the file or not divisible by 4, for two keys with one offset, for a
+        last record that is cut off and for bytes after it.
+        """
+        offsets = self._offsets
+        if not len(offsets):
+            if self.size:
+                raise InputError(f"{self.path}: {self.size} bytes, but {self.idx_path} lists no record")
+            return
+        odd = np.flatnonzero(offsets % 4)
+        if len(odd):
+            self.read(int(self.keys[odd[0]]))
+        inside = np.flatnonzero(offsets < self.size)
+        beyond = np.flatnonzero(offsets >= self.size)
+        if len(beyond):
+            first_bad = beyond[np.argmin(offsets[beyond])]
+            suspects = [inside[np.argmax(offsets[inside])], first_bad] if len(inside) else [first_bad]
+            try:
+                for position in suspects:
+                    self._read(int(position), int(self.keys[position]))
+            except InputError as error:
+                raise InputError(f"{error} ({len(beyond)} of {len(offsets)} records start past the end)") from error
+        if self._stops is not None:
+            order = np.argsort(offsets, kind="stable")
+            same = np.flatnonzero(offsets[order[1:]] == offsets[order[:-1]])
+            if len(same):
+                one, other = self.keys[order[same[0] : same[0] + 2]]
+                self.fail(int(one), int(offsets[order[same[0]]]), f"key {other} of {self.idx_path} points to it too")
+            last = int(order[-1])
+        else:
+            last = len(offsets) - 1
+        self._check_tail(last)
+
+    def _check_tail(self, last: int) -> None:
+        """The physically last record of the .idx must be whole, and only whole records may follow it."""
+        key = int(self.keys[last])
+        self._read(last, key)
+        at = self._offset_at[last]
+        while at < self.size:
+            try:
+                _, length = self._frame_at(at, key, at)
+            except InputError as error:
+                raise InputError(
+                    f"{self.path}: {self.size - at} bytes after the last record (key {key}) are no record"
+                ) from error
+            at += 8 + length + (-length & 3)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which keys are images, and their labels, both int64 [n]."""
+
+    keys: np.ndarray
+    labels: np.ndarray
+
+
+def _whole_numbers(label: np.ndarray) -> list[int] | None:
+    """The labels as Python integers, None if one of them is not a whole number."""
+    if not np.all(np.isfinite(label)) or np.any(label != np.floor(label)):
+        return None
+    return [int(value) for value in label]
+
+
+class CropSet:
+    """Aligned crops with the identity of each, from RecordIO: the InsightFace layout, or plain image records.
+
+    With a header record (key 0, two labels [a, b], no payload) the images are the keys 1 .. a-1, the identity records
+    a .. b-1, each with the half-open range of its images; b is exclusive too. Labels are then taken from the identity
+    records without touching the images, and compared with an image's own label whenever one is read. Without a header,
+    or where the identity records describe another order of the images (a set shuffled afterwards), all labels are read
+    once from the images.
+
+    `identities` is their number, `labels` int64 [n] in 0 .. identities-1, `keys` int64 [n], `name` the folder's name,
+    `notes` what a user should hear about (sentences). Raises `InputError` for an identity without images, a label that
+    is negative, fractional or leaves a gap, ranges that overlap or leave images out, an `.idx` that does not fit.
+    """
+
+    def __init__(self, rec_path: str | Path) -> None:
+        self.path = Path(rec_path)
+        self.name = self.path.resolve().parent.name
+        self.notes: list[str] = []
+        self.reader = RecordReader(self.path)
+        self.reader.check_index()
+        if len(self.reader) == 0:
+            raise InputError(f"{self.path}: holds no records")
+        layout = self._from_header() or self._from_images(self.reader.keys)
+        self.keys, self.labels = layout.keys, layout.labels
+        self.identities = self._count_identities()
+        self._ids_are_keys = self._compare_ids()
+        self._check_property()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Payload (the encoded crop) and label of image `index` in 0 .. len-1. Raises `InputError` if it is damaged."""
+        key = int(self.keys[index])
+        record = self.reader.read(key)
+        label = int(self.labels[index])
+        start, own, id = self._header_of(record, len(record), key)
+        if own != label:
+            self._fail(key, f"its label is {own:g}, but its identity record says {label}")
+        if self._ids_are_keys and id != key:
+            self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
+        return record[start:], label
+
+    def _fail(self, key: int, reason: str) -> NoReturn:
+        self.reader.fail(key, int(self.reader.offsets[self.reader.position(key)]), reason)
+
+    def _header_of(self, record: bytes, length: int, key: int) -> tuple[int, float, int]:
+        """Where the payload starts, the first label and the id; `record` may be only the first bytes of `length`."""
+        if len(record) < _HEADER.size:
+            self._fail(key, f"{length} bytes, too short for the {_HEADER.size}-byte image header")
+        flag, label, id, _ = _HEADER.unpack_from(record)
+        start = _HEADER.size + 4 * flag
+        if start > length:
+            self._fail(key, f"announces {flag} labels, but only {length - _HEADER.size} bytes follow its header")
+        if start == length:
+            self._fail(key, "holds no image")
+        return start, struct.unpack_from("<f", record, _HEADER.size)[0] if flag else label, id
+
+    def _from_header(self) -> _Layout | None:
+        """The layout that record 0 describes; None if record 0 is absent or an image."""
+        if 0 not in self.reader:
+            return None
+        record = self.reader.read(0)
+        try:
+            header, payload = unpack(record)
+        except ValueError as error:
+            self._fail(0, str(error))
+        if header.flag != 2 or payload:
+            return None
+        bounds = _whole_numbers(header.label)
+        if bounds is None or not 1 < bounds[0] < bounds[1]:
+            self._fail(0, f"the header's range {header.label.tolist()} is not that of images and identities")
+        first, end = bounds
+        if max(first, end) >= FLOAT32_EXACT:
+            return self._from_frame_sizes(end)
+        if end - 1 not in self.reader or len(self.reader) < end:
+            keys = self.reader.keys
+            missing = int(np.setdiff1d(np.arange(end), keys)[0])
+            self._fail(0, f"the header announces the keys 0 .. {end - 1}, but the .idx has no key {missing}")
+        last = int(self.reader.keys[-1])
+        if last >= end:
+            # Writers that took b for the last identity instead of one past it exist; the ranges must still fit.
+            self.notes.append(f"the header ends the identities before key {end}, the .idx goes on to key {last}")
+        return self._from_identities(first, len(self.reader))
+
+    def _from_identities(self, first: int, end: int) -> _Layout:
+        ranges = np.empty((end - first, 2), np.int64)
+        for row, key in enumerate(range(first, end)):
+            try:
+                header, _ = unpack(self.reader.read(key))
+            except ValueError as error:
+                self._fail(key, str(error))
+            bounds = _whole_numbers(header.label) if header.flag == 2 else None
+            if bounds is None:
+                self._fail(key, f"not an identity record: flag {header.flag}, label {header.label[:4].tolist()}")
+            if not 1 <= bounds[0] <= bounds[1] <= first:
+                self._fail(key, f"the identity's range {bounds} leaves the images 1 .. {first - 1}")
+            if bounds[0] == bounds[1]:
+                self._fail(key, f"identity {row} has no images")
+            ranges[row] = bounds
+        order = np.argsort(ranges[:, 0], kind="stable")
+        starts, ends = ranges[order, 0], ranges[order, 1]
+        gaps = np.flatnonzero(np.append(starts, first) != np.append(1, ends))
+        if len(gaps):
+            at = min(int(gaps[0]), len(order) - 1)
+            self._fail(
+                first + int(order[at]),
+                f"the identity's range {ranges[order[at]].tolist()} overlaps another or leaves images without identity",
+            )
+        keys = np.arange(1, first)
+        labels = np.repeat(order, ends - starts)
+        return self._confirm(_Layout(keys, labels))
+
+    def _confirm(self, layout: _Layout) -> _Layout:
+        """Compare a sample of the images with their identity records."""
+        sample = np.unique(np.linspace(0, len(layout.keys) - 1, _SAMPLES).astype(np.int64))
+        wrong = []
+        for index in sample:
+            key = int(layout.keys[index])
+            head, length = self.reader.peek(key)
+            label = self._header_of(head, length, key)[1]
+            if label != layout.labels[index]:
+                wrong.append((key, label, int(layout.labels[index])))
+        if not wrong:
+            return layout
+        if len(wrong) * 2 > len(sample):
+            self.notes.append("the identity records do not fit the images' own labels; the latter were read instead")
+            return self._from_images(layout.keys)
+        key, label, expected = wrong[0]
+        self._fail(key, f"its label is {label:g}, but its identity record says {expected}")
+
+    def _from_frame_sizes(self, end: int) -> _Layout:
+        """More than 2^24 records: the header's float32 are rounded, so identity records are told by their size."""
+        spacing = float(np.spacing(np.float32(end)))
+        if abs(len(self.reader) - end) > spacing:
+            self._fail(0, f"the header announces {end} records, but the .idx lists {len(self.reader)}")
+        offsets = self.reader.offsets
+        order = np.argsort(offsets, kind="stable")
+        sizes = np.empty_like(offsets)
+        sizes[order] = np.diff(offsets[order], append=self.reader.size)
+        self.notes.append("more than 2^24 records: labels were read from the images, since ranges are rounded float32")
+        empty = 8 + _HEADER.size + 8
+        return self._from_images(self.reader.keys[sizes != empty])
+
+    def _from_images(self, keys: np.ndarray) -> _Layout:
+        """Read the label of every image, in the order of the file."""
+        labels = np.empty(len(keys), np.int64)
+        positions = np.searchsorted(self.reader.keys, keys)
+        order = np.argsort(self.reader.offsets[positions], kind="stable")
+        quiet = len(keys) < _QUIET_SCAN
+        bar = None if quiet else utils.progress(len(keys), f"labels of {self.name}", unit="record")
+        for done, index in enumerate(order.tolist(), 1):
+            key = int(keys[index])
+            head, length = self.reader.peek(key)
+            label = self._header_of(head, length, key)[1]
+            if not 0 <= label < FLOAT32_EXACT or label != int(label):
+                self._fail(key, f"its label {label:g} is not the number of an identity")
+            labels[index] = int(label)
+            if bar is not None and done % 10_000 == 0:
+                bar.update(10_000)
+        if bar is not None:
+            bar.close()
+        return _Layout(keys, labels)
+
+    def _count_identities(self) -> int:
+        highest = int(self.labels.max())
+        if highest >= len(self.labels):
+            index = int(np.argmax(self.labels))
+            self._fail(
+                int(self.keys[index]),
+                f"its label {highest} is out of range: {len(self)} images cannot have so many identities",
+            )
+        counts = np.bincount(self.labels)
+        if counts.min() == 0:
+            empty = np.flatnonzero(counts == 0)
+            raise InputError(
+                f"{self.path}: identity {empty[0]} has no image ({len(empty)} of {len(counts)} identities are empty)"
+            )
+        return len(counts)
+
+    def _compare_ids(self) -> bool:
+        """Whether the records' ids are their keys, as in most sets; then a single exception is a wrong .idx line."""
+        sample = np.unique(np.linspace(0, len(self) - 1, _SAMPLES).astype(np.int64))
+        wrong = []
+        for key in self.keys[sample].tolist():
+            head, length = self.reader.peek(key)
+            id = self._header_of(head, length, key)[2]
+            if id != key:
+                wrong.append((key, id))
+        if wrong and len(wrong) * 4 < len(sample):
+            key, id = wrong[0]
+            self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
+        return not wrong
+
+    def _check_property(self) -> None:
+        """`property` ("identities,height,width") is only compared: the numbers come from the records."""
+        path = self.path.with_name("property")
+        if not path.is_file():
+            return
+        text = path.read_bytes()[:200].decode("utf-8", "replace").strip()
+        fields = text.split(",")
+        if not all(field.strip().isdecimal() for field in fields):
+            self.notes.append(f"{path}: {text[:40]!r} is not 'identities,height,width'; not needed, so ignored")
+        elif int(fields[0]) != self.identities:
+            self.notes.append(f"{path}: says {fields[0]} identities, the records hold {self.identities}")
+
+
+def open_crops(path: str | Path) -> CropSet:
+    """The crops in a folder that holds `train.rec`, or in a `.rec` file.
+
+    Raises `InputError` if there is none or it does not hold together; see `CropSet`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "train.rec"
+    if not path.is_file():
+        raise InputError(f"{path}: no such RecordIO file")
+    return CropSet(path)
+
+
+class CropWriter:
+    """Writes crops in the InsightFace layout: `train.rec`, `train.idx`, `property`, readable by mxnet.
+
+    Use it as a context manager and call `write` with the images of one identity after another. The three files appear
+    in `out_dir` when the block ends without an exception, `train.rec` last; before that there is no `train.rec`. The
+    same images give the same bytes. Partial files of a killed run (`.train.*.partial`) are overwritten by the next.
+
+    Header and identity records are float32: above 2^24 records their ranges are rounded (`CropSet` reads such a set all
+    the same, InsightFace's own loader does not).
+    """
+
+    def __init__(self, out_dir: str | Path, height: int = 112, width: int = 112) -> None:
+        self.out_dir = Path(out_dir)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self._shape = (height, width)
+        self._partial = {name: self.out_dir / f".{name}.partial" for name in ("train.rec", "train.idx", "property")}
+        self._starts: list[int] = []  # key of the first image of each identity
+        self._key = 0
+        self._rec = self._partial["train.rec"].open("wb", buffering=1 << 20)
+        self._idx = self._partial["train.idx"].open("wb", buffering=1 << 20)
+        self._offset = 0
+        self._put([0.0, 0.0], b"")  # room for the header, whose numbers are known at the end
+
+    def _put(self, label: float | list[float], payload: bytes) -> None:
+        data = frame(_crop_record(label, self._key, payload))
+        self._idx.write(b"%d\t%d\n" % (self._key, self._offset))
+        self._rec.write(data)
+        self._offset += len(data)
+        self._key += 1
+
+    def write(self, payload: bytes, label: int) -> int:
+        """Add an encoded crop of identity `label` and return its key.
+
+        Labels start at 0 and never fall or skip: `ValueError` otherwise, and for an empty payload.
+        """
+        if not payload:
+            raise ValueError(f"identity {label}: an empty image")
+        if label == len(self._starts):
+            self._starts.append(self._key)
+        elif label != len(self._starts) - 1:
+            raise ValueError(
+                f"identity {label} after {len(self._starts) - 1}: crops must come grouped and in ascending order"
+            )
+        self._put(float(label), payload)
+        return self._key - 1
+
+    def __enter__(self) -> "CropWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._rec.close()
+            self._idx.close()
+            for path in self._partial.values():
+                path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if not self._starts:
+            raise InputError(f"{self.out_dir}: not one crop to write")
+        images_end = self._key
+        ends = [*self._starts[1:], images_end]
+        for start, end in zip(self._starts, ends, strict=True):
+            self._put([float(start), float(end)], b"")
+        self._rec.seek(0)
+        self._rec.write(frame(_crop_record([float(images_end), float(self._key)], 0, b"")))
+        height, width = self._shape
+        self._partial["property"].write_text(f"{len(self._starts)},{height},{width}\n")
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+        # Without train.rec nothing looks whole, so it goes first and comes last.
+        (self.out_dir / "train.rec").unlink(missing_ok=True)
+        for name in ("property", "train.idx", "train.rec"):
+            os.replace(self._partial[name], self.out_dir / name)
+        utils.fsync_directory(self.out_dir)
+
+
+def _crop_record(label: float | list[float], key: int, payload: bytes) -> bytes:
+    numbers = label if isinstance(label, list) else [label]
+    flag = len(numbers) if isinstance(label, list) else 0
+    return pack(RecordHeader(flag, np.array(numbers, np.float32), key), payload)
+
+
+def write_crops(out_dir: str | Path, items: Iterable[tuple[bytes, int]], height: int = 112, width: int = 112) -> int:
+    """Write (encoded crop, label) pairs, grouped by ascending label, with `CropWriter`; returns the number of crops."""
+    count = 0
+    with CropWriter(out_dir, height, width) as writer:
+        for payload, label in items:
+            writer.write(payload, label)
+            count += 1
+    return count
