@@ -106,6 +106,7 @@ def progress(total: int, description: str, *, initial: int = 0, unit: str = "it"
         initial=initial,
         desc=description,
         unit=unit,
+        unit_scale=unit == "B",
         dynamic_ncols=interactive,
         mininterval=0.1 if interactive else 10.0,
         smoothing=0.1,

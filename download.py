@@ -1,0 +1,209 @@
+"""Checkpoints by name: `released`, an http(s) address, or a file.
+
+The released network is a plain state_dict of some 200 MB at a fixed address whose hash was never published. So the
+trust is "on first use": the SHA-256 of the first whole download is recorded beside the file and every later use of
+the file, and every later download, must match it. The price is one hash of the file at each start (about 0.3 s).
+
+A download that breaks off is continued with a range request, also by a later run; the file gets its name only when
+its length is what the server announced and its first bytes are those of a PyTorch file.
+"""
+
+import contextlib
+import fcntl
+import http.client
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from email.message import Message
+from pathlib import Path
+
+from utils import InputError, fsync_directory, progress, sha256_of, write_text
+
+# Release v1.0 of foamliu/InsightFace-v3: SE-LResNet101E-IR, 99.80 % on LFW.
+RELEASED_URL = "https://github.com/foamliu/InsightFace-v3/releases/download/v1.0/insight-face-v3.pt"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+ATTEMPTS = 5
+TIMEOUT_S = 30.0
+BLOCK = 1 << 20
+# torch.save writes a zip since 1.6 and a bare protocol-2 pickle before; ONNX (protobuf) starts with field 1, varint.
+PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")
+ONNX_MAGIC = (b"\x08",)
+
+
+def checkpoint_path(name: str | Path, folder: Path = WEIGHTS) -> Path:
+    """The file behind a `--checkpoint` value, downloaded into `folder` if need be.
+
+    `released` is the published network, an http or https address any other one, everything else a path, which is
+    returned as it is. Raises `InputError` when the download fails or the file is not the one recorded at first use.
+    """
+    text = str(name)
+    if text == "released":
+        return fetch(RELEASED_URL, folder)
+    if text.startswith(("http://", "https://")):
+        return fetch(text, folder)
+    return Path(name)
+
+
+def fetch(url: str, folder: Path = WEIGHTS) -> Path:
+    """Download `url` into `folder` once and return the file; ever after check its recorded SHA-256.
+
+    Several processes may ask for the same file: one downloads, the others wait for it.
+    """
+    file_name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    if not file_name or file_name.startswith("."):
+        raise InputError(f"{url}: the address names no file")
+    target = folder / file_name
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f".{file_name}.lock"):
+        if not target.exists():
+            _download(url, target)
+        _check_recorded_hash(target)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _record_of(target: Path) -> Path:
+    return target.with_name(target.name + ".sha256")
+
+
+def _check_recorded_hash(target: Path) -> None:
+    record = _record_of(target)
+    digest = sha256_of(target)
+    if not record.exists():
+        write_text(record, f"{digest}  {target.name}\n")
+        return
+    recorded = record.read_text(encoding="utf-8").split()
+    if recorded[:1] != [digest]:
+        raise InputError(
+            f"{target}: SHA-256 is {digest}, but {recorded[0] if recorded else 'nothing'} was recorded at first use; "
+            f"delete the file to download it again, or {record.name} if the change is meant"
+        )
+
+
+def _by_hand(url: str, target: Path) -> str:
+    return f"download {url} elsewhere and put it at {target}, or name another address or file with --checkpoint"
+
+
+class _CutOffError(Exception):
+    """The connection ended before the announced length; asking for the rest may help."""
+
+
+class _RefusedError(Exception):
+    """The server's answer will not get better by asking again."""
+
+
+def _download(url: str, target: Path) -> None:
+    """Fetch `url` into `target` over as many connections as it takes (at most `ATTEMPTS` without progress)."""
+    part = target.with_name(f"{target.name}.part")
+    failures = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            _receive(url, part)
+            break
+        except _RefusedError as error:
+            raise InputError(f"{url}: {error}; {_by_hand(url, target)}") from error
+        except (OSError, http.client.HTTPException, _CutOffError) as error:
+            received = part.stat().st_size if part.exists() else 0
+            failures = 0 if received > before else failures + 1
+            if failures >= ATTEMPTS or _is_unreachable(error):
+                reason = getattr(error, "reason", error)
+                raise InputError(
+                    f"{url}: {reason} ({received:,} bytes so far, kept for the next try); {_by_hand(url, target)}"
+                ) from error
+            time.sleep(min(2.0**failures * 0.1, 5.0))
+    _check_looks_like_a_model(part, url, target)
+    os.replace(part, target)
+    fsync_directory(target.parent)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """No network at all (no name, no route, refused): waiting seconds will not change that."""
+    return isinstance(error, urllib.error.URLError) and not isinstance(error.reason, TimeoutError)
+
+
+def _receive(url: str, part: Path) -> None:
+    """One connection: append to `part` what is missing; returns when the file is as long as announced."""
+    have = part.stat().st_size if part.exists() else 0
+    tag_file = part.with_name(part.name + ".etag")
+    request = urllib.request.Request(url, headers={"User-Agent": "face-recognition", "Accept-Encoding": "identity"})
+    if have and tag_file.exists():
+        # If-Range: the rest of the same file, or all of a file that has changed meanwhile.
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", tag_file.read_text(encoding="utf-8"))
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            # Our part does not fit what the server has now: start over.
+            part.unlink(missing_ok=True)
+            raise _CutOffError("the server has no such range") from error
+        if error.code in (429, 500, 502, 503, 504):
+            raise _CutOffError(f"the server answered {error.code} {error.reason}") from error
+        raise _RefusedError(f"the server answered {error.code} {error.reason}") from error
+    with response:
+        if response.status == 206:
+            total = _total_of_range(response.headers.get("Content-Range", ""), have)
+        else:
+            have = 0
+            length = response.headers.get("Content-Length")
+            total = int(length) if length and length.isdigit() else None
+            if response.headers.get_content_type() == "text/html":
+                raise _RefusedError("the answer is a web page, not a model")
+            # The old part goes before the new tag comes, so that a kill between the two cannot marry them.
+            part.unlink(missing_ok=True)
+            tag_file.unlink(missing_ok=True)
+            if tag := _strong_validator(response.headers):
+                write_text(tag_file, tag)
+        with (
+            open(part, "ab") as file,
+            progress(total or 0, part.stem, initial=have, unit="B") as bar,
+        ):
+            while block := response.read(BLOCK):
+                file.write(block)
+                have += len(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and have < total:
+        raise _CutOffError(f"the connection ended after {have:,} of {total:,} bytes")
+    tag_file.unlink(missing_ok=True)
+
+
+def _strong_validator(headers: Message) -> str | None:
+    """What If-Range may carry: a strong ETag, else the date of the last change."""
+    tag = headers.get("ETag")
+    if tag and not tag.startswith("W/"):
+        return tag
+    return headers.get("Last-Modified")
+
+
+def _total_of_range(content_range: str, have: int) -> int:
+    """Length of the whole file from `Content-Range: bytes 100-199/200`, which must begin where we stopped."""
+    try:
+        span, total = content_range.removeprefix("bytes ").split("/")
+        if int(span.split("-")[0]) == have:
+            return int(total)
+    except ValueError:
+        pass
+    raise _RefusedError(f"the server answered a range request with Content-Range: {content_range!r}")
+
+
+def _check_looks_like_a_model(part: Path, url: str, target: Path) -> None:
+    with open(part, "rb") as file:
+        head = file.read(4)
+    magic = ONNX_MAGIC if target.suffix == ".onnx" else PYTORCH_MAGIC
+    if not head.startswith(magic):
+        part.unlink()
+        raise InputError(
+            f"{url}: what came is not a {target.suffix} model (first bytes {head!r}); {_by_hand(url, target)}"
+        )

@@ -1,0 +1,218 @@
+"""Downloads against a local HTTP server that misbehaves in every way the network does."""
+
+import contextlib
+import http.server
+import io
+import socket
+import threading
+
+import pytest
+import torch
+
+import download
+from utils import InputError, sha256_of
+
+
+def model_bytes(seed=0):
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.arange(100_000) + seed}, buffer)
+    return buffer.getvalue()
+
+
+class Server:
+    """A server on a free local port; `answer(handler)` decides what each request gets, `requests` keeps them."""
+
+    def __init__(self, answer):
+        self.requests = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append((self.path, dict(self.headers)))
+                answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.httpd.server_port}"
+        threading.Thread(target=self.httpd.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@contextlib.contextmanager
+def serving(answer):
+    server = Server(answer)
+    try:
+        yield server
+    finally:
+        server.httpd.shutdown()
+        server.httpd.server_close()
+
+
+def send(handler, data, *, status=200, announced=None, send_only=None, tag='"v1"', content_type="application/zip"):
+    """Answer with `data`, honouring a range request for the current tag; optionally cut after `send_only` bytes."""
+    start = 0
+    wanted = handler.headers.get("Range")
+    if wanted and handler.headers.get("If-Range") == tag:
+        start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        status = 206
+    body = data[start:]
+    handler.send_response(status)
+    if status == 206:
+        handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+    handler.send_header("Content-Length", str(announced if announced is not None else len(body)))
+    handler.send_header("Content-Type", content_type)
+    if tag:
+        handler.send_header("ETag", tag)
+    handler.end_headers()
+    handler.wfile.write(body if send_only is None else body[:send_only])
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_download_is_whole_recorded_and_used_again(tmp_path):
+    data = model_bytes()
+    with serving(lambda handler: send(handler, data)) as server:
+        path = download.fetch(f"{server.url}/release/net.pt", tmp_path)
+        assert path.read_bytes() == data
+        assert (tmp_path / "net.pt.sha256").read_text() == f"{sha256_of(path)}  net.pt\n"
+        assert download.fetch(f"{server.url}/release/net.pt", tmp_path) == path
+        assert len(server.requests) == 1
+    assert leftovers(tmp_path) == ["net.pt", "net.pt.sha256"]
+
+
+def test_cut_connections_are_continued_where_they_ended(tmp_path):
+    data = model_bytes()
+    with serving(lambda handler: send(handler, data, send_only=200_000)) as server:
+        assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
+        ranges = [headers.get("Range") for _, headers in server.requests]
+    assert ranges[:3] == [None, "bytes=200000-", "bytes=400000-"]
+    assert len(ranges) == -(-len(data) // 200_000)
+
+
+def test_a_later_run_goes_on_with_the_part(tmp_path):
+    data = model_bytes()
+    (tmp_path / "net.pt.part").write_bytes(data[:1234])
+    (tmp_path / "net.pt.part.etag").write_text('"v1"')
+    with serving(lambda handler: send(handler, data)) as server:
+        assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
+        assert server.requests[0][1]["Range"] == "bytes=1234-"
+
+
+@pytest.mark.parametrize("etag", ['"v0"', None])
+def test_a_part_of_another_file_is_thrown_away(tmp_path, etag):
+    data = model_bytes()
+    (tmp_path / "net.pt.part").write_bytes(b"x" * 5000)
+    if etag:
+        (tmp_path / "net.pt.part.etag").write_text(etag)
+    with serving(lambda handler: send(handler, data)) as server:
+        assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
+
+
+def test_part_longer_than_the_file(tmp_path):
+    data = model_bytes()
+    (tmp_path / "net.pt.part").write_bytes(b"x" * (len(data) + 5))
+    (tmp_path / "net.pt.part.etag").write_text('"v1"')
+
+    def answer(handler):
+        if handler.headers.get("Range"):
+            handler.send_error(416)
+        else:
+            send(handler, data)
+
+    with serving(answer) as server:
+        assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
+
+
+def test_redirect_is_followed(tmp_path):
+    data = model_bytes()
+
+    def answer(handler):
+        if handler.path == "/net.pt":
+            handler.send_response(302)
+            handler.send_header("Location", "/storage/4711?signature=abc")
+            handler.end_headers()
+        else:
+            send(handler, data)
+
+    with serving(answer) as server:
+        path = download.fetch(f"{server.url}/net.pt", tmp_path)
+    assert path.name == "net.pt" and path.read_bytes() == data
+
+
+def test_wrong_length_is_an_error_without_a_file(tmp_path):
+    data = model_bytes()
+    with (
+        serving(lambda handler: send(handler, data, announced=len(data) + 10, tag=None)) as server,
+        pytest.raises(InputError, match="connection ended after"),
+    ):
+        download.fetch(f"{server.url}/net.pt", tmp_path)
+    assert not (tmp_path / "net.pt").exists()
+
+
+def test_wrong_hash_is_refused_ever_after(tmp_path):
+    with serving(lambda handler: send(handler, model_bytes())) as server:
+        path = download.fetch(f"{server.url}/net.pt", tmp_path)
+    path.unlink()
+    with (
+        serving(lambda handler: send(handler, model_bytes(seed=1))) as server,
+        pytest.raises(InputError, match=r"net\.pt: SHA-256 is .* recorded at first use"),
+    ):
+        download.fetch(f"{server.url}/net.pt", tmp_path)
+    with pytest.raises(InputError, match="recorded at first use"):
+        download.fetch("http://127.0.0.1:9/net.pt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda handler: handler.send_error(404), "404"),
+        (lambda handler: send(handler, b"<html>log in</html>", content_type="text/html"), "web page"),
+        (lambda handler: send(handler, b"no model at all"), "not a .pt model"),
+        (lambda handler: send(handler, b""), "not a .pt model"),
+    ],
+)
+def test_answers_that_are_no_model(tmp_path, answer, reason):
+    with serving(answer) as server, pytest.raises(InputError, match=reason) as caught:
+        download.fetch(f"{server.url}/net.pt", tmp_path)
+    assert str(tmp_path / "net.pt") in str(caught.value)
+    assert not (tmp_path / "net.pt").exists() and not (tmp_path / "net.pt.sha256").exists()
+
+
+def test_no_network_names_the_address_and_the_place(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/insight-face-v3.pt"
+        with pytest.raises(InputError) as caught:
+            download.fetch(url, tmp_path)
+    assert url in str(caught.value) and str(tmp_path / "insight-face-v3.pt") in str(caught.value)
+
+
+def test_file_put_there_by_hand_is_taken_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "RELEASED_URL", "http://127.0.0.1:9/insight-face-v3.pt")
+    (tmp_path / "insight-face-v3.pt").write_bytes(model_bytes())
+    assert download.checkpoint_path("released", tmp_path) == tmp_path / "insight-face-v3.pt"
+    assert (tmp_path / "insight-face-v3.pt.sha256").exists()
+
+
+def test_a_path_is_a_path(tmp_path):
+    assert download.checkpoint_path(tmp_path / "a.pt") == tmp_path / "a.pt"
+
+
+def test_two_processes_download_once(tmp_path):
+    data = model_bytes()
+    with serving(lambda handler: send(handler, data)) as server:
+        threads = [threading.Thread(target=download.fetch, args=(f"{server.url}/net.pt", tmp_path)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(server.requests) == 1
+    assert (tmp_path / "net.pt").read_bytes() == data
