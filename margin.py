@@ -1,0 +1,531 @@
+"""The margin head: class centres split by identity over the ranks, angular margins, soft-max over the union.
+
+Design. One custom autograd function does product, margin, soft-max, cross entropy and focal factor. It walks over the
+centres in blocks of columns, keeps exactly one matrix of [crops, centres] cosines in the dtype of the product
+(bfloat16 under autocast), does its arithmetic in float32 on one block at a time, and never builds a one-hot matrix:
+the target cosine of each crop is computed apart, in float32 from the stored centre, and so are its margin, derivative
+and gradient. Centres are normalised block by block as well, so neither a normalised copy of all centres nor its
+gradient exists. The price: a loop in Python over a few blocks, and no second derivative.
+
+Over several ranks, each holds a contiguous block of identities. A step costs one all-gather of features and labels,
+one all-gather of three numbers per crop (maximum, sum of exponentials, target cosine) and one reduce-scatter of the
+features' gradient. The loss is the mean over the global batch and the same number on every rank. Gradients of the
+head's own block are complete; gradients that flow on into the local features are those of the *global* mean, so the
+backbone's have to be summed (not averaged) over the ranks.
+
+With `sample_rate` < 1 (Partial FC, An et al., CVPR 2022) a step sees the identities of its batch and a random share
+of the others. Whether an identity is drawn is a hash of (seed, step, identity): the same for every number of ranks
+and on every device, with no generator state to save, and no host synchronisation; the price is that the number
+drawn varies a little from step to step (Partial FC draws a fixed number per rank), for which a few spare, masked
+slots are allocated. The centres are then not a parameter: a step gathers the drawn rows into a small leaf tensor, and
+`MarginHead.step` applies SGD to these rows alone. Memory per centre: the row and its momentum, no gradient.
+
+How a trainer uses it, full or sampled alike:
+
+    optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], ...)   # sampled: no head parameters
+    loss, stats = head(network(crops), labels)         # several times for gradient accumulation
+    loss.backward()
+    clip_grad_value_([*network.parameters(), *head.parameters(), *head.sampled_leaves()], 5.0)
+    optimizer.step()
+    head.step(lr, momentum=0.9, weight_decay=5e-4, nesterov=True)                   # full: only counts the step
+    optimizer.zero_grad(); head.zero_grad()
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from focal_loss import focal_factor
+
+LOSSES = ("arcface", "cosface", "combined", "adaface")
+
+# AdaFace (Kim et al., CVPR 2022, section 4.1; official `head.py` and the training scripts of its README):
+# concentration h, weight of a new batch in the running statistics, their starting values, bounds of the norm.
+ADAFACE_H = 0.333
+ADAFACE_ALPHA = 0.01
+ADAFACE_START = (20.0, 100.0)
+ADAFACE_NORMS = (1e-3, 100.0)
+
+# Standard deviation of a fresh centre's coordinates (InsightFace's partial_fc; its direction alone matters to the loss,
+# its length to how fast the direction turns).
+CENTRE_STD = 0.01
+_CENTRE_BLOCK = 1024  # identities per seeded block of initial values: fixed, or initial centres change
+
+_SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize
+
+# Columns x crops that are held in float32 at a time: 64 MB on a GPU, and on CPU what stays in the caches.
+_BLOCK_ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 19}
+
+
+def margin_cosine(
+    cosine: Tensor, scale_angle: Tensor | float, add_angle: Tensor | float, add_cosine: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """cos(m1 theta + m2) - m3 and its derivative with respect to cos(theta), elementwise, in float64.
+
+    `cosine` [N] in any floating dtype (values outside [-1, 1] are rounding noise and are clamped); m1, m2, m3 are
+    `scale_angle`, `add_angle`, `add_cosine`, numbers or [N]. The derivative is m1 sin(m1 theta + m2) / sin(theta);
+    at cos(theta) = +-1, where that is infinite, it is the value at the nearest number below 1 of cosine's dtype,
+    hence finite for every input.
+
+    Beyond m1 theta + m2 = pi the cosine would rise again. There the value is cos(theta) - K - m3 with derivative 1,
+    where K = m2 sin(m2) as in ArcFace's official code (for m1 = 1; Deng et al., CVPR 2019), or larger if m1 > 1 asks
+    for it to stay monotonic. A negative m2 (AdaFace) is cut where the sum leaves [0, pi] at its lower end: the value
+    is 1 - m3, the derivative 0, as in AdaFace's code.
+    """
+    smallest = torch.finfo(cosine.dtype).eps / 2
+    c = cosine.double().clamp(-1.0, 1.0)
+    sine = ((1 - c) * (1 + c)).clamp_min(smallest * (2 - smallest)).sqrt()
+    m1, m2, m3 = (
+        torch.as_tensor(m, dtype=torch.float64, device=c.device) for m in (scale_angle, add_angle, add_cosine)
+    )
+    angle = m1 * torch.atan2(sine, c) + m2
+    value, derivative = angle.cos() - m3, m1 * angle.sin() / sine
+    turn = ((math.pi - m2) / m1).clamp(0.0, math.pi)  # theta at which the angle reaches pi
+    drop = torch.maximum(m2 * m2.sin(), 1 + turn.cos())
+    beyond, below = angle > math.pi, angle < 0
+    value = torch.where(beyond, c - drop - m3, torch.where(below, 1 - m3, value))
+    derivative = torch.where(beyond, torch.ones_like(c), torch.where(below, torch.zeros_like(c), derivative))
+    return value, derivative
+
+
+def _double(value: Tensor | float, device: torch.device) -> Tensor:
+    # A number is filled in on the device: a copy from the host would wait for the device.
+    if isinstance(value, Tensor):
+        return value.double()
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def identity_range(identities: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and one past the last identity that `rank` holds; sizes differ by one at most."""
+    return rank * identities // world_size, (rank + 1) * identities // world_size
+
+
+class MarginHead(nn.Module):
+    """Class centres of `identities` people and the margin loss over them; see the file's docstring.
+
+    `margin` is one number m, or three for `combined`:
+      arcface   cos(theta + m)                              (Deng et al., CVPR 2019)
+      cosface   cos(theta) - m                              (Wang et al., CVPR 2018)
+      combined  cos(m1 theta + m2) - m3                     (Deng et al., section 2.1)
+      adaface   cos(theta - m z) - m (1 + z), z in [-1, 1] from the feature's norm   (Kim et al., CVPR 2022)
+    `scale` multiplies the cosines (64 in the papers). `focal_gamma` > 0 applies the focal factor per crop.
+    `sample_rate` in (0, 1] is the share of negative centres that a step sees. `rank`, `world_size`, `group` place the
+    head on a process group (None: the default one); world size 1 needs none. `seed` decides initial centres and
+    sampling, independently of the number of ranks. `margin` and `scale` may be assigned during training.
+    Raises ValueError for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        embedding_size: int,
+        identities: int,
+        *,
+        loss: str,
+        margin: float | Sequence[float],
+        scale: float,
+        sample_rate: float = 1.0,
+        focal_gamma: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"no loss named {loss!r} (there are {', '.join(LOSSES)})")
+        if not 0 <= rank < world_size <= identities:
+            raise ValueError(f"{identities} identities cannot be split over {world_size} ranks (this one is {rank})")
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample rate {sample_rate} is outside (0, 1]")
+        if focal_gamma < 0:
+            raise ValueError(f"focal gamma {focal_gamma} is negative")
+        self.loss, self.scale, self.focal_gamma, self.sample_rate = loss, scale, focal_gamma, sample_rate
+        self.margin = margin
+        self.rank, self.world_size, self.group, self.seed = rank, world_size, group, seed
+        self.embedding_size, self.identities = embedding_size, identities
+        self.first, self.last = identity_range(identities, rank, world_size)
+        self.steps = 0
+        self._drawn: list[tuple[Tensor, Tensor]] = []  # (rows, leaf) of each forward pass since the last step
+        centres = _initial_centres(self.first, self.last, embedding_size, seed)
+        if self.sampled:
+            # One spare row at the end is where masked slots read from and write to.
+            spare = torch.zeros(1, embedding_size)
+            self.register_buffer("_rows", torch.cat([centres, spare]), persistent=False)
+            self.register_buffer("_velocity", torch.zeros_like(self._rows), persistent=False)
+        else:
+            self.weight = nn.Parameter(centres)
+        if loss == "adaface":
+            self.register_buffer("norm_mean", torch.tensor(ADAFACE_START[0]))
+            self.register_buffer("norm_std", torch.tensor(ADAFACE_START[1]))
+
+    @property
+    def margin(self) -> float | tuple[float, ...]:
+        """The margin as given: a number, or (m1, m2, m3) for `combined`."""
+        return self._margin
+
+    @margin.setter
+    def margin(self, value: float | Sequence[float]) -> None:
+        if self.loss == "combined":
+            values = tuple(map(float, value)) if isinstance(value, Sequence) else ()
+            if len(values) != 3 or not values[0] > 0 or min(values) < 0:
+                raise ValueError(f"the combined margin needs three numbers m1 > 0, m2, m3 >= 0, not {value}")
+            self._margin: float | tuple[float, ...] = values
+            return
+        if isinstance(value, Sequence) or not 0 <= value < math.pi:
+            raise ValueError(f"the margin of {self.loss} is one number in [0, pi), not {value}")
+        self._margin = float(value)
+
+    @property
+    def sampled(self) -> bool:
+        """True when steps see a sample of the centres and the head updates them itself."""
+        return self.sample_rate < 1
+
+    @property
+    def centres(self) -> Tensor:
+        """This rank's centres [last - first, embedding_size], not normalised, detached (a view, not a copy)."""
+        return self._rows[:-1] if self.sampled else self.weight.detach()
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return (
+            f"{self.loss}, margin={self.margin}, scale={self.scale}, identities={self.first}..{self.last - 1} of "
+            f"{self.identities}, sample_rate={self.sample_rate}, focal_gamma={self.focal_gamma}"
+        )
+
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the global batch, and what is worth watching, without host synchronisation.
+
+        `features` [n, embedding_size], not normalised, any floating dtype; `labels` int64 [n], global identities;
+        n is the same on every rank. Returns the scalar float32 loss, and detached tensors over the global batch, N =
+        n x world size crops in order of rank: `top1` [] share of crops nearer to their own centre than to any other
+        seen in this step (no margin), `target_angle` [N] and `other_angle` [N] in degrees, to the own and to the
+        nearest other centre, `feature_norm` [N]. A label that no rank holds makes the loss infinite.
+        """
+        device = features.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
+            features = features if features.dtype == torch.float64 else features.float()
+            norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+            unit = features / norms.clamp_min(_SMALLEST_NORM)
+            # One collective for both; no gradient flows through the norms that AdaFace looks at.
+            gathered = _GatherRows.apply(torch.cat([unit, norms.detach()], dim=1), self.group, self.world_size)
+            unit, norms = gathered[:, :-1], gathered[:, -1].detach()
+            labels = _all_gather(labels, self.group, self.world_size)
+            weight, columns, empty = self._choose(labels)
+            margins = self._margins(norms)
+            loss, target, other = _MarginSoftmax.apply(
+                unit, weight, columns, empty, margins, self.scale, self.focal_gamma, low or unit.dtype, self
+            )
+        stats = {
+            "top1": (target > other).to(target.dtype).mean(),
+            "target_angle": _degrees(target),
+            "other_angle": _degrees(other),
+            "feature_norm": norms,
+        }
+        return loss, stats
+
+    def sampled_leaves(self) -> list[Tensor]:
+        """Tensors of a sampled head that hold gradients for the coming `step` (for clipping); empty for a full head."""
+        return [leaf for _, leaf in self._drawn]
+
+    @torch.no_grad()
+    def step(self, lr: float, *, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True) -> None:
+        """Finish a step: a sampled head applies SGD (torch.optim.SGD's arithmetic) to the rows that were drawn.
+
+        Rows that were not drawn keep weight and momentum. Call it once per step, after all backward passes, for a
+        full head too (its parameter belongs to the common optimiser; the step is only counted).
+        """
+        self.steps += 1
+        if not self._drawn:
+            return
+        rows, gradient = self._drawn_gradient()
+        values = self._rows[rows]
+        gradient.add_(values, alpha=weight_decay)
+        velocity = self._velocity[rows].mul_(momentum).add_(gradient)
+        self._velocity.index_copy_(0, rows, velocity)
+        update = gradient.add_(velocity, alpha=momentum) if nesterov else velocity
+        self._rows.index_copy_(0, rows, values.add_(update, alpha=-lr))
+        self._drawn.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients and, without a `step`, the rows drawn for it."""
+        super().zero_grad(set_to_none)
+        self._drawn.clear()
+
+    def full_state(self) -> dict[str, Any] | None:
+        """State for a checkpoint, independent of the number of ranks; on rank 0, None on the others. Collective.
+
+        Plain tensors on CPU and numbers: `centres` [identities, embedding_size], `steps`, for a sampled head
+        `velocity` of the same shape, for AdaFace `norm_mean` and `norm_std`.
+        """
+        state: dict[str, Any] = {"centres": self.gather_rows(self.centres), "steps": self.steps}
+        if self.sampled:
+            state["velocity"] = self.gather_rows(self._velocity[:-1])
+        if self.loss == "adaface":
+            state |= {"norm_mean": self.norm_mean.cpu(), "norm_std": self.norm_std.cpu()}
+        return state if self.rank == 0 else None
+
+    @torch.no_grad()
+    def load_full_state(self, state: dict[str, Any]) -> None:
+        """Take this rank's part of a `full_state`, whatever the number of ranks it was saved on.
+
+        A full head's state may start a sampled one (momentum from zero) and the other way round. Raises ValueError
+        when the number of identities or dimensions differs.
+        """
+        expected = (self.identities, self.embedding_size)
+        if tuple(state["centres"].shape) != expected:
+            raise ValueError(f"the head's centres are {tuple(state['centres'].shape)}, not {expected}")
+        self.steps = int(state["steps"])
+        self.centres.copy_(self.own_rows(state["centres"]))
+        if self.sampled and "velocity" in state:
+            self._velocity[:-1].copy_(self.own_rows(state["velocity"]))
+        if self.loss == "adaface" and "norm_mean" in state:
+            self.norm_mean.copy_(state["norm_mean"])
+            self.norm_std.copy_(state["norm_std"])
+
+    def gather_rows(self, rows: Tensor) -> Tensor | None:
+        """A per-identity tensor [last - first, ...] of every rank as one [identities, ...] on rank 0's CPU. Collective.
+
+        Serves centres and what an optimiser keeps for them; None on the other ranks. One rank's block at a time is
+        held twice.
+        """
+        rows = rows.detach().contiguous()
+        if self.rank > 0:
+            dist.send(rows, group=self.group, group_dst=0)
+            return None
+        whole = torch.empty((self.identities, *rows.shape[1:]), dtype=rows.dtype)
+        whole[: self.last].copy_(rows)
+        for source in range(1, self.world_size):
+            first, last = identity_range(self.identities, source, self.world_size)
+            block = rows.new_empty((last - first, *rows.shape[1:]))
+            dist.recv(block, group=self.group, group_src=source)
+            whole[first:last].copy_(block)
+        return whole
+
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """This rank's part [last - first, ...] of a per-identity tensor [identities, ...]; undoes `gather_rows`."""
+        return whole[self.first : self.last]
+
+    def _margins(self, norms: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """(m1, m2, m3) of `margin_cosine` for features of these norms [N]; AdaFace's statistics take them in."""
+        if self.loss == "combined":
+            return self.margin
+        if self.loss == "arcface":
+            return 1.0, self.margin, 0.0
+        if self.loss == "cosface":
+            return 1.0, 0.0, self.margin
+        norms = norms.clamp(*ADAFACE_NORMS)
+        if self.training and len(norms) > 1:
+            with torch.no_grad():
+                self.norm_mean.lerp_(norms.mean().to(self.norm_mean.dtype), ADAFACE_ALPHA)
+                self.norm_std.lerp_(norms.std().to(self.norm_std.dtype), ADAFACE_ALPHA)
+        quality = ((norms - self.norm_mean) / (self.norm_std + 1e-3) * ADAFACE_H).clamp(-1, 1)
+        return 1.0, -self.margin * quality, self.margin * (1 + quality)
+
+    def _choose(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Centres of this step [S, D], column of each label's centre among them (-1: not here), masked columns [S]."""
+        size = self.last - self.first
+        local = labels - self.first
+        here = (local >= 0) & (local < size)
+        if not self.sampled:
+            return self.weight, torch.where(here, local, -1), None
+        drawn = _hash(torch.arange(self.first, self.last, device=labels.device), self.seed, self.steps)
+        drawn = drawn < int(self.sample_rate * 2**32)
+        positive = torch.zeros(size + 1, dtype=torch.bool, device=labels.device)
+        positive.index_fill_(0, torch.where(here, local, size), True)
+        drawn |= positive[:-1]
+        # The number drawn stays on the device; slots for eight standard deviations above its mean are allocated.
+        spread = 8 * math.sqrt(self.sample_rate * (1 - self.sample_rate) * size)
+        slots = min(size, math.ceil(self.sample_rate * size + spread) + len(labels))
+        order = drawn.cumsum(0)
+        slot = torch.where(drawn, order - 1, slots).clamp_max(slots)
+        rows = torch.full((slots + 1,), size, device=labels.device)
+        rows = rows.scatter_(0, slot, torch.arange(size, device=labels.device))[:-1]
+        empty = torch.arange(slots, device=labels.device) >= order[-1]
+        leaf = self._rows[rows].requires_grad_()
+        if torch.is_grad_enabled():
+            self._drawn.append((rows, leaf))
+        columns = slot[local.clamp(0, size - 1)]
+        return leaf, torch.where(here & (columns < slots), columns, -1), empty
+
+    def _drawn_gradient(self) -> tuple[Tensor, Tensor]:
+        """Rows drawn since the last step, each once (repeats point at the spare row), and their summed gradients."""
+        leaves = [(rows, leaf.grad) for rows, leaf in self._drawn if leaf.grad is not None]
+        if len(leaves) == 1:
+            return leaves[0]
+        rows = torch.cat([rows for rows, _ in leaves])
+        gradients = torch.cat([gradient for _, gradient in leaves])
+        index = torch.arange(len(rows), device=rows.device)
+        spare = len(self._rows) - 1
+        first = torch.full((spare + 1,), len(rows), device=rows.device).scatter_reduce_(0, rows, index, "amin")
+        owner = first[rows]
+        return torch.where(owner == index, rows, spare), torch.zeros_like(gradients).index_add_(0, owner, gradients)
+
+
+class _MarginSoftmax(torch.autograd.Function):
+    """Unit features, centres -> mean loss; target cosines and nearest other cosines come along without gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Tensor,
+        weight: Tensor,
+        columns: Tensor,
+        empty: Tensor | None,
+        margins: tuple[Tensor | float, Tensor | float, Tensor | float],
+        scale: float,
+        gamma: float,
+        product_dtype: torch.dtype,
+        head: MarginHead,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`unit` [N, D], `weight` [S, D], `columns` [N] in -1 .. S - 1, `empty` bool [S] or None."""
+        inverse = 1 / torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(_SMALLEST_NORM)
+        here = columns >= 0
+        target = (unit * _rows_of(weight, inverse, columns)).sum(1)
+        low = unit.to(product_dtype)
+        step = max(1, _BLOCK_ELEMENTS.get(unit.device.type, 1 << 24) // len(unit))
+        cosines = []
+        # -2 instead of -inf for "no other centre yet": differences stay finite, and no cosine is below it.
+        top = unit.new_full((len(unit),), -2.0)
+        total = unit.new_zeros(len(unit))
+        for start in range(0, len(weight), step):
+            stop = min(start + step, len(weight))
+            block = low @ _unit_block(weight, inverse, start, stop, product_dtype).T
+            if empty is not None:
+                block.masked_fill_(empty[start:stop], -math.inf)
+            _exclude(block, columns - start)
+            cosines.append(block)
+            new_top = torch.maximum(top, block.amax(1).to(unit.dtype))
+            total = total * ((top - new_top) * scale).exp()
+            total += torch.exp_((block.to(unit.dtype) - new_top[:, None]).mul_(scale)).sum(1)
+            top = new_top
+        parts = torch.stack([top, total, torch.where(here, target, -math.inf)])
+        parts = _all_gather(parts[None], head.group, head.world_size)
+        top, target = parts[:, 0].amax(0), parts[:, 2].amax(0)
+        log_others = torch.logsumexp(parts[:, 0] * scale + parts[:, 1].log(), 0)
+        value, derivative = margin_cosine(target, *margins)
+        value = torch.where(target.isinf(), -math.inf, value)  # clamped away above
+        logit, derivative = (value * scale).to(unit.dtype), derivative.to(unit.dtype)
+        # logsumexp(all) - logit, without cancellation where the crop is nearly certain.
+        entropy = torch.logaddexp(log_others - logit, torch.zeros_like(logit))
+        factor, focal_derivative = focal_factor(entropy, gamma)
+        loss = (factor * entropy).mean()
+        pull = derivative * torch.expm1(-entropy)  # d entropy / d target cosine / scale
+        coefficient = focal_derivative / len(unit)
+        # Saved this way, not as attributes, the cosines are freed by the backward pass.
+        ctx.save_for_backward(unit, weight, inverse, columns, entropy + logit, coefficient, pull, *cosines)
+        ctx.step, ctx.scale, ctx.product_dtype = step, scale, product_dtype
+        ctx.mark_non_differentiable(target, top)
+        ctx.set_materialize_grads(False)
+        return loss, target, top
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        """This rank's share of the features' gradient (its centres' part) and the whole gradient of its centres."""
+        unit, weight, inverse, columns, log_sum, coefficient, pull, *cosines = ctx.saved_tensors
+        with torch.autocast(unit.device.type, enabled=False):
+            coefficient = coefficient * (upstream * ctx.scale)
+            low = unit.to(ctx.product_dtype)
+            unit_gradient, weight_gradient = torch.zeros_like(unit), torch.empty_like(weight)
+            for start, cosine in zip(range(0, len(weight), ctx.step), cosines, strict=True):
+                stop = start + cosine.shape[1]
+                block = _unit_block(weight, inverse, start, stop, ctx.product_dtype)
+                share = torch.exp_(cosine.to(unit.dtype).mul_(ctx.scale).sub_(log_sum[:, None]))
+                share = share.mul_(coefficient[:, None]).to(ctx.product_dtype)
+                unit_gradient += share @ block
+                part = (share.T @ low).to(weight.dtype)
+                weight_gradient[start:stop] = _through_norm(part, weight[start:stop], inverse[start:stop])
+            here = (columns >= 0)[:, None]
+            target_gradient = (coefficient * pull)[:, None] * here
+            own = columns.clamp_min(0)
+            unit_gradient += target_gradient * _rows_of(weight, inverse, columns)
+            part = _through_norm(target_gradient * unit, weight[own], inverse[own])
+            weight_gradient.index_add_(0, own, part)
+        return unit_gradient, weight_gradient, *[None] * 7
+
+
+def _unit_block(weight: Tensor, inverse: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Normalised centres [stop - start, D] in the product's dtype."""
+    block = torch.empty((stop - start, weight.shape[1]), dtype=dtype, device=weight.device)
+    return torch.mul(weight[start:stop], inverse[start:stop], out=block)
+
+
+def _rows_of(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+    """Normalised centre of each crop [N, D]; arbitrary where the column is -1."""
+    own = columns.clamp_min(0)
+    return weight[own] * inverse[own]
+
+
+def _through_norm(gradient: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient for w from the gradient for w / |w|, row by row: the tangential part over the length."""
+    unit = weight * inverse
+    return (gradient - unit * (unit * gradient).sum(1, keepdim=True)) * inverse
+
+
+def _exclude(block: Tensor, columns: Tensor) -> None:
+    """Set block[i, columns[i]] to -inf where that column lies inside the block, without a mask of the block's size."""
+    width = block.shape[1]
+    index = columns.clamp(0, width - 1)[:, None]
+    inside = ((columns >= 0) & (columns < width))[:, None]
+    block.scatter_(1, index, torch.where(inside, -math.inf, block.gather(1, index)))
+
+
+def _degrees(cosine: Tensor) -> Tensor:
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+
+
+def _initial_centres(first: int, last: int, embedding_size: int, seed: int) -> Tensor:
+    """Normal centres [last - first, D] of identities first .. last - 1, the same however they are split."""
+    centres = torch.empty(last - first, embedding_size)
+    for block in range(first // _CENTRE_BLOCK, -(-last // _CENTRE_BLOCK)):
+        generator = torch.Generator().manual_seed(_hash(torch.tensor(block), seed, 0).item())
+        values = torch.randn(_CENTRE_BLOCK, embedding_size, generator=generator).mul_(CENTRE_STD)
+        start, stop = max(first, block * _CENTRE_BLOCK), min(last, (block + 1) * _CENTRE_BLOCK)
+        centres[start - first : stop - first] = values[start - block * _CENTRE_BLOCK : stop - block * _CENTRE_BLOCK]
+    return centres
+
+
+def _hash(numbers: Tensor, seed: int, step: int) -> Tensor:
+    """32-bit hashes in int64 of non-negative int64 numbers, the same on every device.
+
+    Two rounds of the multiply-xorshift mix 16-0x21f0aaad-15-0x735a2d97-15 (C. Wellons, "hash-prospector"); both
+    factors are below 2^31, so that int64 products of 32-bit numbers do not overflow.
+    """
+
+    def mix(x: Any) -> Any:
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        return x ^ (x >> 15)
+
+    key = mix((mix(seed & 0xFFFFFFFF) + step) & 0xFFFFFFFF)
+    return mix(mix((numbers ^ key) & 0xFFFFFFFF) ^ key)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows [n, k] of every rank as [n x world size, k]; the gradient is summed over ranks and scattered back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None, world_size: int) -> Tensor:
+        ctx.group, ctx.world_size = group, world_size
+        return _all_gather(rows, group, world_size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.world_size == 1:
+            return gradient, None, None
+        own = gradient.new_empty((len(gradient) // ctx.world_size, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None, None
+
+
+def _all_gather(rows: Tensor, group: dist.ProcessGroup | None, world_size: int) -> Tensor:
+    if world_size == 1:
+        return rows
+    gathered = rows.new_empty((len(rows) * world_size, *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
