@@ -16,6 +16,18 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
+_IMAGE_STARTS = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"GIF87a": ".gif",
+    b"GIF89a": ".gif",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    b"\0\0\0\x0cjP  \r\n": ".jp2",
+}
+
+
 class InputError(Exception):
     """Something the user gave cannot be used. The message names the file (or option) and the reason, in one line."""
 
@@ -111,6 +123,16 @@ def progress(total: int, description: str, *, initial: int = 0, unit: str = "it"
         mininterval=0.1 if interactive else 10.0,
         smoothing=0.1,
     )
+
+
+def image_suffix(data: bytes) -> str | None:
+    """`.jpg`, `.png`, ... by how encoded image data begins; None if it does not begin as an image file does."""
+    if data[:4] == b"RIFF":
+        return ".webp" if data[8:12] == b"WEBP" else None
+    for start, suffix in _IMAGE_STARTS.items():
+        if data.startswith(start):
+            return suffix
+    return None
 
 
 def choose_device(name: str) -> torch.device:
