@@ -1,0 +1,463 @@
+"""Any face model, one interface: 112x112 RGB crops in, features out.
+
+A model is worth nothing without the way it wants to be fed. So everything that is done to a crop on its way into the
+network (channel order, mean, standard deviation, range of the pixel values, whether the mirror image is added) is one
+`Preprocessing`, stated by the file or by the caller, printed with every result and exchangeable. Nothing is guessed
+silently: an ONNX model that says nothing about itself is refused until the caller says it.
+
+Three kinds of files are read: training checkpoints, plain state_dicts under the released key names, and ONNX models
+[N, 3, 112, 112] -> [N, D], with a free or a fixed batch. Files that hold code (whole pickled modules) are refused.
+
+What an ONNX file can say of itself, in its metadata, each a text, everything but the first two as JSON:
+
+    format       face-embedding-1
+    channels     rgb or bgr
+    mean, std    lists of three numbers, in the order of `channels`, in units of `pixel_range`; where the graph itself
+                 normalises, this is what remains to be done outside: 0, 1 and a range of 255
+    pixel_range  1 or 255: what white is before mean and std are applied
+    mirror       "caller" (whoever calls adds the features of the mirror image), "graph" (the graph does) or "none"
+    threshold    {"cosine", "far", "far_interval", "impostor_pairs", "data"}: from which cosine on two crops count as
+                 one person, and what was measured there; optional
+    figures      accuracy and so on as measured at export; optional
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+import utils
+from models import CROP_SIZE, MEAN, STD, network_from_state
+from utils import InputError
+
+METADATA_FORMAT = "face-embedding-1"
+BATCH_SIZE = 64
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a uint8 RGB crop becomes the input of a network: (pixel / 255 * pixel_range - mean) / std.
+
+    `mean` and `std` are in the order of `channels` and in units of `pixel_range` (1 or 255). `mirror`: the feature is
+    the sum of the features of the crop and of its mirror image. The defaults are those of this repository's networks.
+    """
+
+    channels: str = "rgb"
+    mean: Triple = MEAN
+    std: Triple = STD
+    pixel_range: float = 1.0
+    mirror: bool = True
+
+    def __post_init__(self) -> None:
+        if self.channels not in ("rgb", "bgr"):
+            raise InputError(f"channels {self.channels!r} is neither rgb nor bgr")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(np.isfinite(values)):
+                raise InputError(f"{name} {values} is not three finite numbers")
+        if min(self.std) <= 0:
+            raise InputError(f"std {self.std} has to be above zero")
+        if self.pixel_range not in (1, 255):
+            raise InputError(f"pixel range {self.pixel_range} is neither 1 nor 255")
+
+    def __call__(self, crops: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB [N, H, W, 3] -> float32 [N, 3, H, W] on the same device, channels last in memory."""
+        if self.channels == "bgr":
+            crops = crops.flip(3)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=crops.device)
+        std = torch.tensor(self.std, dtype=torch.float32, device=crops.device)
+        pixels = crops.to(torch.float32) * (self.pixel_range / 255)
+        return ((pixels - mean) / std).permute(0, 3, 1, 2)
+
+    def to_metadata(self, *, mirror_in_graph: bool = False) -> dict[str, str]:
+        """The keys of the module's docstring that concern the input; `mirror_in_graph` for a graph that mirrors."""
+        mirror = "graph" if mirror_in_graph else "caller" if self.mirror else "none"
+        return {
+            "format": METADATA_FORMAT,
+            "channels": self.channels,
+            "mean": json.dumps(list(self.mean)),
+            "std": json.dumps(list(self.std)),
+            "pixel_range": json.dumps(self.pixel_range),
+            "mirror": json.dumps(mirror),
+        }
+
+
+class Model(Protocol):
+    """What runs: `run` maps a normalised float32 batch [n, 3, 112, 112] to float32 features [n, D]."""
+
+    device: torch.device
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor: ...
+
+
+class Embedder:
+    """A model together with the way it is fed.
+
+    `name`: what it is called in reports. `sha256`: of the weight file (None for a network that came from memory);
+    of the model file followed by its external data files where an ONNX model has such. `metadata`: what an ONNX file
+    says of itself, JSON decoded, otherwise empty. `engine`: what computes it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        preprocessing: Preprocessing,
+        *,
+        name: str,
+        sha256: str | None,
+        engine: str,
+        batch_size: int = BATCH_SIZE,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch size {batch_size} is below 1")
+        self.model = model
+        self.preprocessing = preprocessing
+        self.name = name
+        self.sha256 = sha256
+        self.engine = engine
+        self.batch_size = batch_size
+        self.metadata = dict(metadata or {})
+        self._dim: int | None = None
+
+    @classmethod
+    def from_network(
+        cls,
+        network: nn.Module,
+        device: torch.device | str,
+        *,
+        preprocessing: Preprocessing | None = None,
+        name: str = "network",
+        sha256: str | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> "Embedder":
+        """Embed with a network in memory, which may be in the middle of its training.
+
+        The network is neither copied nor moved: `device` is where it is. While features are computed it is in
+        evaluation mode; before `features` returns, each of its modules is back in the mode it was found in. Random
+        number generators are not touched.
+        """
+        model = _NetworkModel(network, torch.device(device))
+        preprocessing = preprocessing or Preprocessing()
+        return cls(model, preprocessing, name=name, sha256=sha256, engine="pytorch", batch_size=batch_size)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a feature. Asked for the first time before any features were computed, it costs one crop."""
+        if self._dim is None:
+            self._dim = self.features(np.zeros((1, CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)).shape[1]
+        return self._dim
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A hash of all that decides the features: weights, preprocessing, engine. None without a weight file."""
+        if self.sha256 is None:
+            return None
+        recipe = [self.sha256, self.engine, dataclasses.astuple(self.preprocessing)]
+        return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+
+    def with_preprocessing(self, **changes: Any) -> "Embedder":
+        """The same model, fed differently: `channels`, `mean`, `std`, `pixel_range` or `mirror` replaced."""
+        other = copy.copy(self)
+        other.preprocessing = dataclasses.replace(self.preprocessing, **changes)
+        return other
+
+    def features(self, crops: np.ndarray) -> np.ndarray:
+        """uint8 RGB crops [N, 112, 112, 3] -> float32 features [N, D], not normalised, mirror image included.
+
+        Values are passed on as the model gives them, NaN included: whoever knows the names of the crops reports them.
+        """
+        if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != (CROP_SIZE, CROP_SIZE, 3):
+            raise ValueError(f"crops are {crops.dtype} {crops.shape}, not uint8 [N, {CROP_SIZE}, {CROP_SIZE}, 3]")
+        if len(crops) == 0:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        rows = []
+        with self._evaluating():
+            for start in range(0, len(crops), self.batch_size):
+                chunk = torch.from_numpy(np.ascontiguousarray(crops[start : start + self.batch_size]))
+                rows.append(self._batch(chunk.to(self.model.device)))
+        features = np.concatenate(rows)
+        self._dim = features.shape[1]
+        return features
+
+    def _batch(self, crops: torch.Tensor) -> np.ndarray:
+        batch = self.preprocessing(crops)
+        feature = self.model.run(batch)
+        if self.preprocessing.mirror:
+            feature = feature + self.model.run(batch.flip(3))
+        return feature.cpu().numpy()
+
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        network = getattr(self.model, "network", None)
+        return contextlib.nullcontext() if network is None else _evaluation_mode(network)
+
+    def describe(self) -> dict[str, Any]:
+        """What a report has to say about the model, ready for JSON."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "engine": self.engine,
+            "device": str(self.model.device),
+            "dim": self.dim,
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "metadata": self.metadata,
+        }
+
+
+def normalise(features: np.ndarray) -> np.ndarray:
+    """Features [N, D] -> embeddings [N, D] float64 of length 1. A zero or non-finite feature gives a row of NaN."""
+    features = features.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Dividing by the largest value first keeps the squares of float32's whole range finite.
+        features = features / np.abs(features).max(axis=1, keepdims=True, initial=0)
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def load_embedder(
+    checkpoint: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+    channels: str | None = None,
+    pixel_range: float | None = None,
+    mirror: bool | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Embedder:
+    """Load a training checkpoint, a plain state_dict under the released key names, or an ONNX model.
+
+    What is None is taken from the file: from the metadata of an ONNX model; a checkpoint of this repository's
+    networks means `Preprocessing`'s defaults. A value given replaces those defaults, but one that contradicts the
+    file's own metadata is refused, as is an ONNX model without metadata as long as `mean` and `std` are not given
+    (`channels` is then rgb if not given). Where `pixel_range` is not given with `mean` and `std`, a mean or a
+    standard deviation above 1 tells that they are meant for pixels up to 255.
+
+    Raises InputError, naming the file, for anything that cannot be used.
+    """
+    path = Path(checkpoint)
+    given = {"channels": channels, "mean": mean, "std": std, "pixel_range": pixel_range, "mirror": mirror}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in ("mean", "std"):
+        if key in given:
+            given[key] = tuple(float(value) for value in given[key])
+    if path.suffix.lower() == ".onnx":
+        return _load_onnx(path, torch.device(device), given, batch_size)
+    preprocessing = dataclasses.replace(Preprocessing(), **_with_pixel_range(given))
+    network = _load_network(path).to(device, memory_format=torch.channels_last)
+    return Embedder.from_network(
+        network,
+        device,
+        preprocessing=preprocessing,
+        name=path.name,
+        sha256=utils.sha256_of(path),
+        batch_size=batch_size,
+    )
+
+
+def _with_pixel_range(given: dict[str, Any]) -> dict[str, Any]:
+    if "pixel_range" in given or not ("mean" in given and "std" in given):
+        return given
+    return given | {"pixel_range": 255.0 if max(*given["mean"], *given["std"]) > 1 else 1.0}
+
+
+# --- this repository's networks -------------------------------------------------------------------------------------
+
+
+class _NetworkModel:
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network = network
+        self.device = device
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        # A caller's autocast would halve the precision of what is being measured.
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return self.network(batch).float()
+
+
+@contextlib.contextmanager
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the whole network; afterwards each module is in its own earlier mode again.
+
+    Not `network.train(before)`: that would wake modules that their owner has frozen.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _load_network(path: Path) -> nn.Module:
+    content = utils.load_checkpoint(path)
+    state = content["model"] if "format" in content else content
+    try:
+        return network_from_state(state)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+# --- ONNX -----------------------------------------------------------------------------------------------------------
+
+_ONNX_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class _OnnxModel:
+    """An onnxruntime session. A fixed batch is filled up with zeros; its surplus rows are dropped."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        import onnxruntime  # 0.3 s that nobody but the users of .onnx files should pay
+
+        self.path = path
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors only: warnings about unused initialisers say nothing to a user
+        cuda = device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if cuda:
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            raise InputError(f"{path}: onnxruntime cannot load it: {_first_line(error)}") from error
+        self.engine = f"onnxruntime {onnxruntime.__version__} {self.session.get_providers()[0]}"
+        # Batches are handed over in main memory, whatever the provider does with them.
+        self.device = torch.device("cpu")
+        self.input_name, self.dtype, self.batch = self._check_input()
+        self.output_name = self._check_output()
+
+    def _check_input(self) -> tuple[str, type, int | None]:
+        inputs = self.session.get_inputs()
+        if len(inputs) != 1:
+            names = ", ".join(entry.name for entry in inputs)
+            raise InputError(f"{self.path}: has {len(inputs)} inputs ({names}), not one batch of crops")
+        shape, kind = inputs[0].shape, inputs[0].type
+        wanted = (3, CROP_SIZE, CROP_SIZE)
+        fits = len(shape) == 4 and all(
+            not isinstance(found, int) or found == size for found, size in zip(shape[1:], wanted, strict=True)
+        )
+        if not fits:
+            raise InputError(f"{self.path}: its input is {shape}, not [N, 3, {CROP_SIZE}, {CROP_SIZE}]")
+        if kind not in _ONNX_INPUTS:
+            raise InputError(f"{self.path}: its input is {kind}, not one of {', '.join(_ONNX_INPUTS)}")
+        return inputs[0].name, _ONNX_INPUTS[kind], shape[0] if isinstance(shape[0], int) else None
+
+    def _check_output(self) -> str:
+        outputs = self.session.get_outputs()
+        matrices = [entry.name for entry in outputs if len(entry.shape) == 2]
+        if len(matrices) != 1:
+            found = ", ".join(f"{entry.name} {entry.shape}" for entry in outputs)
+            raise InputError(f"{self.path}: needs exactly one output [N, D]; it has {found}")
+        return matrices[0]
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        array = np.ascontiguousarray(batch.numpy(), dtype=self.dtype)
+        size = self.batch or len(array)
+        rows = [self._run_batch(array[start : start + size], size) for start in range(0, len(array), size)]
+        return torch.from_numpy(np.concatenate(rows))
+
+    def _run_batch(self, array: np.ndarray, size: int) -> np.ndarray:
+        count = len(array)
+        if count < size:
+            array = np.concatenate([array, np.zeros((size - count, *array.shape[1:]), dtype=array.dtype)])
+        try:
+            (features,) = self.session.run([self.output_name], {self.input_name: array})
+        except Exception as error:  # as above
+            raise InputError(f"{self.path}: onnxruntime cannot run it: {_first_line(error)}") from error
+        if features.shape[0] != size:
+            raise InputError(f"{self.path}: gives {features.shape[0]} rows for {size} crops")
+        return features[:count].astype(np.float32)
+
+
+def _load_onnx(path: Path, device: torch.device, given: dict[str, Any], batch_size: int) -> Embedder:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    model = _OnnxModel(path, device)
+    texts = model.session.get_modelmeta().custom_metadata_map
+    metadata = _read_metadata(path, texts) if texts.get("format") == METADATA_FORMAT else {}
+    preprocessing = _stated(path, metadata, given) if metadata else _unstated(path, given)
+    return Embedder(
+        model,
+        preprocessing,
+        name=path.name,
+        sha256=_onnx_sha256(path),
+        engine=model.engine,
+        batch_size=batch_size,
+        metadata=metadata,
+    )
+
+
+def _read_metadata(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    plain = ("format", "channels")
+    try:
+        metadata = {key: text if key in plain else json.loads(text) for key, text in texts.items()}
+    except ValueError as error:
+        raise InputError(f"{path}: its metadata is not JSON: {error}") from error
+    for key in ("channels", "mean", "std", "pixel_range", "mirror"):
+        if key not in metadata:
+            raise InputError(f"{path}: its metadata lacks {key!r}")
+    if metadata["mirror"] not in ("caller", "graph", "none"):
+        raise InputError(f"{path}: its metadata has mirror {metadata['mirror']!r}, not caller, graph or none")
+    return metadata
+
+
+def _stated(path: Path, metadata: dict[str, Any], given: dict[str, Any]) -> Preprocessing:
+    """Preprocessing of a model that describes itself; options may repeat what it says, not contradict it."""
+    stated = {
+        "channels": metadata["channels"],
+        "mean": tuple(metadata["mean"]),
+        "std": tuple(metadata["std"]),
+        "pixel_range": float(metadata["pixel_range"]),
+    }
+    for key, value in stated.items():
+        if key in given and given[key] != value:
+            raise InputError(f"{path}: its metadata says {key} {value}, the option says {given[key]}; leave it out")
+    if metadata["mirror"] == "graph" and given.get("mirror") is False:
+        raise InputError(f"{path}: adds the mirror image inside its graph; it cannot be had without")
+    mirror = metadata["mirror"] == "caller"
+    if metadata["mirror"] != "graph":
+        mirror = given.get("mirror", mirror)
+    try:
+        return Preprocessing(**stated, mirror=mirror)
+    except InputError as error:
+        raise InputError(f"{path}: its metadata: {error}") from error
+
+
+def _unstated(path: Path, given: dict[str, Any]) -> Preprocessing:
+    missing = [f"--{key}" for key in ("mean", "std") if key not in given]
+    if missing:
+        raise InputError(
+            f"{path}: does not say how it is to be fed; give {' and '.join(missing)} (models of InsightFace: "
+            "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --channels rgb)"
+        )
+    return dataclasses.replace(Preprocessing(), **_with_pixel_range(given))
+
+
+def _onnx_sha256(path: Path) -> str:
+    """SHA-256 of the file, followed by the files beside it that hold its weights, in the order of their names."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    names = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    if not names:
+        return utils.sha256_of(path)
+    digest = hashlib.sha256()
+    for part in (path, *(path.parent / name for name in sorted(names))):
+        digest.update(part.read_bytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
