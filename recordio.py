@@ -15,11 +15,9 @@ of 4. Where the magic stands at a payload offset divisible by 4 the writer split
 from the file and numbers the parts cflag 1, 2, ..., 2, 3; an unsplit record has cflag 0.
 """
 
-import contextlib
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -36,7 +34,7 @@ _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")  # mxnet/recordio.py: IRHeader(flag, label, id, id2)
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)  # cflag
 _MAX_HINT = 1 << 16  # bytes read at once before the frame's own length is known
-_INDEX_BLOCK = 1 << 23  # bytes of .idx text parsed at once
+_INDEX_BLOCK = 1 << 20  # bytes of .idx text parsed at once
 FLOAT32_EXACT = 1 << 24  # labels are float32: larger integers are rounded
 _SAMPLES = 64  # images compared with the identity records when a set is opened
 _QUIET_SCAN = 200_000  # a scan of fewer records is over before a progress bar would be of use
@@ -108,7 +106,8 @@ def frame(record: bytes) -> bytes:
 
 def _parse_index_block(block: bytes, path: Path, first_line: int) -> np.ndarray:
     """Key and offset of each line of a block of whole lines (ending in a newline): int64 [n, 2]."""
-    block = block.replace(b"\r\n", b"\n")
+    if b"\r" in block:
+        block = block.replace(b"\r\n", b"\n")
     lines = block.count(b"\n")
     shape_is_right = block.translate(None, b"0123456789") == b"\t\n" * lines
     if shape_is_right and not (block[:1] == b"\t" or b"\n\t" in block or b"\t\n" in block):
@@ -130,26 +129,25 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     (blank lines, blanks for TAB, signs, fractions) and for a key that stands twice, since either line may be wrong.
     """
     path = Path(path)
-    blocks = []
-    line = 1
+    keys, offsets = np.empty(0, np.int64), np.empty(0, np.int64)
+
+    def append(block: bytes) -> None:
+        pairs = _parse_index_block(block, path, len(keys) + 1)
+        for column, values in ((keys, pairs[:, 0]), (offsets, pairs[:, 1])):
+            column.resize(len(column) + len(values), refcheck=False)  # grows in place: never two copies in memory
+            column[-len(values) :] = values
+
     with open(path, "rb") as file:
         tail = b""
         while block := file.read(_INDEX_BLOCK):
-            head, newline, rest = (tail + block).rpartition(b"\n")
-            tail = rest
+            head, newline, tail = (tail + block).rpartition(b"\n")
             if newline:
-                blocks.append(_parse_index_block(head + newline, path, line))
-                line += len(blocks[-1])
+                append(head + newline)
             elif len(tail) > _INDEX_BLOCK:
-                raise InputError(f"{path}: line {line}: longer than {_INDEX_BLOCK} bytes; not an .idx")
+                raise InputError(f"{path}: line {len(keys) + 1}: longer than {_INDEX_BLOCK} bytes; not an .idx")
         if tail:
-            blocks.append(_parse_index_block(tail.removesuffix(b"\r") + b"\n", path, line))
-    pairs = np.concatenate(blocks) if blocks else np.empty((0, 2), np.int64)
-    blocks.clear()
-    keys, offsets = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
-    del pairs
-    steps = np.diff(keys)
-    if np.all(steps > 0):
+            append(tail.removesuffix(b"\r") + b"\n")
+    if np.all(keys[1:] > keys[:-1]):
         return keys, offsets
     order = np.argsort(keys, kind="stable")
     keys, offsets = keys[order], offsets[order]
@@ -158,6 +156,35 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         first, second = order[twice[0]] + 1, order[twice[0] + 1] + 1
         raise InputError(f"{path}: key {keys[twice[0]]} stands twice, in lines {first} and {second}")
     return keys, offsets
+
+
+class _Keys:
+    """Ascending keys, int64 [n]. Those that count upwards by one, as in almost every set, take no memory."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.first = int(keys[0]) if len(keys) else 0
+        self.count = len(keys)
+        counts_up = self.count == 0 or int(keys[-1]) - self.first == self.count - 1
+        self._stored = None if counts_up else keys
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, position: int) -> int:
+        if not 0 <= position < self.count:
+            raise IndexError(f"{position} is not in 0 .. {self.count - 1}")
+        return self.first + position if self._stored is None else int(self._stored[position])
+
+    def position(self, key: int) -> int | None:
+        """Where `key` stands, or None."""
+        if self._stored is None:
+            position = key - self.first
+            return position if 0 <= position < self.count else None
+        position = int(np.searchsorted(self._stored, key))
+        return position if position < self.count and self._stored[position] == key else None
+
+    def array(self) -> np.ndarray:
+        return np.arange(self.first, self.first + self.count) if self._stored is None else self._stored
 
 
 class RecordReader:
@@ -185,24 +212,19 @@ class RecordReader:
 
     def _open(self) -> None:
         self._descriptor = -1
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if not os.path.isfile(self.path):  # noqa: PTH113 - also true through a symlink
-            os.close(descriptor)
-            raise InputError(f"{self.path}: not a file")
-        self._descriptor = descriptor
-        self.size = os.fstat(descriptor).st_size
-        with contextlib.suppress(OSError, AttributeError):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file")
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._descriptor).st_size
 
     def _take_index(self, keys: np.ndarray, offsets: np.ndarray) -> None:
-        self._first_key = int(keys[0]) if len(keys) else 0
-        counts_up = len(keys) == 0 or int(keys[-1]) - self._first_key == len(keys) - 1
-        self._keys = None if counts_up else keys
+        self._keys = _Keys(keys)
         self._offsets = offsets
         self._stops = None  # where each record must have ended: the next offset of the .idx in the order of the file
         if len(offsets) and not np.all(offsets[1:] > offsets[:-1]):
             bounds = np.append(np.unique(offsets), self.size)
             self._stops = bounds[np.searchsorted(bounds[:-1], offsets, side="right")]
+        self.unlisted = 0  # records after the last one of the .idx, as far as `check_index` has found them
         self._views()
 
     def _views(self) -> None:
@@ -243,9 +265,7 @@ class RecordReader:
     @property
     def keys(self) -> np.ndarray:
         """All keys, int64 [n], ascending (whatever the order of the lines)."""
-        if self._keys is not None:
-            return self._keys
-        return np.arange(self._first_key, self._first_key + len(self))
+        return self._keys.array()
 
     @property
     def offsets(self) -> np.ndarray:
@@ -253,18 +273,11 @@ class RecordReader:
         return self._offsets
 
     def __contains__(self, key: int) -> bool:
-        return self._position(key) is not None
-
-    def _position(self, key: int) -> int | None:
-        if self._keys is None:
-            position = key - self._first_key
-            return position if 0 <= position < len(self._offsets) else None
-        position = int(np.searchsorted(self._keys, key))
-        return position if position < len(self._keys) and self._keys[position] == key else None
+        return self._keys.position(key) is not None
 
     def position(self, key: int) -> int:
         """Where `key` stands in `keys` and `offsets`."""
-        position = self._position(key)
+        position = self._keys.position(key)
         if position is None:
             raise InputError(f"{self.idx_path or self.path}: no record with key {key}")
         return position
@@ -306,24 +319,27 @@ class RecordReader:
             )
         if offset % 4:
             self.fail(key, offset, "the .idx points to an offset that is not a multiple of 4; no record starts there")
+        record, end = self._join(offset, key)
+        if end > stop:
+            self.fail(key, offset, f"its length leads to offset {end}, past the start of the next record at {stop}")
+        if end < stop < self.size and self._fetch(end, 4) != MAGIC:
+            self.fail(key, offset, f"its length leads to offset {end}, where no record starts")
+        return record
+
+    def _join(self, offset: int, key: int | str) -> tuple[bytes, int]:
+        """The record at `offset`, its parts joined, and the offset after it."""
         parts: list[bytes] = []
         at = offset
         while True:
             cflag, length = self._frame_at(at, key, offset)
             expected = (_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST)
             if cflag not in expected:
-                self.fail(
-                    key, offset, f"part {len(parts) + 1} has flag {cflag}, expected {expected[0]} or {expected[1]}"
-                )
+                reason = f"part {len(parts) + 1} has flag {cflag}, expected {expected[0]} or {expected[1]}"
+                self.fail(key, offset, reason)
             parts.append(self._fetch(at + 8, length))
             at += 8 + length + (-length & 3)
-            if at > stop:
-                self.fail(key, offset, f"its length leads to offset {at}, past the start of the next record at {stop}")
             if cflag in (_WHOLE, _LAST):
-                break
-        if at < stop < self.size and self._fetch(at, 4) != MAGIC:
-            self.fail(key, offset, f"its length leads to offset {at}, where no record starts")
-        return MAGIC.join(parts)
+                return MAGIC.join(parts), at
 
     def _frame_at(self, at: int, key: int | str, offset: int) -> tuple[int, int]:
         """Flag and length of the frame at `at`, which lies wholly inside the file."""
@@ -384,25 +400,12 @@ class RecordReader:
         offsets = np.sort(self._offsets) if self.idx_path is not None else np.empty(0, np.int64)
         while at < self.size:
             start = at
-            parts: list[bytes] = []
-            while True:
-                cflag, length = self._frame_at(at, f"number {number}", start)
-                expected = (_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST)
-                if cflag not in expected:
-                    self.fail(
-                        f"number {number}",
-                        start,
-                        f"part {len(parts) + 1} has flag {cflag}, expected {expected[0]} or {expected[1]}",
-                    )
-                parts.append(self._fetch(at + 8, length))
-                at += 8 + length + (-length & 3)
-                if cflag in (_WHOLE, _LAST):
-                    break
+            record, at = self._join(start, f"number {number}")
             while listed < len(offsets) and offsets[listed] <= start:
                 if offsets[listed] < start:
                     self._fail_index(offsets[listed], "where no record starts")
                 listed += 1
-            yield start, MAGIC.join(parts)
+            yield start, record
             number += 1
         if listed < len(offsets):
             self._fail_index(
@@ -430,9 +433,10 @@ class RecordReader:
         """Compare the `.idx` with the file as far as that goes without touching every record.
 
         Raises `InputError` for offsets outside the file or not divisible by 4, for two keys with one offset, for a
-        last record that is cut off and for bytes after it.
+        last record that is cut off and for bytes after it. Whole records there are counted in `unlisted`.
         """
         offsets = self._offsets
+        self.unlisted = 0
         if not len(offsets):
             if self.size:
                 raise InputError(f"{self.path}: {self.size} bytes, but {self.idx_path} lists no record")
@@ -465,30 +469,35 @@ class RecordReader:
         """The physically last record of the .idx must be whole, and only whole records may follow it."""
         key = int(self.keys[last])
         self._read(last, key)
-        at = self._offset_at[last]
+        _, at = self._join(self._offset_at[last], key)
         while at < self.size:
             try:
-                _, length = self._frame_at(at, key, at)
+                _, at = self._join(at, key)
             except InputError as error:
                 raise InputError(
                     f"{self.path}: {self.size - at} bytes after the last record (key {key}) are no record"
                 ) from error
-            at += 8 + length + (-length & 3)
+            self.unlisted += 1
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Which keys are images, and their labels, both int64 [n]."""
 
     keys: np.ndarray
     labels: np.ndarray
 
 
-def _whole_numbers(label: np.ndarray) -> list[int] | None:
-    """The labels as Python integers, None if one of them is not a whole number."""
-    if not np.all(np.isfinite(label)) or np.any(label != np.floor(label)):
+def _range_of(record: bytes) -> tuple[int, int] | None:
+    """The two numbers of a header or identity record; None if it has not two labels or they are not whole numbers."""
+    if len(record) < _HEADER.size + 8 or _HEADER.unpack_from(record)[0] != 2:
         return None
-    return [int(value) for value in label]
+    first, end = struct.unpack_from("<2f", record, _HEADER.size)
+    return (int(first), int(end)) if first.is_integer() and end.is_integer() else None
+
+
+def _sample(count: int) -> list[int]:
+    """Up to `_SAMPLES` positions spread evenly over 0 .. count-1, both ends included."""
+    return np.unique(np.linspace(0, count - 1, _SAMPLES).astype(np.int64)).tolist()
 
 
 class CropSet:
@@ -514,17 +523,24 @@ class CropSet:
         if len(self.reader) == 0:
             raise InputError(f"{self.path}: holds no records")
         layout = self._from_header() or self._from_images(self.reader.keys)
-        self.keys, self.labels = layout.keys, layout.labels
+        self._keys, self.labels = _Keys(layout.keys), layout.labels
         self.identities = self._count_identities()
         self._ids_are_keys = self._compare_ids()
+        if self.reader.unlisted:
+            self.notes.append(f"{self.reader.unlisted} records follow the last one of {self.reader.idx_path}; not used")
         self._check_property()
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def keys(self) -> np.ndarray:
+        """The RecordIO key of each image, int64 [n]."""
+        return self._keys.array()
+
     def read(self, index: int) -> tuple[bytes, int]:
         """Payload (the encoded crop) and label of image `index` in 0 .. len-1. Raises `InputError` if it is damaged."""
-        key = int(self.keys[index])
+        key = self._keys[index]
         record = self.reader.read(key)
         label = int(self.labels[index])
         start, own, id = self._header_of(record, len(record), key)
@@ -549,45 +565,47 @@ class CropSet:
             self._fail(key, "holds no image")
         return start, struct.unpack_from("<f", record, _HEADER.size)[0] if flag else label, id
 
+    def _peek(self, key: int) -> tuple[float, int]:
+        """The first label and the id of an image."""
+        head, length = self.reader.peek(key)
+        return self._header_of(head, length, key)[1:]
+
     def _from_header(self) -> _Layout | None:
         """The layout that record 0 describes; None if record 0 is absent or an image."""
         if 0 not in self.reader:
             return None
         record = self.reader.read(0)
-        try:
-            header, payload = unpack(record)
-        except ValueError as error:
-            self._fail(0, str(error))
-        if header.flag != 2 or payload:
+        if len(record) != _HEADER.size + 8 or _HEADER.unpack_from(record)[0] != 2:
             return None
-        bounds = _whole_numbers(header.label)
+        bounds = _range_of(record)
         if bounds is None or not 1 < bounds[0] < bounds[1]:
-            self._fail(0, f"the header's range {header.label.tolist()} is not that of images and identities")
+            numbers = list(struct.unpack_from("<2f", record, _HEADER.size))
+            self._fail(0, f"the header's numbers {numbers} are not the first identity's key and the end of the keys")
         first, end = bounds
-        if max(first, end) >= FLOAT32_EXACT:
+        if end >= FLOAT32_EXACT:
             return self._from_frame_sizes(end)
-        if end - 1 not in self.reader or len(self.reader) < end:
-            keys = self.reader.keys
-            missing = int(np.setdiff1d(np.arange(end), keys)[0])
-            self._fail(0, f"the header announces the keys 0 .. {end - 1}, but the .idx has no key {missing}")
-        last = int(self.reader.keys[-1])
-        if last >= end:
+        keys = self.reader.keys
+        gap = np.flatnonzero(keys != np.arange(len(keys)))
+        if len(gap) or len(keys) < end:
+            missing = int(gap[0]) if len(gap) else len(keys)
+            self._fail(
+                0, f"the header announces the keys 0 .. {end - 1}, but {self.reader.idx_path} has no key {missing}"
+            )
+        if len(keys) > end:
             # Writers that took b for the last identity instead of one past it exist; the ranges must still fit.
-            self.notes.append(f"the header ends the identities before key {end}, the .idx goes on to key {last}")
-        return self._from_identities(first, len(self.reader))
+            self.notes.append(
+                f"the header ends the identities before key {end}, the .idx goes on to key {len(keys) - 1}"
+            )
+        return self._from_identities(first, len(keys))
 
     def _from_identities(self, first: int, end: int) -> _Layout:
         ranges = np.empty((end - first, 2), np.int64)
         for row, key in enumerate(range(first, end)):
-            try:
-                header, _ = unpack(self.reader.read(key))
-            except ValueError as error:
-                self._fail(key, str(error))
-            bounds = _whole_numbers(header.label) if header.flag == 2 else None
+            bounds = _range_of(self.reader.read(key))
             if bounds is None:
-                self._fail(key, f"not an identity record: flag {header.flag}, label {header.label[:4].tolist()}")
+                self._fail(key, "is not an identity record, which has two whole numbers as its label")
             if not 1 <= bounds[0] <= bounds[1] <= first:
-                self._fail(key, f"the identity's range {bounds} leaves the images 1 .. {first - 1}")
+                self._fail(key, f"the identity's range {list(bounds)} leaves the images 1 .. {first - 1}")
             if bounds[0] == bounds[1]:
                 self._fail(key, f"identity {row} has no images")
             ranges[row] = bounds
@@ -606,12 +624,11 @@ class CropSet:
 
     def _confirm(self, layout: _Layout) -> _Layout:
         """Compare a sample of the images with their identity records."""
-        sample = np.unique(np.linspace(0, len(layout.keys) - 1, _SAMPLES).astype(np.int64))
+        sample = _sample(len(layout.keys))
         wrong = []
         for index in sample:
             key = int(layout.keys[index])
-            head, length = self.reader.peek(key)
-            label = self._header_of(head, length, key)[1]
+            label = self._peek(key)[0]
             if label != layout.labels[index]:
                 wrong.append((key, label, int(layout.labels[index])))
         if not wrong:
@@ -644,8 +661,7 @@ class CropSet:
         bar = None if quiet else utils.progress(len(keys), f"labels of {self.name}", unit="record")
         for done, index in enumerate(order.tolist(), 1):
             key = int(keys[index])
-            head, length = self.reader.peek(key)
-            label = self._header_of(head, length, key)[1]
+            label = self._peek(key)[0]
             if not 0 <= label < FLOAT32_EXACT or label != int(label):
                 self._fail(key, f"its label {label:g} is not the number of an identity")
             labels[index] = int(label)
@@ -673,13 +689,9 @@ class CropSet:
 
     def _compare_ids(self) -> bool:
         """Whether the records' ids are their keys, as in most sets; then a single exception is a wrong .idx line."""
-        sample = np.unique(np.linspace(0, len(self) - 1, _SAMPLES).astype(np.int64))
-        wrong = []
-        for key in self.keys[sample].tolist():
-            head, length = self.reader.peek(key)
-            id = self._header_of(head, length, key)[2]
-            if id != key:
-                wrong.append((key, id))
+        sample = _sample(len(self))
+        keys = [self._keys[index] for index in sample]
+        wrong = [(key, id) for key in keys if (id := self._peek(key)[1]) != key]
         if wrong and len(wrong) * 4 < len(sample):
             key, id = wrong[0]
             self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
