@@ -436,7 +436,7 @@ def _cached_features(embedder: Embedder, crops: np.ndarray, cache_dir: Path | No
     fingerprint = embedder.fingerprint
     if cache_dir is None or fingerprint is None:
         return embedder.features(crops)
-    key = hashlib.sha256(fingerprint.encode() + np.ascontiguousarray(crops)).hexdigest()
+    key = hashlib.sha256(fingerprint.encode() + crops.tobytes()).hexdigest()
     path = cache_dir / "features" / f"{key}.npy"
     if path.is_file():
         return np.load(path, allow_pickle=False)

@@ -1,0 +1,129 @@
+"""What all pictures of this repository share: one look, and files written whole or not at all.
+
+Charts are drawn with matplotlib's Agg and SVG canvases directly, without pyplot: no window system, no global list of
+figures, so a training run that draws every epoch does not grow. The same data gives the same bytes.
+
+    with figures.drawing(folder / "roc", 7, 5) as figure:
+        axes = figure.add_subplot(xlabel="false accept rate", ylabel="true accept rate")
+        axes.plot(...)
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager, ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+import utils
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#000000",
+)
+COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK)
+
+_LOOK = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "text.parse_math": False,  # names of people and files may hold dollar signs
+    "svg.hashsalt": "figures",  # otherwise element names are random
+}
+DPI = 150
+
+
+@contextlib.contextmanager
+def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of `width` x `height` inches; afterwards write it to `path`.png and `path`.svg.
+
+    Nothing is written when drawing raises.
+    """
+    path = Path(path)
+    with matplotlib.rc_context(_LOOK):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            with utils.atomic_path(path.with_name(path.name + suffix)) as temporary:
+                figure.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=metadata)
+
+
+def log_rate_axis(axes: Axes, lowest: float, *, axis: str = "x") -> None:
+    """Make an axis a logarithmic scale of rates from `lowest` to 1, ticks written as 0.001, 0.01, ... 1."""
+    scale = axes.set_xscale if axis == "x" else axes.set_yscale
+    limits = axes.set_xlim if axis == "x" else axes.set_ylim
+    scale("log")
+    limits(lowest, 1.0)
+    which = axes.xaxis if axis == "x" else axes.yaxis
+    which.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    which.set_minor_formatter(ticker.NullFormatter())
+
+
+# --- sheets of pictures ---------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib, in pixels."""
+    properties = font_manager.FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")
+    return ImageFont.truetype(font_manager.findfont(properties), size)
+
+
+def draw_text(
+    canvas: Image.Image,
+    xy: tuple[int, int],
+    text: str,
+    *,
+    size: int = 13,
+    width: int | None = None,
+    colour: str = "black",
+    bold: bool = False,
+) -> None:
+    """Write one line with its upper left corner at `xy`; what does not fit into `width` pixels ends in an ellipsis."""
+    face = font(size, bold=bold)
+    text = " ".join(text.split())
+    if width is not None and face.getlength(text) > width:
+        while text and face.getlength(text + "…") > width:
+            text = text[:-1]
+        text += "…"
+    ImageDraw.Draw(canvas).text(xy, text, font=face, fill=colour)
+
+
+def fit(rgb: np.ndarray, side: int, boxes_xyxy: Sequence[np.ndarray] = ()) -> Image.Image:
+    """A photo, uint8 RGB [H, W, 3], shrunk or enlarged into a grey square of `side` pixels, with boxes drawn in."""
+    height, width = rgb.shape[:2]
+    ratio = side / max(height, width)
+    size = max(round(width * ratio), 1), max(round(height * ratio), 1)
+    photo = Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS)
+    for box in boxes_xyxy:
+        ImageDraw.Draw(photo).rectangle([float(value) * ratio for value in box], outline=ORANGE, width=2)
+    square = Image.new("RGB", (side, side), "#eeeeee")
+    square.paste(photo, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
+
+
+def save_png(path: str | Path, picture: Image.Image) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    with utils.atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")

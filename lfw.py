@@ -1,0 +1,194 @@
+"""LFW's way of writing verification pairs down, and where the photos it speaks of are.
+
+A pairs file (http://vis-www.cs.umass.edu/lfw/README.txt) opens with a line `folds<TAB>n`, or `n` alone for a single
+fold. Each fold has n lines `identity<TAB>a<TAB>b` (photos a and b of one person) and n lines
+`identity<TAB>a<TAB>other<TAB>b`. Photo 7 of Zico is `Zico/Zico_0007.jpg` under the photo folder.
+
+The file is read strictly: what it says about its own length has to be true, because a benchmark that lost a few lines
+still gives a number. Every error names the line.
+"""
+
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # in this order, should one photo exist twice
+LISTED = 100  # photos that an error names before it only counts
+
+_NUMBER = re.compile("[0-9]{1,9}")
+# Fields separated by blanks instead of TABs, for names that hold blanks themselves.
+_ONE_PERSON = re.compile(r"(.+?)\s+([0-9]{1,9})\s+([0-9]{1,9})")
+_TWO_PERSONS = re.compile(r"(.+?)\s+([0-9]{1,9})\s+(.+?)\s+([0-9]{1,9})")
+
+Photo = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a pairs file says.
+
+    photos: (identity, number) of each photo, once, in order of appearance; lines: where each was named first.
+    pairs: int64 [P, 2], indices of photos. same: bool [P], folds: int64 [P] from 0.
+    """
+
+    photos: list[Photo]
+    lines: list[int]
+    pairs: np.ndarray
+    same: np.ndarray
+    folds: np.ndarray
+
+
+def read_pairs(path: str | Path) -> Pairs:
+    """Read a pairs file; InputError with the line's number for anything that is not as described above."""
+    path = Path(path)
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    folds, size = _read_head(path, lines)
+    expected = 1 + folds * 2 * size
+    if len(lines) != expected:
+        raise InputError(
+            f"{path}: {len(lines)} lines; line 1 promises {folds} folds of {size} + {size} pairs, that is {expected}"
+        )
+    index: dict[Photo, int] = {}
+    first_named: list[int] = []
+    pairs = np.zeros((expected - 1, 2), dtype=np.int64)
+    same = np.zeros(expected - 1, dtype=bool)
+    for row, line in enumerate(lines[1:]):
+        photos = _read_line(path, row + 2, line)
+        for side, photo in enumerate(photos):
+            if photo not in index:
+                index[photo] = len(index)
+                first_named.append(row + 2)
+            pairs[row, side] = index[photo]
+        same[row] = photos[0][0] == photos[1][0]
+    fold_of = np.repeat(np.arange(folds), 2 * size)
+    _check_balance(path, same.reshape(folds, -1), size)
+    return Pairs(list(index), first_named, pairs, same, fold_of)
+
+
+def _read_head(path: Path, lines: list[str]) -> tuple[int, int]:
+    fields = lines[0].split() if lines else []
+    if len(fields) not in (1, 2) or not all(_NUMBER.fullmatch(field) and int(field) > 0 for field in fields):
+        found = repr(lines[0][:60]) if lines else "nothing"
+        raise InputError(
+            f"{path}: line 1: has to be the number of folds and of pairs, or of pairs alone; it is {found}"
+        )
+    numbers = [int(field) for field in fields]
+    return (1, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def _read_line(path: Path, number: int, line: str) -> tuple[Photo, Photo]:
+    fields = _split(line)
+    if len(fields) == 3:
+        fields.insert(2, fields[0])
+    elif len(fields) == 4 and fields[0] == fields[2]:
+        raise InputError(f"{path}: line {number}: four fields but one identity: {line[:80]!r}")
+    if len(fields) != 4 or not (_NUMBER.fullmatch(fields[1]) and _NUMBER.fullmatch(fields[3])):
+        raise InputError(
+            f"{path}: line {number}: neither 'identity a b' nor 'identity a identity b', TAB between: {line[:80]!r}"
+        )
+    photos = (fields[0], int(fields[1])), (fields[2], int(fields[3]))
+    for identity, _ in photos:
+        if identity in ("", ".", "..") or any(mark in identity for mark in "/\\\0"):
+            raise InputError(f"{path}: line {number}: {identity!r} cannot be the name of a folder of photos")
+    if photos[0] == photos[1]:
+        raise InputError(f"{path}: line {number}: pairs a photo with itself: {line[:80]!r}")
+    return photos
+
+
+def _split(line: str) -> list[str]:
+    if "\t" in line:
+        return [unicodedata.normalize("NFC", field.strip()) for field in line.split("\t")]
+    line = unicodedata.normalize("NFC", line.strip())
+    words = line.split()
+    if len(words) in (3, 4) and all(_NUMBER.fullmatch(word) for word in (words[1], words[-1])):
+        return words
+    match = _ONE_PERSON.fullmatch(line) or _TWO_PERSONS.fullmatch(line)
+    return list(match.groups()) if match else words
+
+
+def _check_balance(path: Path, same: np.ndarray, size: int) -> None:
+    genuine = same.sum(axis=1)
+    wrong = np.flatnonzero(genuine != size)
+    if len(wrong) == 0:
+        return
+    fold = int(wrong[0])
+    start = 2 + fold * same.shape[1]
+    raise InputError(
+        f"{path}: fold {fold + 1} (lines {start} to {start + same.shape[1] - 1}) has {genuine[fold]} pairs of one "
+        f"identity and {same.shape[1] - genuine[fold]} of two; line 1 promises {size} of each"
+    )
+
+
+def find_photos(folder: str | Path, pairs: Pairs, pairs_path: str | Path) -> list[Path]:
+    """The file of every photo of `pairs`, in their order.
+
+    `folder` holds the folders of the identities, or has one subfolder that does (`lfw-deepfunneled`). Names are
+    compared in Unicode's composed form, because file systems and text files differ in it. Raises InputError listing
+    the photos that are not there.
+    """
+    identities = {identity for identity, _ in pairs.photos}
+    root, folders = _photo_root(Path(folder), identities)
+    listings: dict[str, dict[str, Path]] = {}
+    files: list[Path] = []
+    missing: list[str] = []
+    for (identity, number), line in zip(pairs.photos, pairs.lines, strict=True):
+        if identity not in listings:
+            listings[identity] = _photos_in(folders.get(identity))
+        stem = f"{identity}_{number:04d}"
+        file = listings[identity].get(stem)
+        if file is None:
+            missing.append(f"{identity}/{stem}.jpg (line {line})")
+        else:
+            files.append(file)
+    if missing:
+        listed = "".join(f"\n  {name}" for name in missing[:LISTED])
+        rest = f"\n  and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        raise InputError(f"{pairs_path}: names {len(missing)} photos that are not in {root}:{listed}{rest}")
+    return files
+
+
+def _photo_root(folder: Path, identities: set[str]) -> tuple[Path, dict[str, Path]]:
+    """The folder of identity folders, and these by name."""
+    own = _folders_in(folder)
+    if identities & own.keys():
+        return folder, own
+    below = {path: _folders_in(path) for path in own.values()}
+    roots = [path for path, inside in below.items() if identities & inside.keys()]
+    if not roots:
+        raise InputError(f"{folder}: neither here nor one level below is a folder of any identity that is wanted")
+    if len(roots) > 1:
+        raise InputError(f"{folder}: several folders of photos ({', '.join(path.name for path in roots)}); name one")
+    return roots[0], below[roots[0]]
+
+
+def _folders_in(folder: Path) -> dict[str, Path]:
+    return {
+        unicodedata.normalize("NFC", entry.name): Path(entry.path)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if entry.is_dir()
+    }
+
+
+def _photos_in(folder: Path | None) -> dict[str, Path]:
+    """Photos by their name without suffix."""
+    if folder is None:
+        return {}
+    found: dict[str, Path] = {}
+    for path in (Path(entry.path) for entry in os.scandir(folder) if entry.is_file()):
+        stem, suffix = unicodedata.normalize("NFC", path.stem), path.suffix.lower()
+        if suffix not in SUFFIXES:
+            continue
+        if stem not in found or SUFFIXES.index(suffix) < SUFFIXES.index(found[stem].suffix.lower()):
+            found[stem] = path
+    return found
