@@ -1,0 +1,473 @@
+"""The arrow from photos to faces, shared by every stage that starts from photos: read, detect, choose, align.
+
+Design: the unit of work is a window of `WINDOW` photos, and one worker thread takes it through everything: decode,
+detect, choose, align. Several windows are under way at once, so reading and decoding of one overlaps with the detection
+of another, without queues between the steps. A window's photos never depend on how many workers there are or on what
+was done before a restart, so neither do the results. Price: within one window nothing overlaps, and at the very end
+some workers have nothing left to do.
+
+Threads suffice because decoding, the network, warping and encoding all release Python's lock. On a CPU each worker runs
+the network on one core; on a GPU the workers take turns. Memory: a worker holds at most `WINDOW_PIXELS` of decoded
+photos and one more photo.
+"""
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+import utils
+from align import CROP_SIZE, AlignmentError, Rule, align_face, box_overlap, choose_face, warp
+from photos import PhotoError, read_photo
+from utils import InputError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Crop = NDArray[np.uint8]
+
+WINDOW = 32
+WINDOW_PIXELS = 32_000_000
+
+# What became of a photo.
+CROP = "crop"  # aligned on five detected landmarks
+BOX_CROP = "box_crop"  # nothing was detected: cut around the annotated box
+CENTRE_CROP = "centre_crop"  # nothing was detected: the largest square in the middle
+NO_CROP = "no_crop"
+STATUSES = (CROP, BOX_CROP, CENTRE_CROP, NO_CROP)
+
+COLUMNS = ("identity", "file", "status", "reason", "faces", "box", "landmarks", "score")
+
+# Where the detector's boxes lie in aligned crops: medians over the central faces of 3,825 photos of LFW (centre
+# (55.9, 63.9), width 82, height 110, and 95 for the side of the square of the same area).
+_BOX_CENTRE = np.array([55.9, 63.9])
+_BOX_SIDE = 95.0
+
+# A second look at a photo without a face: the surroundings of the box, twice its size, enlarged or reduced to
+# `_BOX_VIEW` pixels (so that the face has about 160), or the whole photo in `_PHOTO_VIEW` pixels; upright first, then
+# turned by these degrees.
+_BOX_VIEW, _PHOTO_VIEW = 320, 640
+_TURNS = (30, -30, 60, -60, 90, -90, 180)
+
+
+class Detections(Protocol):
+    """The faces found in one photo, best first: boxes float32 [n, 4] xyxy, scores [n], landmarks [n, 5, 2]."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    landmarks: np.ndarray
+
+
+class Detector(Protocol):
+    """What this module needs of `retinaface.RetinaFace`."""
+
+    def detect(self, images: Sequence[np.ndarray]) -> Sequence[Detections]:
+        """The faces in each of some BGR uint8 photos [H, W, 3] of any sizes."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo to look for a face in.
+
+    `file` is its name in the table (a relative path with `/`), `box` the annotated face xyxy in stored pixels, and
+    `note` a remark that goes into the row's reason.
+    """
+
+    path: Path
+    file: str
+    identity: str = ""
+    box: tuple[float, float, float, float] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FaceRow:
+    """One row of faces.tsv: what became of one photo.
+
+    `reason` is "category" or "category: detail" for a photo without a crop, and a remark, if any, for one with a crop.
+    `faces` counts the faces detected; `box` xyxy, `landmarks` (five (x, y)) and `score` are those of the chosen one, in
+    pixels of the photo as read and exact to float32; None where no face was chosen.
+    """
+
+    identity: str
+    file: str
+    status: str
+    reason: str = ""
+    faces: int = 0
+    box: tuple[float, ...] | None = None
+    landmarks: tuple[tuple[float, float], ...] | None = None
+    score: float | None = None
+
+    def to_line(self) -> str:
+        """The row as a line of the table, without the newline."""
+        box = "" if self.box is None else _numbers(self.box)
+        landmarks = "" if self.landmarks is None else " ".join(_numbers(point) for point in self.landmarks)
+        score = "" if self.score is None else _numbers([self.score])
+        texts = [_escape(self.identity), _escape(self.file), self.status, _escape(self.reason)]
+        return "\t".join([*texts, str(self.faces), box, landmarks, score])
+
+    @staticmethod
+    def from_line(line: str) -> "FaceRow":
+        """Read a line that `to_line` wrote; `ValueError` if it is none."""
+        cells = line.split("\t")
+        if len(cells) != len(COLUMNS):
+            raise ValueError(f"{len(cells)} columns instead of {len(COLUMNS)}")
+        identity, file, status, reason, faces, box, landmarks, score = cells
+        if status not in STATUSES:
+            raise ValueError(f"unknown status {status!r}")
+        points = tuple((x, y) for x, y in (_parse(cell, 2) for cell in landmarks.split()))
+        if len(points) not in (0, 5) or not faces.isdecimal():
+            raise ValueError("five landmarks and a number of faces are expected")
+        return FaceRow(
+            _unescape(identity),
+            _unescape(file),
+            status,
+            _unescape(reason),
+            int(faces),
+            _parse(box, 4) if box else None,
+            points or None,
+            _parse(score, 1)[0] if score else None,
+        )
+
+
+def _numbers(values: Iterable[float]) -> str:
+    """The shortest decimal texts that name these float32 values."""
+    return ",".join(str(np.float32(value)) for value in values)
+
+
+def _parse(text: str, count: int) -> tuple[float, ...]:
+    values = tuple(float(np.float32(cell)) for cell in text.split(","))
+    if len(values) != count or not np.isfinite(values).all():
+        raise ValueError(f"{text!r}: expected {count} numbers")
+    return values
+
+
+_ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
+
+
+def _escape(text: str) -> str:
+    for plain, escaped in _ESCAPES:
+        text = text.replace(plain, escaped)
+    return text
+
+
+def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
+    parts = text.split("\\\\")
+    for plain, escaped in _ESCAPES[1:]:
+        parts = [part.replace(escaped, plain) for part in parts]
+    return "\\".join(parts)
+
+
+def table_text(rows: Iterable[FaceRow]) -> bytes:
+    """A whole faces.tsv. File names that are not UTF-8 keep their bytes."""
+    lines = ["\t".join(COLUMNS), *(row.to_line() for row in rows)]
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+
+
+def parse_table(data: bytes, name: object) -> list[FaceRow]:
+    """The rows of a faces.tsv; `InputError` naming `name` and the line if it is not one."""
+    lines = data.decode("utf-8", "surrogateescape").split("\n")
+    if lines[0] != "\t".join(COLUMNS):
+        raise InputError(f"{name}: not a table of faces (its first line must be {' '.join(COLUMNS)})")
+    if lines[-1]:
+        raise InputError(f"{name}: the last line is cut off")
+    rows = []
+    for number, line in enumerate(lines[1:-1], start=2):
+        try:
+            rows.append(FaceRow.from_line(line))
+        except ValueError as error:
+            raise InputError(f"{name}, line {number}: {error}") from error
+    return rows
+
+
+def write_faces(path: str | Path, rows: Iterable[FaceRow]) -> None:
+    """Write faces.tsv, whole or not at all."""
+    utils.write_bytes(path, table_text(rows))
+
+
+def read_faces(path: str | Path) -> list[FaceRow]:
+    """Read a faces.tsv; `InputError` naming file and line if it is damaged."""
+    return parse_table(Path(path).read_bytes(), path)
+
+
+class FaceFinder:
+    """Takes a window of photos to rows and crops; safe to call from several threads.
+
+    A photo with a `box` gets the face that overlaps it most (by an intersection over union of at least `min_overlap`);
+    any other photo the face that `rule` names. `min_side` is the least width and height of a photo in pixels,
+    `min_face` the least width and height of the chosen face's box. `retry` looks a second time, larger and turned,
+    where no face was chosen; `fallback` cuts a crop from the box or the middle if that finds nothing either. `orient`
+    applies EXIF orientations. `size` is the side of the crops.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        rule: Rule = "central",
+        *,
+        min_side: int = 1,
+        min_face: float = 0.0,
+        min_overlap: float = 0.0,
+        retry: bool = False,
+        fallback: bool = False,
+        orient: bool = True,
+        size: int = CROP_SIZE,
+    ) -> None:
+        self.detector, self.rule, self.size = detector, rule, size
+        self.min_side, self.min_face, self.min_overlap = min_side, min_face, min_overlap
+        self.retry, self.fallback, self.orient = retry, fallback, orient
+        on_gpu = str(getattr(detector, "device", "cpu")) != "cpu"
+        self._turn: contextlib.AbstractContextManager = threading.Lock() if on_gpu else contextlib.nullcontext()
+
+    def __call__(self, photos: Sequence[Photo]) -> list[tuple[FaceRow, Crop | None]]:
+        """One (row, crop BGR uint8 [size, size, 3] or None) per photo, in order."""
+        results: dict[int, tuple[FaceRow, Crop | None]] = {}
+        batch: dict[int, Crop] = {}
+        pixels = 0
+        for index, photo in enumerate(photos):
+            try:
+                bgr = read_photo(photo.path, orient=self.orient, min_side=self.min_side)
+            except PhotoError as error:
+                results[index] = (_row(photo, NO_CROP, error.reason), None)
+                continue
+            area = bgr.shape[0] * bgr.shape[1]
+            if batch and pixels + area > WINDOW_PIXELS:
+                results |= self._look(photos, batch)
+                batch, pixels = {}, 0
+            batch[index] = bgr
+            pixels += area
+        results |= self._look(photos, batch)
+        return [results[index] for index in range(len(photos))]
+
+    def _look(self, photos: Sequence[Photo], batch: dict[int, Crop]) -> dict[int, tuple[FaceRow, Crop | None]]:
+        """Detect in decoded photos (by index into `photos`) and make what can be made of them."""
+        found = dict(zip(batch, self._detect(list(batch.values())), strict=True))
+        faces = {index: self._choose(photos[index], batch[index], found[index]) for index in batch}
+        if self.retry:
+            faceless = {index: batch[index] for index, face in faces.items() if face is None}
+            faces |= self._look_again(photos, faceless)
+        return {
+            index: self._finish(photos[index], batch[index], faces[index], len(found[index].scores)) for index in batch
+        }
+
+    def _detect(self, images: list[Crop]) -> Sequence[Detections]:
+        if not images:
+            return []
+        with self._turn:
+            return self.detector.detect(images)
+
+    def _choose(self, photo: Photo, bgr: Crop, found: Detections) -> "_Face | None":
+        size_wh = (bgr.shape[1], bgr.shape[0])
+        box = clip_box(photo.box, size_wh)
+        index = choose_face(found.boxes, found.scores, size_wh, self.rule if box is None else "overlap", box)
+        if index is None:
+            return None
+        if box is not None and box_overlap(found.boxes[index], box)[0] < self.min_overlap:
+            return None
+        return _Face(found.boxes[index], found.landmarks[index], float(found.scores[index]))
+
+    def _look_again(self, photos: Sequence[Photo], batch: dict[int, Crop]) -> "dict[int, _Face]":
+        """Faces that show when the photo is enlarged or, failing that, turned."""
+        faces: dict[int, _Face] = {}
+        for turns in ((0,), _TURNS):
+            left = [index for index in batch if index not in faces]
+            views = [(index, turn, *_view(batch[index], photos[index].box, turn)) for index in left for turn in turns]
+            found = self._detect([warp(batch[index], matrix, side) for index, _, matrix, side in views])
+            for (index, turn, matrix, _), seen in zip(views, found, strict=True):
+                face = self._choose(photos[index], batch[index], _Seen.from_view(seen, matrix))
+                if face is not None and (index not in faces or face.score > faces[index].score):
+                    faces[index] = replace(face, remark=f"seen when turned by {turn}" if turn else "seen when enlarged")
+        return faces
+
+    def _finish(self, photo: Photo, bgr: Crop, face: "_Face | None", count: int) -> tuple[FaceRow, Crop | None]:
+        """The row and the crop of a photo in which `count` faces were detected at first sight and `face` was chosen."""
+        if face is not None:
+            row = _row(photo, CROP, face.remark, max(count, 1), face.box, face.landmarks, face.score)
+            width, height = face.box[2:] - face.box[:2]
+            if min(width, height) < self.min_face:
+                reason = f"face too small: {width:.0f}x{height:.0f}, the limit is {self.min_face:g}"
+                return replace(row, status=NO_CROP, reason=_join(reason, photo.note)), None
+            try:
+                return row, align_face(bgr, face.landmarks, self.size)
+            except AlignmentError as error:
+                if not self.fallback:
+                    return replace(row, status=NO_CROP, reason=_join(f"not alignable: {error}", photo.note)), None
+        reason = "no face" if count == 0 or photo.box is None else "no face in the box"
+        if not self.fallback:
+            return _row(photo, NO_CROP, reason, faces=count), None
+        box = clip_box(photo.box, (bgr.shape[1], bgr.shape[0]))
+        if box is None:
+            return _row(photo, CENTRE_CROP, reason, faces=count), centre_crop(bgr, self.size)
+        return _row(photo, BOX_CROP, reason, faces=count), box_crop(bgr, box, self.size)
+
+
+@dataclass(frozen=True)
+class _Face:
+    box: np.ndarray
+    landmarks: np.ndarray
+    score: float
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Detections in a view of a photo, carried back to the photo."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    landmarks: np.ndarray
+
+    @staticmethod
+    def from_view(found: Detections, matrix: NDArray[np.float64]) -> "_Seen":
+        """`matrix` [2, 3] took the photo to the view. A turned box becomes the upright box around it."""
+        back = cv2.invertAffineTransform(matrix)
+        corners = found.boxes.reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2) @ back[:, :2].T + back[:, 2]
+        boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
+        landmarks = found.landmarks.reshape(-1, 5, 2) @ back[:, :2].T + back[:, 2]
+        return _Seen(boxes, found.scores, landmarks.astype(np.float32))
+
+
+def _view(bgr: Crop, box: Sequence[float] | None, turn: float) -> tuple[NDArray[np.float64], int]:
+    """The matrix [2, 3] from the photo to a square view of it turned by `turn` degrees, and the view's side."""
+    height, width = bgr.shape[:2]
+    clipped = clip_box(box, (width, height))
+    if clipped is None:
+        centre, reach, side = np.array([width, height]) / 2, max(width, height), _PHOTO_VIEW
+    else:
+        centre, reach, side = (clipped[:2] + clipped[2:]) / 2, 2 * max(clipped[2:] - clipped[:2]), _BOX_VIEW
+    matrix = cv2.getRotationMatrix2D((0.0, 0.0), turn, side / reach)
+    matrix[:, 2] = side / 2 - matrix[:, :2] @ centre
+    return matrix, side
+
+
+def clip_box(box: Sequence[float] | None, size_wh: tuple[int, int]) -> NDArray[np.float64] | None:
+    """The part of a box xyxy inside a photo of (width, height), float64 [4]; None if that is less than a pixel."""
+    if box is None:
+        return None
+    clipped = np.clip(np.asarray(box, dtype=np.float64), 0, [*size_wh, *size_wh])
+    return clipped if (clipped[2:] - clipped[:2] >= 1).all() else None
+
+
+def box_crop(bgr: Crop, box: NDArray[np.float64], size: int = CROP_SIZE) -> Crop:
+    """A crop [size, size, 3] that shows the face in `box` [4] where an aligned crop would show an upright face."""
+    scale = _BOX_SIDE / np.sqrt(np.prod(box[2:] - box[:2]))
+    matrix = np.diag([scale, scale]) @ np.eye(2, 3)
+    matrix[:, 2] = _BOX_CENTRE - scale * (box[:2] + box[2:]) / 2
+    return warp(bgr, matrix * (size / CROP_SIZE), size)
+
+
+def centre_crop(bgr: Crop, size: int = CROP_SIZE) -> Crop:
+    """The largest square in the middle of a photo, as a crop [size, size, 3]."""
+    height, width = bgr.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    interpolation = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    return cv2.resize(bgr[top : top + side, left : left + side], (size, size), interpolation=interpolation)
+
+
+def _row(
+    photo: Photo,
+    status: str,
+    reason: str = "",
+    faces: int = 0,
+    box: np.ndarray | None = None,
+    landmarks: np.ndarray | None = None,
+    score: float | None = None,
+) -> FaceRow:
+    return FaceRow(
+        photo.identity,
+        photo.file,
+        status,
+        _join(reason, photo.note),
+        faces,
+        None if box is None else tuple(box.tolist()),
+        None if landmarks is None else tuple((x, y) for x, y in landmarks.tolist()),
+        None if score is None else float(np.float32(score)),
+    )
+
+
+def _join(*remarks: str) -> str:
+    return "; ".join(remark for remark in remarks if remark)
+
+
+def realign(photo: Photo, row: FaceRow, *, min_side: int = 1, size: int = CROP_SIZE) -> tuple[FaceRow, Crop | None]:
+    """The crop that a row of an earlier run describes, without detecting again.
+
+    A row without a crop stays as it is. A photo that can no longer be read changes the row's status and reason.
+    """
+    if row.status != CROP or row.landmarks is None:
+        return row, None
+    try:
+        bgr = read_photo(photo.path, min_side=min_side)
+        return row, align_face(bgr, np.array(row.landmarks, dtype=np.float32), size)
+    except PhotoError as error:
+        return _row(photo, NO_CROP, error.reason), None
+    except AlignmentError as error:
+        return replace(row, status=NO_CROP, reason=f"not alignable: {error}"), None
+
+
+def windows(items: Iterable[Item], size: int = WINDOW) -> Iterator[list[Item]]:
+    """Cut items into lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while window := list(islice(iterator, size)):
+        yield window
+
+
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`map` on `workers` threads: results in order, at most two calls per worker begun or waiting ahead of them."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="faces") as pool:
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def worker_count(workers: int = 0) -> int:
+    """The number of worker threads: as asked for, or one per CPU that this process may use."""
+    if workers < 0:
+        raise InputError(f"--workers {workers}: must not be negative (0 means one per CPU)")
+    return workers or len(os.sched_getaffinity(0))
+
+
+def find_faces(
+    photos: Iterable[Photo | str | Path],
+    detector: Detector,
+    rule: Rule = "central",
+    *,
+    workers: int = 0,
+    **settings: Any,
+) -> Iterator[tuple[FaceRow, Crop | None]]:
+    """One (row, crop BGR uint8 [112, 112, 3] or None) per photo, in the order given.
+
+    `photos` may be plain paths; `settings` are those of `FaceFinder`; `workers` 0 means one per CPU. Photos of any
+    sizes, in bounded memory; a photo that gives no crop says why in `row.reason`.
+    """
+    finder = FaceFinder(detector, rule, **settings)
+    for results in ordered_map(finder, windows(map(as_photo, photos)), worker_count(workers)):
+        yield from results
+
+
+def as_photo(source: Photo | str | Path) -> Photo:
+    """A bare path as a `Photo` named by that path, its identity the folder it lies in."""
+    if isinstance(source, Photo):
+        return source
+    path = Path(source)
+    return Photo(path, path.as_posix(), path.parent.name)

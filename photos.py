@@ -1,0 +1,311 @@
+"""Photos from disk as arrays, whatever their format, and an honest reason for each file that is not a whole photo.
+
+Design: Pillow reads the header of every file (format, size, orientation) before anything is decoded, so an image that
+is too large costs nothing. Plain JPEGs, nearly everything in practice, are then decoded by OpenCV, which takes half the
+time and gives the same pixels; all else is decoded by Pillow. Both libraries turn half a JPEG that was given an end
+mark into a photo with a grey rest, so a photo that ends in that grey is looked at again in a way that shows whether
+data is missing. Price: the few photos with that very grey in their last corner are decoded twice.
+"""
+
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from utils import InputError
+
+# Formats that hold photos. Pillow knows others that start programs (EPS runs Ghostscript) or are not pictures.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+# Files that accompany photos in the known data sets (lists, annotations, MegaFace's .json per photo). Everything else
+# counts as a photo, with or without an extension, and gets a row.
+COMPANIONS = frozenset(
+    ".json .txt .tsv .csv .md .html .htm .xml .yaml .yml .log .ini .db .lst "
+    ".idx .rec .bin .npy .npz .mat .pkl .py .sh".split()
+)
+
+# 100 megapixels: more than any single-lens camera writes by default, 300 MB once decoded.
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 30
+
+_ORIENTATION_TAG = 0x0112
+# What ends a run of compressed JPEG data: any marker but a stuffed zero byte, a restart mark or a fill byte.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_START_OF_SCAN, _END_OF_IMAGE, _PROGRESSIVE_FRAME = 0xDA, 0xD9, 0xC2
+# What libjpeg shows where a JPEG's data is missing: all coefficients zero.
+_MISSING_GREY = 128
+# Put in the place of the end mark to see whether a JPEG's data suffices: libjpeg fetches up to 8 bytes ahead, and 16
+# bytes of zeros are too few to stand for more than a few missing blocks.
+_PADDING = bytes(16)
+
+# Pillow's remarks on odd metadata say nothing that the result or a PhotoError does not; they would tear up the progress
+# bar. The guard against decompression bombs is `MAX_PIXELS`.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class PhotoError(Exception):
+    """A file that gives no photo. `reason` is "category" or "category: detail", in one line."""
+
+    def __init__(self, category: str, detail: object = "") -> None:
+        text = " ".join(str(detail).split())
+        self.reason = f"{category}: {text}" if text else category
+        super().__init__(self.reason)
+
+
+def read_photo(
+    source: str | Path | bytes, *, orient: bool = True, min_side: int = 1, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """The photo in a file (or in the file's bytes) as BGR uint8 [H, W, 3].
+
+    The format comes from the content, not from the name. The EXIF orientation is applied unless `orient` is false
+    (boxes that others drew refer to the stored pixels). Grey becomes three equal channels; 16 bits become the upper 8;
+    CMYK becomes RGB; transparent pixels are laid over white; of an animation the first frame is taken.
+
+    Raises `PhotoError` with one of the categories: missing, empty file, not a photo, unreadable, truncated, too small
+    (a side shorter than `min_side`), too large (more than `max_pixels`).
+    """
+    data = source if isinstance(source, bytes) else read_file(source)
+    if not data:
+        raise PhotoError("empty file")
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise PhotoError("too large", f"{width}x{height}, the limit is {max_pixels / 1e6:g} megapixels")
+    if min(width, height) < min_side:
+        raise PhotoError("too small", f"{width}x{height}, the limit is {min_side}")
+    bgr = _decode_jpeg(image, data) if image.format in ("JPEG", "MPO") else _decode(image, data)
+    return _upright(bgr, _orientation(image)) if orient else bgr
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file; `PhotoError` if there is none, it cannot be read, or it is larger than any photo."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise PhotoError("missing") from None
+    except OSError as error:
+        raise PhotoError("unreadable", error.strerror or error) from error
+    if len(data) > MAX_BYTES:
+        raise PhotoError("too large", f"the file has more than {MAX_BYTES >> 20} MiB")
+    return data
+
+
+def _open(data: bytes) -> Image.Image:
+    """Pillow's view of the header; nothing is decoded yet."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise _unidentified(data) from None
+    except Image.DecompressionBombError as error:
+        raise PhotoError("too large", error) from error
+    except Exception as error:  # foreign bytes make the format readers raise nearly anything
+        raise _broken(data, error) from error
+
+
+def _unidentified(data: bytes) -> PhotoError:
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if _is_cut(data):
+        return PhotoError("truncated", "the header is not complete")
+    if head[:1] in (b"<", b"{"):
+        return PhotoError("not a photo", "HTML, XML or JSON")
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        return PhotoError("unreadable", "HEIC; convert it to JPEG first")
+    if not any(data):
+        return PhotoError("unreadable", "nothing but zero bytes")
+    return PhotoError("not a photo", "no known image format")
+
+
+def _broken(data: bytes, error: Exception) -> PhotoError:
+    """What a decoder's exception says about a file that looked like a photo."""
+    if "truncated" in str(error).lower() or _is_cut(data):
+        return PhotoError("truncated", error)
+    return PhotoError("unreadable", str(error) or type(error).__name__)
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a file of a known format lacks the end that its format asks for."""
+    if data.startswith(b"\xff\xd8"):
+        return _follow_marks(data).end is None
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-4096:]
+    if data.startswith(b"RIFF"):
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    return data.startswith(b"GIF8") and data.rstrip(b"\0")[-1:] != b";"
+
+
+def _decode(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
+    """Decode by Pillow, which raises when data is missing (as long as `LOAD_TRUNCATED_IMAGES` is off, its default)."""
+    try:
+        return _to_bgr(image)
+    except PhotoError:
+        raise
+    except Exception as error:  # as in _open
+        raise _broken(data, error) from error
+
+
+def _to_bgr(image: Image.Image) -> NDArray[np.uint8]:
+    """Pixels of any mode as BGR uint8 [H, W, 3]."""
+    image.load()
+    if image.mode.startswith("I"):  # 16 bits, also where Pillow keeps them in 32
+        upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        return cv2.cvtColor(upper, cv2.COLOR_GRAY2BGR)
+    if image.mode == "F":
+        raise PhotoError("unreadable", "pixels are 32-bit floats of unknown range")
+    if image.mode == "L" and not image.has_transparency_data:
+        return cv2.cvtColor(np.asarray(image), cv2.COLOR_GRAY2BGR)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return cv2.cvtColor(np.asarray(rgb), cv2.COLOR_RGB2BGR)
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """What the marker segments of a JPEG say: where the end mark is (None: nowhere), and whether it is progressive and,
+    if so, whether its scans bring all bits of all coefficients."""
+
+    end: int | None
+    progressive: bool
+    complete: bool
+
+
+def _follow_marks(data: bytes) -> _Marks:
+    """Walk over the segments of the first image in a JPEG file (a thumbnail or a second image has marks of its own)."""
+    at, progressive = 2, False
+    missing: dict[int, int] = {}  # component -> bit mask of the 64 coefficients that have not come in full
+    while (found := _JPEG_MARKER.search(data, at)) is not None:
+        mark, start = data[found.end() - 1], found.end()
+        if mark == _END_OF_IMAGE:
+            return _Marks(found.start(), progressive, not any(missing.values()))
+        length = int.from_bytes(data[start : start + 2], "big")
+        segment = data[start + 2 : start + length]
+        if mark == _PROGRESSIVE_FRAME and len(segment) > 5:
+            progressive = True
+            missing = dict.fromkeys(segment[6::3], (1 << 64) - 1)
+        if mark == _START_OF_SCAN and progressive and len(segment) >= 6:
+            _note_scan(segment, missing)
+        at = start + max(length, 2)
+    return _Marks(None, progressive, False)
+
+
+def _note_scan(segment: bytes, missing: dict[int, int]) -> None:
+    """Strike out what one progressive scan brings (ITU-T T.81, B.2.3: components, Ss, Se, Ah and Al)."""
+    first, last, bits = segment[-3:]
+    if bits & 15 or last < first:  # lower bits are still to come
+        return
+    brought = ((1 << (last - first + 1)) - 1) << first
+    for component in segment[1:-3:2]:
+        missing[component] = missing.get(component, 0) & ~brought
+
+
+def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
+    """Decode a JPEG; `PhotoError` if a part of the picture is missing, also when the file has an end mark."""
+    marks = _follow_marks(data)
+    if marks.end is None:
+        return _decode(image, data)  # decoders stop here if data is missing, and not if only the mark is
+    bgr = None
+    if image.mode in ("RGB", "L"):
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if bgr is not None and (bgr[-1, -1] != _MISSING_GREY).any():
+            return bgr
+    if marks.progressive:
+        if bgr is not None and not marks.complete:
+            raise PhotoError("truncated", "the last scans of a progressive JPEG are missing")
+        return _decode(image, data)
+    # Without the end mark the decoder asks for more data instead of making it up.
+    return _decode(_open(data[: marks.end] + _PADDING), data)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    if "exif" not in image.info and image.format == "JPEG":
+        return 1
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not spoil the pixels
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _upright(bgr: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Undo an EXIF orientation (CIPA DC-008, tag 274)."""
+    if orientation in (5, 6, 7, 8):
+        bgr = cv2.transpose(bgr)
+    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return bgr if flip is None else cv2.flip(bgr, flip)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The photos under a folder: `files` are paths relative to it (with `/`), ordered by identity and then by name.
+
+    `digest` is a SHA-256 over names and sizes in bytes, so that a restart notices another set of photos. `companions`
+    counts the files by extension that are no photos by name.
+    """
+
+    files: list[str]
+    digest: str
+    companions: dict[str, int]
+
+
+def identity_of(file: str) -> str:
+    """The identity of a photo: the first folder of its relative path, "" for a photo outside of any folder."""
+    return file.split("/", 1)[0] if "/" in file else ""
+
+
+def list_photos(folder: str | Path) -> Listing:
+    """Find every photo below a folder; links are followed, hidden files are not photos. `InputError` if none is there.
+
+    The order does not depend on the file system: identities ascending, then files, by code point.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of photos")
+    companions: Counter[str] = Counter()
+    found: list[tuple[str, str, int]] = []
+    for file, size in _walk(str(folder), "", frozenset()):
+        suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 - a Path per file costs more than all the rest
+        if suffix in COMPANIONS:
+            companions[suffix] += 1
+        else:
+            found.append((identity_of(file), file, size))
+    if not found:
+        raise InputError(f"{folder}: no photos in this folder or below it")
+    found.sort()
+    digest = hashlib.sha256()
+    for _, file, size in found:
+        digest.update(f"{file}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return Listing([file for _, file, _ in found], digest.hexdigest(), dict(sorted(companions.items())))
+
+
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    """(relative path, size in bytes) of the regular files below; a link back to a folder above is not entered."""
+    status = os.stat(folder)  # noqa: PTH116
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {here})
+            elif entry.is_file():
+                yield f"{prefix}{entry.name}", entry.stat().st_size
+            elif entry.is_symlink():  # leads nowhere: a photo that is missing
+                yield f"{prefix}{entry.name}", 0
