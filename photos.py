@@ -7,6 +7,7 @@ mark into a photo with a grey rest, so a photo that ends in that grey is looked 
 data is missing. Price: the few photos with that very grey in their last corner are decoded twice.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -25,7 +26,7 @@ from PIL import Image
 from utils import InputError
 
 # Formats that hold photos. Pillow knows others that start programs (EPS runs Ghostscript) or are not pictures.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 # Files that accompany photos in the known data sets (lists, annotations, MegaFace's .json per photo). Everything else
 # counts as a photo, with or without an extension, and gets a row.
@@ -102,10 +103,17 @@ def read_file(path: str | Path) -> bytes:
     return data
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _open(data: bytes) -> Image.Image:
     """Pillow's view of the header; nothing is decoded yet."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError:
         raise _unidentified(data) from None
     except Image.DecompressionBombError as error:
