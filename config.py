@@ -8,11 +8,13 @@ with the nearest name. Nothing else in the repository calls argparse for a stage
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 Stage = TypeVar("Stage")
@@ -150,3 +152,119 @@ class Device:
     device: str = option(
         "auto", "cuda, cuda:N or cpu; auto takes a GPU when there is one", group="machine", metavar="NAME"
     )
+
+
+class Interval:
+    """How often something happens: `500` (optimiser steps), `10min`, `90s` or `2h` of wall-clock time."""
+
+    def __init__(self, text: str) -> None:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)?", text.strip())
+        if match is None or float(match[1]) <= 0 or (match[2] is None and not match[1].isdigit()):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps (500) nor a time (90s, 10min, 2h)")
+        self.text = text.strip()
+        self.steps = None if match[2] else int(match[1])
+        self.seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]] if match[2] else None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Interval({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Interval) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@dataclass
+class Train(Device):
+    """Stage 3. The defaults are the published recipe (see train.py)."""
+
+    data: Path = option(
+        REQUIRED,
+        "training crops: a folder with train.rec (InsightFace layout), a .rec file, or a folder of identity folders",
+        group="data",
+        metavar="PATH",
+    )
+    augment: str = option(
+        "published",
+        "published: mirror and colours; strong: for small sets of mixed origin; none",
+        group="data",
+        choices=("published", "strong", "none"),
+    )
+    skip_unreadable: bool = option(
+        False, "replace unreadable crops by the next one and report them, instead of stopping", group="data"
+    )
+    val: list[Path] = option(
+        [], "verification sets measured after each epoch: .bin files, LFW folders", group="data", metavar="PATH"
+    )
+    network: str = option(
+        "r101",
+        "SE-LResNet of 18 ... 152 layers, or MobileFaceNet",
+        group="network",
+        choices=("r18", "r34", "r50", "r101", "r152", "mfn"),
+    )
+    use_se: bool = option(True, "squeeze-and-excitation in the residual networks", group="network")
+    embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D")
+    loss: str = option("arcface", "the margin", group="loss", choices=("arcface", "cosface", "combined", "adaface"))
+    margin: list[float] | None = option(
+        None,
+        "margin; three numbers m1 m2 m3 for combined; none means arcface 0.6 (as published), cosface 0.35, "
+        "combined 1 0.3 0.2, adaface 0.4",
+        group="loss",
+        metavar="M",
+    )
+    margin_warmup: float = option(
+        0.0, "epochs over which the margin grows from nothing to its value", group="loss", metavar="EPOCHS"
+    )
+    scale: float = option(64.0, "factor on the cosines", group="loss", metavar="S")
+    focal_gamma: float = option(0.0, "focal loss exponent, per crop; 0 is plain cross-entropy", group="loss")
+    sample_rate: float = option(
+        1.0, "share of the other identities' centres that a step sees (Partial FC)", group="loss", metavar="R"
+    )
+    epochs: int = option(40, "passes over the crops", group="optimiser", metavar="N")
+    batch_size: int = option(256, "crops per optimiser step, over all processes", group="optimiser", metavar="N")
+    lr: float = option(0.1, "full learning rate", group="optimiser")
+    schedule: str = option(
+        "steps",
+        "steps: divided by 10 at each of --milestones; cosine: to 0; poly: (1 - t)^2",
+        group="optimiser",
+        choices=("steps", "cosine", "poly"),
+    )
+    milestones: list[float] = option(
+        [8.0, 16.0, 24.0, 32.0], "epochs at which --schedule steps divides the rate", group="optimiser", metavar="EPOCH"
+    )
+    warmup: float = option(
+        0.0,
+        "epochs over which the rate grows linearly from near 0",
+        group="optimiser",
+        metavar="EPOCHS",
+    )
+    momentum: float = option(0.9, "Nesterov momentum", group="optimiser")
+    weight_decay: float = option(5e-4, "weight decay, on all parameters", group="optimiser")
+    grad_clip: float = option(
+        5.0, "gradient values are clipped to +- this; 0 does not clip", group="optimiser", metavar="V"
+    )
+    accumulate: int = option(1, "parts that a step's batch is cut into, to save memory", group="optimiser", metavar="N")
+    seed: int = option(0, "decides order, augmentation, initial weights, dropout and sampling", group="optimiser")
+    out: Path = option(REQUIRED, "folder of the run: checkpoints, log, results", group="run", metavar="DIR")
+    resume: bool = option(False, "go on from the last checkpoint in --out, or start if there is none yet", group="run")
+    save_every: Interval = option(
+        Interval("10min"),
+        "checkpoint every so many steps (500) or so much time (10min)",
+        group="run",
+        metavar="STEPS|TIME",
+    )
+    log_every: int = option(20, "steps between two looks at loss and gradients", group="run", metavar="STEPS")
+    workers: int | None = option(
+        None, "processes that decode and augment; none chooses by cores; 0 works in the trainer", group="machine"
+    )
+    amp: bool | None = option(None, "bfloat16 autocast; none means on GPUs only", group="machine")
+    channels_last: bool = option(True, "channels-last memory layout", group="machine")
+    compile: bool = option(False, "torch.compile the network", group="machine")
+    checkpoint_activations: bool = option(
+        False, "compute activations a second time instead of keeping them", group="machine"
+    )
+    sync_bn: bool = option(False, "batch norm over the batch of all processes", group="machine")
