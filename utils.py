@@ -5,7 +5,9 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,3 +148,62 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+CHECKPOINT_FORMAT = "face-checkpoint-1"
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a training checkpoint, whole or not at all: nested dicts and lists of tensors, numbers, strings, None.
+
+    The key `format` is added.
+    """
+    with atomic_path(path) as temporary:
+        torch.save({"format": CHECKPOINT_FORMAT, **content}, temporary)
+
+
+def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read weights on the CPU: a training checkpoint (has the key `format`) or a plain state_dict.
+
+    Only plain tensors are loaded, never code. With `mmap`, tensors stay on disk until they are used. Raises `InputError`,
+    naming the file and the way out, for whole pickled modules, damaged files and anything that holds no weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, not a file of weights")
+    try:
+        if zipfile.is_zipfile(path):
+            _verify_zip(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except pickle.UnpicklingError as error:
+        if "global" not in str(error).lower():
+            raise InputError(f"{path}: not a file of weights, or damaged") from error
+        raise InputError(
+            f"{path}: holds Python objects, not plain tensors, and is not loaded, because that could run code; where "
+            "it was made, save it again with torch.save(model.state_dict(), FILE)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a file of weights, or damaged") from error
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")
+    if "format" in content:
+        if content["format"] != CHECKPOINT_FORMAT:
+            raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")
+    elif not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise InputError(f"{path}: neither a training checkpoint nor a plain state_dict")
+    return content
+
+
+def _verify_zip(path: Path) -> None:
+    """Compare every part of a checkpoint with its CRC-32, which torch.load does not do. About 1 GB/s."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    if damaged is not None:
+        raise InputError(f"{path}: damaged (checksum of {damaged} does not fit)")
