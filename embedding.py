@@ -36,6 +36,7 @@ import torch
 from torch import nn
 
 import utils
+from download import checkpoint_path
 from models import CROP_SIZE, MEAN, STD, network_from_state
 from utils import InputError
 
@@ -237,6 +238,8 @@ def load_embedder(
 ) -> Embedder:
     """Load a training checkpoint, a plain state_dict under the released key names, or an ONNX model.
 
+    `checkpoint` is a file, an address, or `released` for the published network (see download.py).
+
     What is None is taken from the file: from the metadata of an ONNX model; a checkpoint of this repository's
     networks means `Preprocessing`'s defaults. A value given replaces those defaults, but one that contradicts the
     file's own metadata is refused, as is an ONNX model without metadata as long as `mean` and `std` are not given
@@ -245,7 +248,7 @@ def load_embedder(
 
     Raises InputError, naming the file, for anything that cannot be used.
     """
-    path = Path(checkpoint)
+    path = checkpoint_path(checkpoint)
     given = {"channels": channels, "mean": mean, "std": std, "pixel_range": pixel_range, "mirror": mirror}
     given = {key: value for key, value in given.items() if value is not None}
     for key in ("mean", "std"):

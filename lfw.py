@@ -1,4 +1,4 @@
-"""LFW's way of writing verification pairs down, and where the photos it speaks of are.
+"""LFW: verification pairs as its text files state them, the photos they speak of, and the faces in these photos.
 
 A pairs file (http://vis-www.cs.umass.edu/lfw/README.txt) opens with a line `folds<TAB>n`, or `n` alone for a single
 fold. Each fold has n lines `identity<TAB>a<TAB>b` (photos a and b of one person) and n lines
@@ -6,16 +6,36 @@ fold. Each fold has n lines `identity<TAB>a<TAB>b` (photos a and b of one person
 
 The file is read strictly: what it says about its own length has to be true, because a benchmark that lost a few lines
 still gives a number. Every error names the line.
+
+Crops are kept in windows of photos, each in a file named by a hash of everything it was made from: the bytes of the
+photos, the detector's weights and the code in between. A photo replaced, another detector or a repaired alignment is
+therefore noticed without asking; the price is that all photos are hashed at each start (LFW: about a second).
 """
 
+import hashlib
+import io
+import json
 import os
 import re
+import threading
 import unicodedata
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import align
+import faces
+import photos
+import retinaface
+import utils
+from align import CROP_SIZE, Rule
+from faces import FaceFinder, FaceRow
+from retinaface import RetinaFace
+from retinaface.weights import load_weights
 from utils import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # in this order, should one photo exist twice
@@ -192,3 +212,115 @@ def _photos_in(folder: Path | None) -> dict[str, Path]:
         if stem not in found or SUFFIXES.index(suffix) < SUFFIXES.index(found[stem].suffix.lower()):
             found[stem] = path
     return found
+
+
+# --- crops ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Faces:
+    """What became of the photos of a set: crops uint8 RGB [M, 112, 112, 3], zero where `rows` has no crop.
+
+    rows: one per photo. sha256: of each photo's bytes. detector: hash of the detector's weights and of the code
+    between photo and crop.
+    """
+
+    crops: np.ndarray
+    rows: list[FaceRow]
+    sha256: list[str]
+    detector: str
+
+
+def crop_faces(
+    files: Sequence[Path],
+    *,
+    rule: Rule = "central",
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    cache_dir: Path | None = None,
+    name: str = "faces",
+) -> Faces:
+    """Detect, choose by `rule` and align the face of every photo; what is in `cache_dir` already is not done again.
+
+    A photo that cannot be read, or shows no face, is a row without a crop.
+    """
+    finder = _CachedFinder(rule, weights, device, cache_dir)
+    crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
+    rows: list[FaceRow] = []
+    hashes: list[str] = []
+    with utils.progress(len(files), f"{name}: faces", unit="photo") as bar:
+        for window in faces.ordered_map(finder, faces.windows(files), faces.worker_count(workers)):
+            crops[len(rows) : len(rows) + len(window.rows)] = window.crops
+            rows += window.rows
+            hashes += window.sha256
+            bar.update(len(window.rows))
+    return Faces(crops, rows, hashes, finder.detector)
+
+
+class _CachedFinder:
+    """Takes a window of photos to `Faces`, from the cache where it can; safe to call from several threads."""
+
+    def __init__(
+        self, rule: Rule, weights: str | Path | None, device: torch.device | str, cache_dir: Path | None
+    ) -> None:
+        self.rule, self.weights, self.device, self.cache_dir = rule, weights, device, cache_dir
+        self.detector = _detector_hash(weights)
+        self._lock = threading.Lock()
+        self._finder: FaceFinder | None = None
+
+    def __call__(self, files: Sequence[Path]) -> Faces:
+        """The crops and rows of one window of photos."""
+        hashes = [utils.sha256_of(file) for file in files]
+        if self.cache_dir is None:
+            return self._find(files, hashes)
+        key = hashlib.sha256(json.dumps([self.detector, self.rule, hashes]).encode()).hexdigest()
+        path = self.cache_dir / "faces" / f"{key}.npz"
+        found = _read_window(path, files, hashes, self.detector)
+        if found is None:
+            found = self._find(files, hashes)
+            _write_window(path, found)
+        return found
+
+    def _find(self, files: Sequence[Path], hashes: list[str]) -> Faces:
+        with self._lock:  # made when first needed: a run from the cache needs no detector
+            self._finder = self._finder or FaceFinder(RetinaFace(self.weights, self.device), self.rule)
+        results = self._finder([faces.as_photo(file) for file in files])
+        crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
+        for index, (_, bgr) in enumerate(results):
+            if bgr is not None:
+                crops[index] = bgr[..., ::-1]
+        return Faces(crops, [row for row, _ in results], hashes, self.detector)
+
+
+def _detector_hash(weights: str | Path | None) -> str:
+    """A hash of all that decides the crop of a photo, but for the rule."""
+    digest = hashlib.sha256()
+    for name, arrays in sorted(load_weights(weights).items()):
+        digest.update(name.encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array))
+    package = sorted(Path(retinaface.__file__).parent.glob("*.py"))
+    for path in (*package, *(Path(module.__file__) for module in (align, faces, photos))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write_window(path: Path, found: Faces) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, crops=found.crops, rows=np.frombuffer(faces.table_text(found.rows), dtype=np.uint8))
+    utils.write_bytes(path, buffer.getvalue())
+
+
+def _read_window(path: Path, files: Sequence[Path], hashes: list[str], detector: str) -> Faces | None:
+    """A window from the cache; None if it is not there, or damaged. The photos may have moved since."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            crops, rows = stored["crops"], faces.parse_table(stored["rows"].tobytes(), path)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, InputError):
+        return None
+    if crops.shape != (len(files), CROP_SIZE, CROP_SIZE, 3) or crops.dtype != np.uint8 or len(rows) != len(files):
+        return None
+    names = [faces.as_photo(file) for file in files]
+    rows = [replace(row, file=name.file, identity=name.identity) for row, name in zip(rows, names, strict=True)]
+    return Faces(crops, rows, hashes, detector)

@@ -18,12 +18,17 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from scipy import stats
 
+import faces
+import lfw
 import utils
 import verification_bin
+from align import CROP_SIZE, Rule
 from embedding import Embedder, normalise
-from models import CROP_SIZE
+from faces import FaceRow
+from photos import PhotoError, read_photo
 from utils import InputError
 
 FOLDS = 10  # LFW's protocol; .bin files do not say theirs, every known reader cuts them into ten
@@ -43,7 +48,7 @@ class VerificationSet:
     crops: uint8 RGB [M, 112, 112, 3], each image once however many pairs it is in. names: what messages call them.
     pairs: int64 [P, 2], indices of crops. same: bool [P]. folds: int64 [P], the fold of each pair, from 0.
     missing: crops that could not be had (index -> reason); their pixels are zero. sha256: of the data as given.
-    source: where it came from, for reports.
+    source: where it came from, for reports. photos, faces: for a folder of photos, the file and the row of each crop.
     """
 
     name: str
@@ -55,6 +60,8 @@ class VerificationSet:
     sha256: str
     missing: dict[int, str] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    photos: list[Path] | None = None
+    faces: list[FaceRow] | None = None
 
     def missing_pairs(self) -> np.ndarray:
         """bool [P]: pairs of which at least one crop is missing."""
@@ -438,20 +445,93 @@ def _cached_features(embedder: Embedder, crops: np.ndarray, cache_dir: Path | No
         return embedder.features(crops)
     key = hashlib.sha256(fingerprint.encode() + crops.tobytes()).hexdigest()
     path = cache_dir / "features" / f"{key}.npy"
-    if path.is_file():
-        return np.load(path, allow_pickle=False)
+    features = _read_features(path, len(crops))
+    if features is not None:
+        return features
     features = embedder.features(crops)
     with utils.atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, features)
     return features
 
 
+def _read_features(path: Path, count: int) -> np.ndarray | None:
+    """Features from the cache; None if they are not there, or damaged."""
+    try:
+        features = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return features if features.ndim == 2 and len(features) == count and features.dtype == np.float32 else None
+
+
 # --- sets of pairs --------------------------------------------------------------------------------------------------
 
 
-def open_set(path: str | Path, *, folds: int = FOLDS) -> VerificationSet:
-    """Read a `.bin` file as InsightFace distributes them; its pairs are cut into `folds` runs of equal length."""
-    return _open_bin(Path(path), folds)
+def open_set(
+    path: str | Path,
+    cache_dir: Path | None = None,
+    *,
+    pairs: Path | None = None,
+    folds: int = FOLDS,
+    rule: Rule = "central",
+    detector_weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> VerificationSet:
+    """Read a set of pairs: a `.bin` file, or a folder of photos in LFW's layout.
+
+    The pairs of a `.bin` file are cut into `folds` runs of equal length. For a folder the folds are those of the pairs
+    file `pairs` (default: `pairs.txt` in the folder); faces are detected on `device`, chosen by `rule` and aligned by
+    `workers` threads (0: one per CPU), and kept in `cache_dir`. Raises InputError naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        pairs_path = pairs or path / "pairs.txt"
+        return _open_folder(path, pairs_path, cache_dir, rule, detector_weights, device, workers)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    return _open_bin(path, folds)
+
+
+def _open_folder(
+    folder: Path,
+    pairs_path: Path,
+    cache_dir: Path | None,
+    rule: Rule,
+    weights: str | Path | None,
+    device: torch.device | str,
+    workers: int,
+) -> VerificationSet:
+    pairs = lfw.read_pairs(pairs_path)
+    files = lfw.find_photos(folder, pairs, pairs_path)
+    name = folder.resolve().name
+    found = lfw.crop_faces(
+        files, rule=rule, weights=weights, device=device, workers=workers, cache_dir=cache_dir, name=name
+    )
+    names = [f"{file.parent.name}/{file.name}" for file in files]
+    pairs_sha256 = utils.sha256_of(pairs_path)
+    listing = "".join(f"{sha256}  {name}\n" for sha256, name in sorted(zip(found.sha256, names, strict=True)))
+    photos_sha256 = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    return VerificationSet(
+        name=name,
+        crops=found.crops,
+        names=names,
+        pairs=pairs.pairs,
+        same=pairs.same,
+        folds=pairs.folds,
+        sha256=hashlib.sha256((pairs_sha256 + photos_sha256).encode()).hexdigest(),
+        missing={index: row.reason for index, row in enumerate(found.rows) if row.status != faces.CROP},
+        photos=files,
+        faces=found.rows,
+        source={
+            "folder": str(folder),
+            "pairs": str(pairs_path),
+            "pairs_sha256": pairs_sha256,
+            "photos": len(files),
+            "photos_sha256": photos_sha256,
+            "detector_sha256": found.detector,
+            "face_rule": rule,
+        },
+    )
 
 
 def _open_bin(path: Path, folds: int) -> VerificationSet:
@@ -468,16 +548,15 @@ def _open_bin(path: Path, folds: int) -> VerificationSet:
     crops = np.zeros((len(first_seen), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
     for row, position in enumerate(first_seen):
         crops[row] = _decode_crop(images[position], f"{path}: {names[row]}")
-    pairs = np.array([index[image] for image in images]).reshape(-1, 2)
     return VerificationSet(
         name=path.stem,
         crops=crops,
         names=names,
-        pairs=pairs,
+        pairs=np.array([index[image] for image in images]).reshape(-1, 2),
         same=np.asarray(same, dtype=bool),
-        folds=contiguous_folds(len(pairs), folds),
+        folds=contiguous_folds(len(same), folds),
         sha256=utils.sha256_of(path),
-        source={"bin": str(path)},
+        source={"bin": str(path), "images": len(images), "different_images": len(first_seen)},
     )
 
 
@@ -494,14 +573,14 @@ def contiguous_folds(pairs: int, folds: int) -> np.ndarray:
 
 def _decode_crop(data: bytes, name: str) -> np.ndarray:
     """Encoded image -> uint8 RGB [112, 112, 3]; other square sizes are resized."""
-    bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR) if data else None
-    if bgr is None:
-        raise InputError(f"{name} is no image")
+    try:
+        bgr = read_photo(data)
+    except PhotoError as error:
+        raise InputError(f"{name}: {error.reason}") from error
     height, width = bgr.shape[:2]
     if height != width:
-        raise InputError(f"{name} is {width}x{height} pixels, not a square crop")
+        raise InputError(f"{name}: {width}x{height} pixels, not a square crop")
     if width != CROP_SIZE:
-        bgr = cv2.resize(
-            bgr, (CROP_SIZE, CROP_SIZE), interpolation=cv2.INTER_AREA if width > CROP_SIZE else cv2.INTER_LINEAR
-        )
+        interpolation = cv2.INTER_AREA if width > CROP_SIZE else cv2.INTER_LINEAR
+        bgr = cv2.resize(bgr, (CROP_SIZE, CROP_SIZE), interpolation=interpolation)
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
