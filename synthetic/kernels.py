@@ -1,0 +1,816 @@
+"""The ray tracer: warp kernels that turn meshes, textures and a table of uniforms into images.
+
+One kernel thread is one ray; the same code runs on a CPU (one after the other) and on CUDA (all heads of a batch in one
+launch). Everything is deterministic: random numbers are hashed from (photo seed, pixel), and sums have a fixed order.
+
+Light is a few directional sources with a soft edge (one jittered shadow ray each) plus an ambient term that is linear
+in the normal. Skin is diffuse light (blurred in the image afterwards, which is what sub-surface scattering does to it)
+times painted albedo, plus a GGX highlight; hair is Kajiya and Kay's cylinder model on ribbons whose strands are cut out
+by a hash; eyes are spheres painted in angles around the gaze. The price of this choice over path tracing is no light
+that bounces between surfaces; the gain is about two rays per pixel.
+"""
+
+import warp as wp
+
+wp.config.quiet = True
+wp.config.enable_backward = False  # no gradients are wanted; halves the compilation
+
+# Materials of faces; the first six are head.SKIN ... head.LASH.
+SKIN = wp.constant(0)
+CAVITY = wp.constant(1)
+EYE = wp.constant(2)
+TEETH = wp.constant(3)
+TONGUE = wp.constant(4)
+LASH = wp.constant(5)
+HAIR = wp.constant(6)
+BEARD = wp.constant(7)
+PROP = wp.constant(8)
+HAND = wp.constant(9)
+
+# The sphere that the paint is wrapped on, in canonical coordinates: see `skin.Canvas`.
+CENTRE_Y = -3.0
+CENTRE_Z = -6.0
+PHI_TOP = 1.5707963
+PHI_RANGE = 2.9670597
+FAR = 200.0
+
+
+@wp.struct
+class Uniforms:
+    """What one photo needs besides its mesh. Directions are unit vectors in the head's frame, colours linear RGB."""
+
+    origin: wp.vec3
+    right: wp.vec3
+    up: wp.vec3
+    forward: wp.vec3
+    focal: float
+    centre_x: float
+    centre_y: float
+    light0: wp.vec3
+    light1: wp.vec3
+    light2: wp.vec3
+    colour0: wp.vec3
+    colour1: wp.vec3
+    colour2: wp.vec3
+    spread0: float
+    spread1: float
+    spread2: float
+    ambient: wp.vec3
+    ambient_x: wp.vec3
+    ambient_y: wp.vec3
+    ambient_z: wp.vec3
+    eye_r: wp.vec3
+    eye_l: wp.vec3
+    gaze_r: wp.vec3
+    gaze_l: wp.vec3
+    iris: float
+    pupil: float
+    iris_inner: wp.vec3
+    iris_outer: wp.vec3
+    sclera: wp.vec3
+    eye_seed: float
+    hair_root: wp.vec3
+    hair_tip: wp.vec3
+    hair_shine: float
+    hair_grey: float
+    beard: wp.vec3
+    lash: wp.vec3
+    teeth: wp.vec3
+    lip: wp.vec3
+    lip_amount: float
+    lip_gloss: float
+    shadow: wp.vec3
+    shadow_amount: float
+    blush: wp.vec3
+    blush_amount: float
+    shine: float
+    bump: float
+    skin_tone: wp.vec3
+    cloth_a: wp.vec3
+    cloth_b: wp.vec3
+    cloth_pattern: int
+    cloth_scale: float
+    neckline: float
+    neck_depth: float
+    neck_width: float
+    lens: wp.vec3
+    lens_mirror: float
+    seed: int
+
+
+@wp.struct
+class Surface:
+    """What one ray saw."""
+
+    hit: int
+    irradiance: wp.vec3
+    albedo: wp.vec3
+    extra: wp.vec3
+    scatter: float
+    depth: float
+    material: int
+
+
+@wp.func
+def fract(x: float) -> float:
+    return x - wp.floor(x)
+
+
+@wp.func
+def hash1(x: float, y: float) -> float:
+    return fract(wp.sin(x * 12.9898 + y * 78.233) * 43758.547)
+
+
+@wp.func
+def noise2(x: float, y: float) -> float:
+    ix = wp.floor(x)
+    iy = wp.floor(y)
+    fx = x - ix
+    fy = y - iy
+    fx = fx * fx * (3.0 - 2.0 * fx)
+    fy = fy * fy * (3.0 - 2.0 * fy)
+    a = hash1(ix, iy)
+    b = hash1(ix + 1.0, iy)
+    c = hash1(ix, iy + 1.0)
+    d = hash1(ix + 1.0, iy + 1.0)
+    return (a + (b - a) * fx) * (1.0 - fy) + (c + (d - c) * fx) * fy
+
+
+@wp.func
+def mixed(a: wp.vec3, b: wp.vec3, t: float) -> wp.vec3:
+    return a * (1.0 - t) + b * t
+
+
+@wp.func
+def step(low: float, high: float, x: float) -> float:
+    t = wp.clamp((x - low) / (high - low), 0.0, 1.0)
+    return t * t * (3.0 - 2.0 * t)
+
+
+@wp.func
+def canvas_uv(q: wp.vec3) -> wp.vec2:
+    """Texture coordinates in [0, 1] of a canonical position; the inverse is `skin.Canvas.direction`."""
+    x = q[0]
+    y = q[1] - CENTRE_Y
+    z = q[2] - CENTRE_Z
+    theta = wp.atan2(x, z)
+    t = wp.abs(theta) * 0.31830989
+    s = 1.5 * t - 0.5 * t * t
+    u = 0.5 + 0.5 * wp.sign(theta) * s
+    phi = wp.atan2(y, wp.sqrt(x * x + z * z))
+    return wp.vec2(u, (PHI_TOP - phi) / PHI_RANGE)
+
+
+@wp.func
+def fetch(texture: wp.array3d(dtype=wp.uint8), x: float, y: float) -> wp.vec4:
+    """Bilinear value in [0, 1] at texel coordinates."""
+    height = texture.shape[0]
+    width = texture.shape[1]
+    x = wp.clamp(x, 0.0, float(width) - 1.001)
+    y = wp.clamp(y, 0.0, float(height) - 1.001)
+    ix = int(x)
+    iy = int(y)
+    fx = x - float(ix)
+    fy = y - float(iy)
+    w00 = (1.0 - fx) * (1.0 - fy)
+    w10 = fx * (1.0 - fy)
+    w01 = (1.0 - fx) * fy
+    w11 = fx * fy
+    out = wp.vec4(0.0, 0.0, 0.0, 0.0)
+    for c in range(4):
+        out[c] = (
+            float(texture[iy, ix, c]) * w00
+            + float(texture[iy, ix + 1, c]) * w10
+            + float(texture[iy + 1, ix, c]) * w01
+            + float(texture[iy + 1, ix + 1, c]) * w11
+        ) * 0.003921569
+    return out
+
+
+@wp.func
+def fetch_height(texture: wp.array3d(dtype=wp.uint8), x: int, y: int) -> float:
+    x = wp.clamp(x, 0, texture.shape[1] - 1)
+    y = wp.clamp(y, 0, texture.shape[0] - 1)
+    return float(texture[y, x, 3]) * 0.003921569
+
+
+@wp.func
+def ambient_light(u: Uniforms, n: wp.vec3) -> wp.vec3:
+    e = u.ambient + u.ambient_x * n[0] + u.ambient_y * n[1] + u.ambient_z * n[2]
+    return wp.vec3(wp.max(e[0], 0.0), wp.max(e[1], 0.0), wp.max(e[2], 0.0))
+
+
+@wp.func
+def highlight(n: wp.vec3, v: wp.vec3, light: wp.vec3, roughness: float, f0: float) -> float:
+    """GGX times visibility times Fresnel times cosine (Karis's approximation of the visibility term)."""
+    nl = wp.dot(n, light)
+    if nl <= 0.0:
+        return 0.0
+    h = wp.normalize(v + light)
+    nh = wp.max(wp.dot(n, h), 0.0)
+    lh = wp.max(wp.dot(light, h), 0.0)
+    a = roughness * roughness
+    a2 = a * a
+    d = nh * nh * (a2 - 1.0) + 1.0
+    f = f0 + (1.0 - f0) * wp.pow(1.0 - lh, 5.0)
+    return f * nl * a2 / (12.566 * d * d * wp.max(0.1, lh * lh) * (a + 0.5)) * 4.0
+
+
+@wp.func
+def strand_cut(s: float, t: float, seed: float, strands: float) -> int:
+    """1 where a ribbon has hair at (s across, t along): strands end at different lengths, with gaps near the tip."""
+    k = wp.floor(s * strands)
+    end = 0.62 + 0.38 * hash1(k, seed)
+    if t > end:
+        return 0
+    edge = wp.abs(s - 0.5) * 2.0
+    if edge > 1.0 - 0.75 * t * t * hash1(seed, k + 3.0):
+        return 0
+    gap = fract(s * strands)
+    if gap < 0.32 * t and hash1(k + 7.0, seed) > 0.4:
+        return 0
+    return 1
+
+
+@wp.func
+def hair_light(tangent: wp.vec3, v: wp.vec3, light: wp.vec3, shine: float) -> wp.vec2:
+    """Kajiya-Kay: (diffuse factor, specular factor)."""
+    tl = wp.dot(tangent, light)
+    tv = wp.dot(tangent, v)
+    sl = wp.sqrt(wp.max(1.0 - tl * tl, 0.0))
+    sv = wp.sqrt(wp.max(1.0 - tv * tv, 0.0))
+    along = wp.max(sl * sv - tl * tv, 0.0)
+    return wp.vec2(sl, wp.pow(along, 12.0 + 60.0 * shine) * (0.15 + shine))
+
+
+@wp.func
+def lit(
+    body: wp.uint64, props: wp.uint64, has_props: int, p: wp.vec3, light: wp.vec3, spread: float, jitter: wp.vec2
+) -> float:
+    """1 when a jittered ray towards the light is free, else 0."""
+    helper = wp.vec3(0.0, 1.0, 0.0)
+    if wp.abs(light[1]) > 0.9:
+        helper = wp.vec3(1.0, 0.0, 0.0)
+    a = wp.normalize(wp.cross(light, helper))
+    b = wp.cross(light, a)
+    r = spread * wp.sqrt(jitter[0])
+    angle = 6.2831853 * jitter[1]
+    d = wp.normalize(light + a * (r * wp.cos(angle)) + b * (r * wp.sin(angle)))
+    if wp.mesh_query_ray_anyhit(body, p, d, FAR):
+        return 0.0
+    if has_props == 1 and wp.mesh_query_ray_anyhit(props, p, d, FAR):
+        return 0.0
+    return 1.0
+
+
+@wp.func
+def cloth_colour(u: Uniforms, q: wp.vec3) -> wp.vec3:
+    x = q[0] * u.cloth_scale
+    y = q[1] * u.cloth_scale
+    t = float(0.0)
+    if u.cloth_pattern == 1:
+        t = step(0.45, 0.55, fract(y))
+    elif u.cloth_pattern == 2:
+        t = step(0.45, 0.55, fract(x))
+    elif u.cloth_pattern == 3:
+        t = 0.5 * (step(0.45, 0.55, fract(x)) + step(0.45, 0.55, fract(y)))
+    elif u.cloth_pattern == 4:
+        t = step(0.55, 0.6, noise2(x * 2.0 + u.eye_seed, y * 2.0))
+    elif u.cloth_pattern == 5:
+        dx = fract(x) - 0.5
+        dy = fract(y) - 0.5
+        t = 1.0 - step(0.06, 0.09, dx * dx + dy * dy)
+    knit = 0.85 + 0.3 * noise2(q[0] * 9.0, q[1] * 9.0)
+    return mixed(u.cloth_a, u.cloth_b, t) * knit
+
+
+@wp.func
+def prop_pattern(q: wp.vec3, kind: float) -> float:
+    """Brightness of a worn or held object: knitted (1), woven (2), printed (3), plain (0)."""
+    if kind < 0.5:
+        return 1.0
+    if kind < 1.5:
+        return 0.65 + 0.5 * wp.abs(wp.sin(q[0] * 9.0)) * (0.6 + 0.4 * wp.abs(wp.sin(q[1] * 14.0)))
+    if kind < 2.5:
+        return 0.8 + 0.35 * noise2(q[0] * 7.0, q[1] * 7.0)
+    return 0.45 + 1.1 * step(0.35, 0.65, noise2(q[0] * 0.9 + 5.0, q[1] * 0.9))
+
+
+@wp.func
+def see(
+    b: int,
+    body: wp.uint64,
+    props: wp.uint64,
+    lenses: wp.uint64,
+    has_props: int,
+    has_lens: int,
+    faces: wp.array(dtype=wp.int32),
+    materials: wp.array(dtype=wp.int32),
+    normals: wp.array2d(dtype=wp.vec3),
+    aux: wp.array(dtype=wp.vec3),
+    strand: wp.array(dtype=wp.vec3),
+    occlusion: wp.array(dtype=float),
+    prop_faces: wp.array(dtype=wp.int32),
+    prop_start: wp.array(dtype=wp.int32),
+    prop_normals: wp.array(dtype=wp.vec3),
+    prop_colours: wp.array(dtype=wp.vec3),
+    prop_info: wp.array(dtype=wp.vec3),
+    paint: wp.array3d(dtype=wp.uint8),
+    masks: wp.array3d(dtype=wp.uint8),
+    u: Uniforms,
+    px: float,
+    py: float,
+    state: wp.uint32,
+) -> Surface:
+    """Trace one ray through image position (px, py) in pixels and shade what it meets."""
+    out = Surface()
+    out.hit = 0
+    direction = wp.normalize(
+        u.forward + u.right * ((px - u.centre_x) / u.focal) + u.up * ((u.centre_y - py) / u.focal)
+    )
+    v = -direction
+    o = u.origin
+    distance = float(0.0)
+    face = int(-1)
+    n = wp.vec3(0.0, 0.0, 0.0)
+    q = wp.vec3(0.0, 0.0, 0.0)
+    st = wp.vec3(0.0, 0.0, 0.0)
+    open_sky = float(1.0)
+    material = int(-1)
+    flat = wp.vec3(0.0, 0.0, 0.0)
+    for _pass in range(6):
+        r = wp.mesh_query_ray(body, o, direction, FAR)
+        if not r.result:
+            break
+        distance += r.t
+        m = materials[r.face]
+        i0 = faces[3 * r.face]
+        i1 = faces[3 * r.face + 1]
+        i2 = faces[3 * r.face + 2]
+        w0 = r.u
+        w1 = r.v
+        w2 = 1.0 - w0 - w1
+        s3 = strand[i0] * w0 + strand[i1] * w1 + strand[i2] * w2
+        seen = int(1)
+        if m == HAIR or m == BEARD:
+            seen = strand_cut(s3[0], s3[1], strand[i0][2], 7.0)
+        elif m == LASH:
+            if hash1(wp.floor(s3[0] * 40.0), 3.0) < 0.45 + 0.5 * s3[1]:
+                seen = 0
+        if seen == 1:
+            face = r.face
+            material = m
+            n = wp.normalize(normals[b, i0] * w0 + normals[b, i1] * w1 + normals[b, i2] * w2)
+            q = aux[i0] * w0 + aux[i1] * w1 + aux[i2] * w2
+            st = wp.vec3(s3[0], s3[1], strand[i0][2])
+            open_sky = occlusion[i0] * w0 + occlusion[i1] * w1 + occlusion[i2] * w2
+            flat = r.normal
+            break
+        o = o + direction * (r.t + 0.002)
+        distance += 0.002
+    body_depth = FAR
+    if face >= 0:
+        body_depth = distance
+    kind = float(0.0)
+    gloss = float(0.0)
+    prop_albedo = wp.vec3(0.0, 0.0, 0.0)
+    if has_props == 1:
+        r = wp.mesh_query_ray(props, u.origin, direction, body_depth)
+        if r.result:
+            base = prop_start[b]
+            offset = base * 3 + 3 * r.face
+            i0 = prop_faces[offset]
+            i1 = prop_faces[offset + 1]
+            i2 = prop_faces[offset + 2]
+            w0 = r.u
+            w1 = r.v
+            w2 = 1.0 - w0 - w1
+            n = wp.normalize(prop_normals[i0] * w0 + prop_normals[i1] * w1 + prop_normals[i2] * w2)
+            prop_albedo = prop_colours[i0] * w0 + prop_colours[i1] * w1 + prop_colours[i2] * w2
+            info = prop_info[i0]
+            kind = info[0]
+            gloss = info[1]
+            material = PROP
+            if info[2] > 0.5:
+                material = HAND
+            face = r.face
+            body_depth = r.t
+            flat = r.normal
+            open_sky = 0.85
+    if face < 0:
+        if has_lens == 1:
+            r = wp.mesh_query_ray(lenses, u.origin, direction, FAR)
+        return out
+    p = u.origin + direction * body_depth
+    if wp.dot(n, v) < 0.0 and (material >= HAIR or wp.dot(flat, v) < 0.0):
+        n = -n
+    # A grazing interpolated normal may point away from the viewer; lean it back.
+    nv = wp.dot(n, v)
+    if nv < 0.05:
+        n = wp.normalize(n + v * (0.05 - nv))
+    out.hit = 1
+    out.depth = body_depth
+    out.material = material
+
+    albedo = wp.vec3(0.5, 0.5, 0.5)
+    roughness = float(0.5)
+    f0 = float(0.028)
+    wrap = wp.vec3(0.0, 0.0, 0.0)
+    scatter = float(0.0)
+    spec = float(1.0)
+    shiny = n
+    tangent = wp.vec3(0.0, 0.0, 0.0)
+    if material == SKIN:
+        uv = canvas_uv(q)
+        tx = uv[0] * float(paint.shape[1]) - 0.5
+        ty = uv[1] * float(paint.shape[0]) - 0.5
+        texel = fetch(paint, tx, ty)
+        mask = fetch(masks, tx, ty)
+        albedo = wp.vec3(texel[0] * texel[0], texel[1] * texel[1], texel[2] * texel[2])
+        ix = int(tx + 0.5)
+        iy = int(ty + 0.5)
+        hu = fetch_height(paint, ix + 1, iy) - fetch_height(paint, ix - 1, iy)
+        hv = fetch_height(paint, ix, iy + 1) - fetch_height(paint, ix, iy - 1)
+        radial = wp.normalize(wp.vec3(q[0], q[1] - CENTRE_Y, q[2] - CENTRE_Z))
+        east = wp.normalize(wp.vec3(radial[2], 0.0, -radial[0]) + wp.vec3(0.0001, 0.0, 0.0))
+        south = wp.cross(east, radial)
+        n = wp.normalize(n - (east * hu + south * hv) * u.bump)
+        albedo = mixed(albedo, u.lip, mask[0] * u.lip_amount)
+        albedo = mixed(albedo, wp.cw_mul(albedo, u.shadow), mask[1] * u.shadow_amount)
+        albedo = mixed(albedo, wp.cw_mul(albedo, u.blush), mask[2] * u.blush_amount)
+        wrap = wp.vec3(0.28, 0.11, 0.05)
+        roughness = 0.46 - 0.10 * u.shine - 0.14 * mask[0] * u.lip_gloss
+        spec = (0.5 + 0.9 * u.shine) * (0.6 + 0.8 * mask[3]) * (1.0 + 1.5 * mask[0] * u.lip_gloss)
+        scatter = 1.0
+        shiny = n
+        neck = u.neckline - u.neck_depth * (1.0 - step(0.0, u.neck_width, wp.abs(q[0])))
+        if q[2] < -4.0:
+            neck = u.neckline + 1.0
+        if q[1] < neck:
+            albedo = cloth_colour(u, q)
+            fold = noise2(q[0] * 0.5 + u.eye_seed, q[1] * 0.35) - 0.5
+            fold2 = noise2(q[0] * 0.5 + 9.0, q[1] * 0.4 + u.eye_seed) - 0.5
+            n = wp.normalize(n + wp.vec3(fold, 0.4 * fold2, 0.0) * 0.7)
+            wrap = wp.vec3(0.0, 0.0, 0.0)
+            spec = 0.15
+            roughness = 0.8
+            scatter = 0.0
+            material = PROP
+            out.material = PROP
+            if q[1] > neck - 0.5:
+                open_sky = open_sky * (0.55 + 0.9 * (neck - q[1]))
+        elif q[1] < neck + 0.8:
+            open_sky = open_sky * (0.6 + 0.5 * (q[1] - neck))
+    elif material == EYE:
+        centre = u.eye_l
+        gaze = u.gaze_l
+        side = float(1.0)
+        if wp.length_sq(p - u.eye_r) < wp.length_sq(p - u.eye_l):
+            centre = u.eye_r
+            gaze = u.gaze_r
+            side = -1.0
+        d = wp.normalize(p - centre)
+        n = d
+        cosine = wp.dot(d, gaze)
+        angle = wp.acos(wp.clamp(cosine, -1.0, 1.0))
+        rho = angle / u.iris
+        up = wp.normalize(wp.vec3(0.0, 1.0, 0.0) - gaze * gaze[1])
+        east = wp.cross(up, gaze)
+        turn = wp.atan2(wp.dot(d, up), wp.dot(d, east))
+        fibre = noise2(turn * 9.0 + u.eye_seed * side, rho * 2.5) * 0.6 + noise2(turn * 25.0, rho * 4.0) * 0.4
+        ring = mixed(u.iris_inner, u.iris_outer, step(0.35, 0.85, rho + 0.25 * (fibre - 0.5)))
+        iris = ring * (0.55 + 0.9 * fibre)
+        iris = iris * (1.0 - 0.75 * step(0.8, 1.0, rho))
+        iris = iris * step(u.pupil - 0.05, u.pupil + 0.06, rho)
+        edge = step(1.0, 2.2, rho)
+        vein = step(0.62, 0.9, noise2(turn * 14.0 + u.eye_seed, rho * 3.0 + side * 5.0))
+        white = wp.cw_mul(u.sclera, mixed(wp.vec3(1.0, 1.0, 1.0), wp.vec3(0.85, 0.55, 0.5), edge * (0.35 + 0.5 * vein)))
+        albedo = mixed(iris, white, step(0.93, 1.07, rho))
+        shiny = wp.normalize(d + (d - gaze * cosine) * (0.5 * (1.0 - step(0.9, 1.3, rho))))
+        n = wp.normalize(d * 0.6 + gaze * 0.4)
+        roughness = 0.14
+        f0 = 0.03
+        spec = 1.5
+        scatter = 0.5
+        open_sky = open_sky * 0.85
+    elif material == TEETH:
+        gum = step(0.0, 1.0, 0.0)
+        tooth = wp.abs(fract(wp.atan2(q[0], q[2] + 3.5) * 4.2 + 0.5) - 0.5)
+        albedo = u.teeth * (0.7 + 0.3 * step(0.0, 0.06, tooth - 0.02)) + wp.vec3(gum, gum, gum) * 0.0
+        roughness = 0.3
+        f0 = 0.04
+        scatter = 0.5
+        open_sky = open_sky * 0.8
+        wrap = wp.vec3(0.3, 0.3, 0.3)
+    elif material == CAVITY:
+        albedo = wp.vec3(0.16, 0.035, 0.03)
+        spec = 0.2
+        open_sky = open_sky * 0.5
+    elif material == TONGUE:
+        albedo = wp.vec3(0.42, 0.13, 0.12)
+        roughness = 0.35
+        open_sky = open_sky * 0.7
+        scatter = 0.5
+    elif material == LASH:
+        albedo = u.lash
+        spec = 0.0
+    elif material == HAIR or material == BEARD:
+        tangent = wp.normalize(q)
+        strand_tone = 0.55 + 0.9 * hash1(wp.floor(st[0] * 7.0), st[2] + 11.0)
+        clump = 0.75 + 0.5 * hash1(st[2], 5.0)
+        if material == HAIR:
+            albedo = mixed(u.hair_root, u.hair_tip, st[1]) * (strand_tone * clump)
+            if hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]) < u.hair_grey:
+                albedo = wp.vec3(0.5, 0.5, 0.5) * (0.5 + 0.5 * strand_tone)
+        else:
+            albedo = u.beard * (strand_tone * clump)
+            if hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]) < u.hair_grey:
+                albedo = wp.vec3(0.45, 0.45, 0.45) * (0.5 + 0.5 * strand_tone)
+        open_sky = open_sky * (0.35 + 0.65 * st[1])
+    elif material == HAND:
+        albedo = wp.cw_mul(u.skin_tone, prop_albedo)
+        wrap = wp.vec3(0.28, 0.11, 0.05)
+        scatter = 1.0
+        spec = 0.6
+    else:
+        albedo = prop_albedo * prop_pattern(p, kind)
+        roughness = 0.75 - 0.6 * gloss
+        f0 = 0.04
+        spec = 0.3 + 1.2 * gloss
+    irradiance = ambient_light(u, n) * open_sky
+    extra = wp.vec3(0.0, 0.0, 0.0)
+    start = p + flat * 0.03
+    if wp.dot(flat, v) < 0.0:
+        start = p - flat * 0.03
+    for l in range(3):
+        light = u.light0
+        colour = u.colour0
+        spread = u.spread0
+        if l == 1:
+            light = u.light1
+            colour = u.colour1
+            spread = u.spread1
+        if l == 2:
+            light = u.light2
+            colour = u.colour2
+            spread = u.spread2
+        if colour[0] + colour[1] + colour[2] < 0.001:
+            continue
+        nl = wp.dot(n, light)
+        jitter = wp.vec2(wp.randf(state), wp.randf(state))
+        if material == HAIR or material == BEARD:
+            free = lit(body, props, has_props, p + light * 0.35, light, spread, jitter)
+            kk = hair_light(tangent, v, light, u.hair_shine)
+            facing = wp.clamp(0.45 + 0.55 * nl, 0.0, 1.0)
+            through = 0.15 + 0.85 * free
+            irradiance += colour * (kk[0] * facing * through)
+            extra += wp.cw_mul(colour, mixed(albedo, wp.vec3(1.0, 1.0, 1.0), 0.25)) * (kk[1] * facing * free * 0.9)
+            continue
+        if nl < -0.28:
+            continue
+        free = lit(body, props, has_props, start, light, spread, jitter)
+        if free > 0.0:
+            for c in range(3):
+                w = wrap[c]
+                irradiance[c] = irradiance[c] + colour[c] * wp.max((nl + w) / ((1.0 + w) * (1.0 + w)), 0.0)
+            extra += colour * (highlight(shiny, v, light, roughness, f0) * spec)
+    # Sheen: the surroundings mirrored at grazing angles.
+    if material != HAIR and material != BEARD and material != LASH and material != CAVITY:
+        nv = wp.max(wp.dot(shiny, v), 0.0)
+        fresnel = f0 + (1.0 - f0) * wp.pow(1.0 - nv, 5.0) * (1.0 - roughness)
+        mirrored = shiny * (2.0 * nv) - v
+        extra += ambient_light(u, mirrored) * (fresnel * spec * open_sky * 0.7)
+    # Glasses: the lens tints what is behind it and mirrors the ambient light.
+    if has_lens == 1:
+        r = wp.mesh_query_ray(lenses, u.origin, direction, body_depth)
+        if r.result:
+            albedo = wp.cw_mul(albedo, u.lens)
+            extra = wp.cw_mul(extra, u.lens)
+            ln = r.normal
+            if wp.dot(ln, v) < 0.0:
+                ln = -ln
+            nv = wp.dot(ln, v)
+            mirrored = ln * (2.0 * nv) - v
+            f = 0.04 + 0.96 * wp.pow(1.0 - nv, 5.0)
+            extra += ambient_light(u, mirrored) * (f + u.lens_mirror)
+            extra += u.colour0 * (highlight(ln, v, u.light0, 0.12, 0.06) * 0.5)
+            scatter = scatter * 0.5
+    out.irradiance = irradiance
+    out.albedo = albedo
+    out.extra = extra
+    out.scatter = scatter
+    return out
+
+
+@wp.kernel(enable_backward=False)
+def render(
+    body: wp.array(dtype=wp.uint64),
+    props: wp.array(dtype=wp.uint64),
+    lenses: wp.array(dtype=wp.uint64),
+    flags: wp.array2d(dtype=wp.int32),
+    faces: wp.array(dtype=wp.int32),
+    materials: wp.array(dtype=wp.int32),
+    normals: wp.array2d(dtype=wp.vec3),
+    aux: wp.array(dtype=wp.vec3),
+    strand: wp.array(dtype=wp.vec3),
+    occlusion: wp.array(dtype=float),
+    prop_faces: wp.array(dtype=wp.int32),
+    prop_start: wp.array(dtype=wp.int32),
+    prop_normals: wp.array(dtype=wp.vec3),
+    prop_colours: wp.array(dtype=wp.vec3),
+    prop_info: wp.array(dtype=wp.vec3),
+    paint: wp.array3d(dtype=wp.uint8),
+    masks: wp.array3d(dtype=wp.uint8),
+    uniforms: wp.array(dtype=Uniforms),
+    irradiance: wp.array3d(dtype=wp.vec4),
+    albedo: wp.array3d(dtype=wp.vec4),
+    extra: wp.array3d(dtype=wp.vec4),
+):
+    """First sample of every pixel: (irradiance, scatter), (albedo, coverage), (extra radiance, depth)."""
+    b, y, x = wp.tid()
+    u = uniforms[b]
+    state = wp.rand_init(u.seed, y * 4096 + x)
+    s = see(
+        b, body[b], props[b], lenses[b], flags[b, 0], flags[b, 1], faces, materials, normals, aux, strand, occlusion,
+        prop_faces, prop_start, prop_normals, prop_colours, prop_info, paint, masks, u,
+        float(x) + 0.5, float(y) + 0.5, state,
+    )  # fmt: skip
+    if s.hit == 0:
+        irradiance[b, y, x] = wp.vec4(0.0, 0.0, 0.0, 0.0)
+        albedo[b, y, x] = wp.vec4(0.0, 0.0, 0.0, 0.0)
+        extra[b, y, x] = wp.vec4(0.0, 0.0, 0.0, FAR)
+        return
+    irradiance[b, y, x] = wp.vec4(s.irradiance[0], s.irradiance[1], s.irradiance[2], s.scatter)
+    albedo[b, y, x] = wp.vec4(s.albedo[0], s.albedo[1], s.albedo[2], 1.0 + float(s.material))
+    extra[b, y, x] = wp.vec4(s.extra[0], s.extra[1], s.extra[2], s.depth)
+
+
+@wp.kernel(enable_backward=False)
+def scatter_light(
+    source: wp.array3d(dtype=wp.vec4),
+    extra: wp.array3d(dtype=wp.vec4),
+    uniforms: wp.array(dtype=Uniforms),
+    vertical: int,
+    target: wp.array3d(dtype=wp.vec4),
+):
+    """One half of a separable blur of the light that entered skin: red travels farthest (Jensen et al. 2001).
+
+    Weights fall off with depth difference, so light does not leak from the nose to the cheek behind it. What does not
+    scatter gets the narrowest kernel, which removes the grain of one shadow ray per pixel.
+    """
+    b, y, x = wp.tid()
+    centre = source[b, y, x]
+    depth = extra[b, y, x][3]
+    if depth >= FAR:
+        target[b, y, x] = centre
+        return
+    pixels = uniforms[b].focal / depth  # pixels per centimetre
+    soft = centre[3]
+    red = wp.max(0.22 * pixels * soft, 0.7)
+    green = wp.max(0.09 * pixels * soft, 0.7)
+    blue = wp.max(0.05 * pixels * soft, 0.7)
+    radius = wp.min(int(2.0 * red + 0.5), 5)
+    total = wp.vec3(0.0, 0.0, 0.0)
+    weights = wp.vec3(0.0, 0.0, 0.0)
+    for i in range(-radius, radius + 1):
+        xx = x
+        yy = y
+        if vertical == 1:
+            yy = wp.clamp(y + i, 0, source.shape[1] - 1)
+        else:
+            xx = wp.clamp(x + i, 0, source.shape[2] - 1)
+        value = source[b, yy, xx]
+        gap = wp.abs(extra[b, yy, xx][3] - depth)
+        if gap < 1.5 and wp.abs(value[3] - soft) < 0.6:
+            near = 1.0 - gap * 0.6667
+            d2 = -0.5 * float(i * i)
+            w = wp.vec3(
+                near * wp.exp(d2 / (red * red)), near * wp.exp(d2 / (green * green)), near * wp.exp(d2 / (blue * blue))
+            )
+            weights += w
+            total += wp.cw_mul(w, wp.vec3(value[0], value[1], value[2]))
+    target[b, y, x] = wp.vec4(total[0] / weights[0], total[1] / weights[1], total[2] / weights[2], soft)
+
+
+@wp.kernel(enable_backward=False)
+def compose(
+    body: wp.array(dtype=wp.uint64),
+    props: wp.array(dtype=wp.uint64),
+    lenses: wp.array(dtype=wp.uint64),
+    flags: wp.array2d(dtype=wp.int32),
+    faces: wp.array(dtype=wp.int32),
+    materials: wp.array(dtype=wp.int32),
+    normals: wp.array2d(dtype=wp.vec3),
+    aux: wp.array(dtype=wp.vec3),
+    strand: wp.array(dtype=wp.vec3),
+    occlusion: wp.array(dtype=float),
+    prop_faces: wp.array(dtype=wp.int32),
+    prop_start: wp.array(dtype=wp.int32),
+    prop_normals: wp.array(dtype=wp.vec3),
+    prop_colours: wp.array(dtype=wp.vec3),
+    prop_info: wp.array(dtype=wp.vec3),
+    paint: wp.array3d(dtype=wp.uint8),
+    masks: wp.array3d(dtype=wp.uint8),
+    uniforms: wp.array(dtype=Uniforms),
+    irradiance: wp.array3d(dtype=wp.vec4),
+    albedo: wp.array3d(dtype=wp.vec4),
+    extra: wp.array3d(dtype=wp.vec4),
+    background: wp.array3d(dtype=wp.vec3),
+    more: int,
+    image: wp.array3d(dtype=wp.vec3),
+):
+    """Linear RGB of every pixel; pixels on an edge of depth or material get `more` further rays."""
+    b, y, x = wp.tid()
+    behind = background[b, y, x]
+    a = albedo[b, y, x]
+    e = extra[b, y, x]
+    colour = behind
+    if a[3] > 0.0:
+        i = irradiance[b, y, x]
+        colour = wp.vec3(a[0] * i[0] + e[0], a[1] * i[1] + e[1], a[2] * i[2] + e[2])
+    edge = int(0)
+    for k in range(4):
+        xx = wp.clamp(x + wp.where(k == 0, 1, wp.where(k == 1, -1, 0)), 0, image.shape[2] - 1)
+        yy = wp.clamp(y + wp.where(k == 2, 1, wp.where(k == 3, -1, 0)), 0, image.shape[1] - 1)
+        if albedo[b, yy, xx][3] != a[3] or wp.abs(extra[b, yy, xx][3] - e[3]) > 0.8:
+            edge = 1
+    hairy = wp.abs(a[3] - 7.0) < 1.5
+    if edge == 0 and not hairy:
+        image[b, y, x] = colour
+        return
+    u = uniforms[b]
+    state = wp.rand_init(u.seed + 1, y * 4096 + x)
+    total = colour
+    rays = more
+    if edge == 0:
+        rays = 1
+    for k in range(rays):
+        # Points of a rotated grid around the centre that the first ray took.
+        ox = wp.where(k == 0, 0.27, wp.where(k == 1, 0.83, 0.37))
+        oy = wp.where(k == 0, 0.17, wp.where(k == 1, 0.33, 0.87))
+        s = see(
+            b, body[b], props[b], lenses[b], flags[b, 0], flags[b, 1], faces, materials, normals, aux, strand,
+            occlusion, prop_faces, prop_start, prop_normals, prop_colours, prop_info, paint, masks, u,
+            float(x) + ox, float(y) + oy, state + wp.uint32(k * 7919),
+        )  # fmt: skip
+        if s.hit == 1:
+            total += wp.cw_mul(s.albedo, s.irradiance) + s.extra
+        else:
+            total += behind
+    image[b, y, x] = total / float(rays + 1)
+
+
+@wp.kernel(enable_backward=False)
+def occlude(
+    body: wp.uint64,
+    points: wp.array(dtype=wp.vec3),
+    normals: wp.array(dtype=wp.vec3),
+    count: int,
+    rays: int,
+    reach: float,
+    occlusion: wp.array(dtype=float),
+):
+    """Share of the cosine-weighted hemisphere over each vertex that is open within `reach` centimetres."""
+    i = wp.tid()
+    if i >= count:
+        return
+    n = normals[i]
+    helper = wp.vec3(0.0, 1.0, 0.0)
+    if wp.abs(n[1]) > 0.9:
+        helper = wp.vec3(1.0, 0.0, 0.0)
+    a = wp.normalize(wp.cross(n, helper))
+    b = wp.cross(n, a)
+    free = float(0.0)
+    for k in range(rays):
+        # A golden-angle spiral over the disc, lifted to the hemisphere: cosine weighted without random numbers.
+        r2 = (float(k) + 0.5) / float(rays)
+        angle = 2.3999632 * float(k) + float(i % 7)
+        r = wp.sqrt(r2)
+        d = a * (r * wp.cos(angle)) + b * (r * wp.sin(angle)) + n * wp.sqrt(1.0 - r2)
+        hit = wp.mesh_query_ray(body, points[i] + n * 0.05, d, reach)
+        if hit.result:
+            free += 0.5 * hit.t / reach
+        else:
+            free += 1.0
+    occlusion[i] = free / float(rays)
+
+
+@wp.kernel(enable_backward=False)
+def surface_from_outside(
+    body: wp.uint64,
+    directions: wp.array(dtype=wp.vec3),
+    centre: wp.vec3,
+    face: wp.array(dtype=wp.int32),
+    bary: wp.array(dtype=wp.vec2),
+    radius: wp.array(dtype=float),
+):
+    """Outermost surface point in each direction from `centre`: face (-1: none), barycentric weights, distance."""
+    i = wp.tid()
+    d = directions[i]
+    r = wp.mesh_query_ray(body, centre + d * 60.0, -d, 60.0)
+    face[i] = -1
+    radius[i] = 0.0
+    if r.result:
+        face[i] = r.face
+        bary[i] = wp.vec2(r.u, r.v)
+        radius[i] = 60.0 - r.t

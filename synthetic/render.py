@@ -1,0 +1,444 @@
+"""From a person and a list of photos to images and their truth: one mesh per photo, one launch per batch.
+
+The head stays where it is and the camera goes around it; the torso turns against the head. A person's head, hair and
+beard are one mesh whose bounding tree is built once and refitted per photo (0.2 ms against 10 ms).
+
+A batch is a run of one person's photos: on CUDA all of them (bounded by `batch`) in one launch, on a CPU one after the
+other. The arithmetic per photo is the same either way, so the split does not change a byte.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import warp as wp
+
+from synthetic import hair, kernels, props, skin
+from synthetic.head import EYE, LASH, SKIN, load_head
+from synthetic.parameters import IRIS_COLOURS, Identity, Photo
+from synthetic.photo import background, develop
+
+EYE_DISTANCE = 6.0  # centimetres, for the scale of `Photo.eye_pixels`
+FACE_CENTRE = np.array([0.0, -3.0, -1.0])  # what is put in the image's middle
+NECK_PIVOT = np.array([0.0, -11.5, -9.0], np.float32)
+IRIS_ANGLE = 0.46  # radians seen from the eyeball's centre: 0.6 cm of iris on MakeHuman's 1.38 cm eyeball
+
+
+@dataclass
+class Truth:
+    """Where things are in the image [pixels of the image, pixel centres at .5 as in every other stage minus .5]."""
+
+    box: np.ndarray  # [4] xyxy of the face from hairline to chin
+    landmarks: np.ndarray  # [5, 2] image-left eye, image-right eye, nose, image-left and image-right mouth corner
+
+
+def head_rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
+    """Head frame to camera frame [3, 3]; camera x right, y up, z towards the viewer; degrees, see `Photo`."""
+    y, p, r = np.radians([yaw, -pitch, roll])
+    turn = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
+    nod = np.array([[1, 0, 0], [0, np.cos(p), -np.sin(p)], [0, np.sin(p), np.cos(p)]])
+    lean = np.array([[np.cos(r), -np.sin(r), 0], [np.sin(r), np.cos(r), 0], [0, 0, 1]])
+    return lean @ nod @ turn
+
+
+def _direction(azimuth: float, elevation: float) -> np.ndarray:
+    a, e = np.radians([azimuth, elevation])
+    return np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+
+
+class Person:
+    """An identity made ready for tracing: shape, hair, paint and the ambient occlusion of its vertices."""
+
+    def __init__(self, identity: Identity, renderer: "Renderer", off: frozenset[str]) -> None:
+        head = renderer.head
+        self.identity = identity
+        local = np.array(identity.local, np.float32)
+        self.local = np.tensordot(np.maximum(local, 0), head.local[:, 0], 1)
+        self.local += np.tensordot(np.maximum(-local, 0), head.local[:, 1], 1)
+        self.rest = head.shape(identity.who, local)
+        self.eyes = np.stack([self.rest[eye].mean(0) for eye in head.eye_vertices])
+        self.field = hair.RadiusField(head, self.rest)
+        ribbons = [hair.grow_hair(identity, head, self.rest, self.field), hair.grow_beard(identity, head, self.rest)]
+        self.hair_count = len(ribbons[0].points)
+        self.ribbons = hair._join(ribbons)
+        kinds = [np.full(len(part.faces), kind) for part, kind in zip(ribbons, (kernels.HAIR, kernels.BEARD), strict=True)]
+        vertices = len(self.rest)
+        self.faces = np.concatenate([head.faces, self.ribbons.faces + vertices]).astype(np.int32)
+        self.materials = np.concatenate([head.material, *kinds]).astype(np.int32)
+        self.aux = np.concatenate([head.canonical, self.ribbons.tangents]).astype(np.float32)
+        self.strand = np.concatenate([renderer.lash_strand, self.ribbons.strand]).astype(np.float32)
+        self.paint = skin.paint(identity, off)
+
+
+class Renderer:
+    """The tracer on one device: `Renderer(device).photograph(identity, photos)`."""
+
+    def __init__(self, device: torch.device, batch: int | None = None) -> None:
+        self.device = device
+        self.warp = str(device) if device.type == "cuda" else "cpu"
+        self.batch = batch or (64 if device.type == "cuda" else 1)
+        self.head = load_head()
+        self.canvas = skin.load_canvas()
+        head = self.head
+
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        self.base = tensor(head.base)
+        self.macro = tensor(head.macro.reshape(len(head.macro), -1))
+        self.expression = tensor(head.expression.reshape(len(head.expression), -1))
+        self.rings = tensor(head.rings.astype(np.int64))
+        self.faces = tensor(head.faces.astype(np.int64))
+        self.share = tensor(head.torso_share)[None, :, None]
+        self.eye_index = [tensor(eye) for eye in head.eye_vertices]
+        self.masks = wp.array(self.canvas.masks, dtype=wp.uint8, device=self.warp)
+        self.lash_strand = _lash_coordinates(head.faces[head.material == LASH], head.canonical)
+        place = head.canonical
+        skin_vertices = np.unique(head.faces[head.material == SKIN])
+        face = (place[:, 2] > -5.5) & (place[:, 1] > -12.5) & (place[:, 1] < 5.5) & (head.torso_share < 0.05)
+        face &= np.isin(np.arange(len(place)), skin_vertices) & (np.abs(place[:, 0]) < 7.2)
+        self.face_vertices = np.nonzero(face)[0]
+        self.eye_vertex = np.unique(head.faces[head.material == EYE])
+        self.last_buffers: dict[str, Any] = {}
+
+    # -- geometry ------------------------------------------------------------------------------------------------
+
+    def _pose(self, person: Person, photos: list[Photo]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Vertices [M, V, 3] in the head's frame, normals, and gaze directions [M, 2, 3]."""
+        head, device = self.head, self.device
+        weights = np.stack([
+            head.macro_weights({**person.identity.who, "years": photo.years, "weight": photo.weight}) for photo in photos
+        ])  # fmt: skip
+        units = np.array(
+            [[photo.expression.get(label, 0.0) for label in head.expression_labels] for photo in photos], np.float32
+        )
+        # Products are taken photo by photo: a matrix product's rounding may depend on how many rows it has.
+        rows = []
+        fixed = self.base + torch.from_numpy(person.local).to(device)
+        for weight, unit in zip(torch.from_numpy(weights).to(device), torch.from_numpy(units).to(device), strict=True):
+            shape = fixed + (weight @ self.macro).view(-1, 3)
+            middle = (shape[self.eye_index[0]].mean(0) + shape[self.eye_index[1]].mean(0)) / 2
+            rows.append(shape - middle + (unit @ self.expression).view(-1, 3))
+        vertices = torch.stack(rows)
+        gaze = np.stack([self._gaze(photo) for photo in photos])
+        for side, index in enumerate(self.eye_index):
+            eye = vertices[:, index]
+            centre = eye.mean(1, keepdim=True)
+            turn = torch.from_numpy(gaze[:, side].astype(np.float32)).to(device)
+            vertices[:, index] = centre + torch.einsum("mij,mvj->mvi", turn, eye - centre)
+        spin = torch.from_numpy(np.stack([self._torso(photo) for photo in photos]).astype(np.float32)).to(device)
+        vertices = _turn(vertices, spin[:, None] * self.share, torch.from_numpy(NECK_PIVOT).to(device))
+        return vertices, self._normals(vertices), gaze[:, :, :, 2]
+
+    def _gaze(self, photo: Photo) -> np.ndarray:
+        """Rotations [2, 3, 3] of the right and left eyeball."""
+        close = np.degrees(np.arctan2(EYE_DISTANCE / 2, photo.distance)) * 0.5
+        return np.stack([head_rotation(photo.gaze[0] + turn, photo.gaze[1], 0) for turn in (close, -close)])
+
+    def _torso(self, photo: Photo) -> np.ndarray:
+        """Rotation vector of the torso in the head's frame."""
+        from cv2 import Rodrigues
+
+        relative = head_rotation(photo.yaw, photo.pitch, photo.roll).T @ head_rotation(
+            photo.torso_yaw, photo.torso_pitch, 0
+        )
+        return Rodrigues(relative)[0][:, 0]
+
+    def _normals(self, vertices: torch.Tensor) -> torch.Tensor:
+        corners = vertices[:, self.faces]
+        flat = torch.linalg.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
+        flat = torch.cat([flat, torch.zeros_like(flat[:, :1])], 1)
+        total = flat[:, self.rings[:, 0]]
+        for k in range(1, self.rings.shape[1]):
+            total = total + flat[:, self.rings[:, k]]
+        return total / total.norm(dim=-1, keepdim=True).clamp_min(1e-9)
+
+    def _ribbons(self, person: Person, photo: Photo, vertices: torch.Tensor) -> torch.Tensor:
+        """Ribbon vertices [R, 3] of one photo: they follow their roots, and a hat presses them down."""
+        ribbons = person.ribbons
+        rest = torch.from_numpy(person.rest).to(self.device)
+        roots = torch.from_numpy(ribbons.roots).to(self.device)
+        points = torch.from_numpy(ribbons.points).to(self.device) + (vertices - rest)[roots]
+        if photo.hat is None or person.hair_count == 0:
+            return points
+        scalp = points[: person.hair_count].cpu().numpy()
+        offset = scalp - hair.CENTRE
+        radius = np.linalg.norm(offset, axis=1)
+        azimuth, elevation = np.arctan2(offset[:, 0], offset[:, 2]), np.arcsin(offset[:, 1] / radius)
+        edge = props.hat_edge(photo, np.degrees(azimuth))
+        under = np.clip((np.degrees(elevation) - edge + 4) / 8, 0, 1)
+        if photo.hat["kind"] == "band":
+            under *= np.degrees(elevation) < edge + 16
+        direction = offset / radius[:, None]
+        pressed = np.minimum(radius, person.field(direction) + 0.25)
+        scalp = hair.CENTRE + direction * (radius + (pressed - radius) * under)[:, None]
+        points[: person.hair_count] = torch.from_numpy(scalp.astype(np.float32)).to(self.device)
+        return points
+
+    # -- uniforms ------------------------------------------------------------------------------------------------
+
+    def _camera(self, photo: Photo, size: int) -> dict[str, Any]:
+        rotation = head_rotation(photo.yaw, photo.pitch, photo.roll)
+        scale = size / 256
+        return {
+            "rotation": rotation,
+            "translation": np.array([0.0, 0.0, -photo.distance]) - rotation @ FACE_CENTRE,
+            "focal": photo.eye_pixels * scale * photo.distance / EYE_DISTANCE,
+            "centre": (size / 2 + photo.shift[0] * scale, size / 2 + photo.shift[1] * scale),
+        }
+
+    @staticmethod
+    def project(camera: dict[str, Any], points: np.ndarray) -> np.ndarray:
+        """Image positions [N, 2] of points [N, 3] in the head's frame; the first pixel's centre is at (0, 0)."""
+        seen = points @ camera["rotation"].T + camera["translation"]
+        x = camera["centre"][0] + camera["focal"] * seen[:, 0] / -seen[:, 2]
+        y = camera["centre"][1] - camera["focal"] * seen[:, 1] / -seen[:, 2]
+        return np.stack([x, y], -1) - 0.5
+
+    def _uniforms(self, person: Person, photo: Photo, camera: dict[str, Any], eyes: np.ndarray,
+                  gaze: np.ndarray) -> dict[str, Any]:  # fmt: skip
+        identity, makeup, clothes = person.identity, photo.makeup, photo.clothes
+        to_head = camera["rotation"].T
+        values: dict[str, Any] = {
+            "origin": -to_head @ camera["translation"],
+            "right": to_head @ [1, 0, 0],
+            "up": to_head @ [0, 1, 0],
+            "forward": to_head @ [0, 0, -1],
+            "focal": camera["focal"],
+            "centre_x": camera["centre"][0],
+            "centre_y": camera["centre"][1],
+            "ambient": photo.ambient["mean"],
+        }
+        for i in range(3):
+            light = photo.lights[i] if i < len(photo.lights) else None
+            values[f"light{i}"] = to_head @ np.array(light["towards"] if light else (0.0, 1.0, 0.0))
+            values[f"colour{i}"] = light["colour"] if light else (0.0, 0.0, 0.0)
+            values[f"spread{i}"] = light["spread"] if light else 0.0
+        slope = np.stack([photo.ambient["x"], photo.ambient["y"], photo.ambient["z"]])  # camera axis, colour
+        in_head = camera["rotation"].T @ slope
+        values |= {"ambient_x": in_head[0], "ambient_y": in_head[1], "ambient_z": in_head[2]}
+        inner, outer = IRIS_COLOURS[identity.iris]
+        look = identity.hair
+        hair_root = np.array(look["root"])
+        lens = photo.glasses["tint"] if photo.glasses else (1.0, 1.0, 1.0)
+        light_amount = float(np.mean(photo.ambient["mean"])) + sum(float(np.mean(x["colour"])) for x in photo.lights)
+        values |= {
+            "eye_r": eyes[0], "eye_l": eyes[1], "gaze_r": gaze[0], "gaze_l": gaze[1],
+            "iris": IRIS_ANGLE * identity.iris_size,
+            "pupil": float(np.clip(0.5 - 0.12 * light_amount, 0.22, 0.5)),
+            "iris_inner": inner, "iris_outer": outer, "sclera": (0.62, 0.60, 0.58),
+            "eye_seed": float(identity.number % 997) * 1.37,
+            "hair_root": hair_root, "hair_tip": look["tip"], "hair_shine": look["shine"] * 0.6,
+            "hair_grey": look["grey"], "beard": identity.beard["colour"],
+            "lash": np.minimum(hair_root * 0.3, 0.02),
+            "teeth": np.array([0.66, 0.60, 0.48]) * (0.6 + 0.5 * identity.teeth),
+            "lip": makeup["lip"], "lip_amount": makeup["lip_amount"], "lip_gloss": makeup["lip_gloss"],
+            "shadow": makeup["shadow"], "shadow_amount": makeup["shadow_amount"],
+            "blush": makeup["blush"], "blush_amount": makeup["blush_amount"],
+            "shine": photo.skin_shine, "bump": 2.2, "skin_tone": skin.skin_tone(identity),
+            "cloth_a": clothes["a"], "cloth_b": clothes["b"], "cloth_pattern": clothes["pattern"],
+            "cloth_scale": clothes["scale"], "neckline": clothes["neckline"], "neck_depth": clothes["depth"],
+            "neck_width": clothes["width"], "lens": lens,
+            "lens_mirror": photo.glasses["mirror"] if photo.glasses else 0.0,
+            "seed": photo.seed % (1 << 30),
+        }  # fmt: skip
+        return values
+
+    # -- tracing -------------------------------------------------------------------------------------------------
+
+    def photograph(self, identity: Identity, photos: list[Photo], size: int = 256,
+                   off: frozenset[str] = frozenset()) -> tuple[list[np.ndarray], list[Truth]]:  # fmt: skip
+        """Images (uint8 BGR [size, size, 3]) and truths of a person's photos."""
+        person = Person(identity, self, off)
+        array = self._identity_arrays(person)
+        images: list[np.ndarray] = []
+        truths: list[Truth] = []
+        meshes: list[wp.Mesh] = []
+        for start in range(0, len(photos), self.batch):
+            part = photos[start : start + self.batch]
+            linear, exposure, found = self._trace(person, part, size, array, meshes)
+            truths += found
+            images += [develop(linear[i], exposure[i], photo) for i, photo in enumerate(part)]
+        return images, truths
+
+    def _array(self, values: np.ndarray, dtype: Any) -> wp.array:
+        return wp.array(np.ascontiguousarray(values), dtype=dtype, device=self.warp)
+
+    def _identity_arrays(self, person: Person) -> dict[str, Any]:
+        arrays = {
+            "faces": self._array(person.faces.reshape(-1), wp.int32),
+            "materials": self._array(person.materials, wp.int32),
+            "aux": self._array(person.aux, wp.vec3),
+            "strand": self._array(person.strand, wp.vec3),
+            "paint": self._array(person.paint, wp.uint8),
+        }
+        vertices = np.concatenate([person.rest, person.ribbons.points]).astype(np.float32)
+        rest = torch.from_numpy(person.rest).to(self.device)[None]
+        count = len(person.rest)
+        mesh = wp.Mesh(self._array(vertices, wp.vec3), arrays["faces"])
+        occlusion = self._array(np.ones(len(vertices), np.float32), float)
+        normals = wp.from_torch(self._normals(rest)[0].contiguous(), dtype=wp.vec3)
+        wp.launch(kernels.occlude, count, [mesh.id, mesh.points, normals, count, 20, 7.0, occlusion], device=self.warp)
+        values = occlusion.numpy()
+        values[count:] = person.ribbons.open_sky
+        arrays["occlusion"] = self._array(values, float)
+        arrays["mesh"] = mesh
+        return arrays
+
+    def _trace(self, person: Person, photos: list[Photo], size: int, arrays: dict[str, Any],
+               meshes: list[wp.Mesh]) -> tuple[np.ndarray, np.ndarray, list[Truth]]:  # fmt: skip
+        vertices, normals, gaze = self._pose(person, photos)
+        shown = vertices.cpu().numpy()
+        count, total = len(photos), vertices.shape[1] + len(person.ribbons.points)
+        points = torch.empty((count, total, 3), device=self.device)
+        points[:, : vertices.shape[1]] = vertices
+        ribbon_normals = torch.from_numpy(person.ribbons.normals).to(self.device)
+        all_normals = torch.cat([normals, ribbon_normals.expand(count, -1, -1)], 1).contiguous()
+        cameras, rows, truths = [], [], []
+        extras = [self._props(person, photo, shown[i]) for i, photo in enumerate(photos)]
+        for i, photo in enumerate(photos):
+            points[i, vertices.shape[1] :] = self._ribbons(person, photo, vertices[i])
+            camera = self._camera(photo, size)
+            eyes = np.stack([shown[i][eye].mean(0) for eye in self.head.eye_vertices])
+            cameras.append(camera)
+            rows.append(self._uniforms(person, photo, camera, eyes, gaze[i]))
+            truths.append(self._truth(camera, shown[i], eyes, gaze[i]))
+        for i in range(count):
+            if i >= len(meshes):
+                meshes.append(arrays["mesh"] if not meshes else wp.Mesh(
+                    self._array(points[i].cpu().numpy(), wp.vec3), arrays["faces"]))  # fmt: skip
+            wp.copy(meshes[i].points, wp.from_torch(points[i].contiguous(), dtype=wp.vec3))
+            meshes[i].refit()
+        table = np.zeros(count, dtype=kernels.Uniforms.numpy_dtype())
+        for i, row in enumerate(rows):
+            for name, value in row.items():
+                table[name][i] = value
+        prop = self._prop_arrays([extra[0] for extra in extras])
+        lens_meshes = [self._mesh(extra[1], extra[2]) if extra[1] is not None else None for extra in extras]
+        behind = np.stack([background(photo, size) for photo in photos])
+
+        def buffer(dtype: Any) -> wp.array:
+            return wp.empty((count, size, size), dtype=dtype, device=self.warp)
+
+        irradiance, albedo, extra_light, half = (buffer(wp.vec4) for _ in range(4))
+        image = buffer(wp.vec3)
+        flags = np.array([[mesh is not None, lens is not None] for mesh, lens in zip(prop["meshes"], lens_meshes, strict=True)])  # fmt: skip
+        scene = [
+            self._array(np.array([mesh.id for mesh in meshes[:count]], np.uint64), wp.uint64),
+            self._ids(prop["meshes"]),
+            self._ids(lens_meshes),
+            self._array(flags.astype(np.int32), wp.int32),
+            arrays["faces"], arrays["materials"], wp.from_torch(all_normals, dtype=wp.vec3), arrays["aux"],
+            arrays["strand"], arrays["occlusion"], prop["faces"], prop["start"], prop["normals"], prop["colours"],
+            prop["info"], arrays["paint"], self.masks, wp.array(table, dtype=kernels.Uniforms, device=self.warp),
+        ]  # fmt: skip
+        uniforms = scene[-1]
+        shape = (count, size, size)
+        wp.launch(kernels.render, shape, [*scene, irradiance, albedo, extra_light], device=self.warp)
+        wp.launch(kernels.scatter_light, shape, [irradiance, extra_light, uniforms, 0, half], device=self.warp)
+        wp.launch(kernels.scatter_light, shape, [half, extra_light, uniforms, 1, irradiance], device=self.warp)
+        wp.launch(
+            kernels.compose,
+            shape,
+            [*scene, irradiance, albedo, extra_light, self._array(behind, wp.vec3), 3, image],
+            device=self.warp,
+        )
+        light, coverage = irradiance.numpy(), albedo.numpy()[..., 3]
+        exposure = np.array([_exposure(light[i], coverage[i]) for i in range(count)])
+        return image.numpy(), exposure, truths
+
+    def _mesh(self, points: np.ndarray, faces: np.ndarray) -> wp.Mesh:
+        return wp.Mesh(self._array(points, wp.vec3), self._array(faces.reshape(-1).astype(np.int32), wp.int32))
+
+    def _ids(self, meshes: list[wp.Mesh | None]) -> wp.array:
+        return self._array(np.array([mesh.id if mesh else 0 for mesh in meshes], np.uint64), wp.uint64)
+
+    def _props(self, person: Person, photo: Photo, vertices: np.ndarray) -> tuple[Any, Any, Any]:
+        """What is worn or held (a Piece or None) and the lenses' points and faces (or None)."""
+        pieces, lens_points, lens_faces = [], None, None
+        if photo.glasses:
+            eyes = np.stack([vertices[eye].mean(0) for eye in self.head.eye_vertices])
+            frame, lens_points, lens_faces = props.glasses(photo, vertices[: len(vertices)], eyes)
+            pieces.append(frame)
+        if photo.hat:
+            pieces.append(props.hat_piece(photo, person.field))
+        if photo.scarf:
+            pieces.append(props.scarf_piece(photo, np.random.default_rng([photo.seed, 9])))
+        if photo.occluder:
+            pieces.append(props.occluder_piece(photo))
+        return (props.join(pieces) if pieces else None), lens_points, lens_faces
+
+    def _prop_arrays(self, pieces: list[Any]) -> dict[str, Any]:
+        empty = props.piece(np.zeros((3, 3)), np.array([[0, 1, 2]]), (0, 0, 0))
+        meshes, faces, normals, colours, info, start = [], [], [], [], [], []
+        vertex_start = face_start = 0
+        for part in pieces:
+            meshes.append(self._mesh(part.points, part.faces) if part else None)
+            part = part or empty
+            flat = np.cross(part.points[part.faces[:, 1]] - part.points[part.faces[:, 0]],
+                            part.points[part.faces[:, 2]] - part.points[part.faces[:, 0]])  # fmt: skip
+            summed = np.zeros_like(part.points)
+            for k in range(3):
+                np.add.at(summed, part.faces[:, k], flat)
+            normals.append(summed / np.maximum(np.linalg.norm(summed, axis=1, keepdims=True), 1e-9))
+            faces.append(part.faces + vertex_start)
+            colours.append(part.colours)
+            info.append(part.info)
+            start.append(face_start)
+            vertex_start += len(part.points)
+            face_start += len(part.faces)
+        return {
+            "meshes": meshes,
+            "faces": self._array(np.concatenate(faces).reshape(-1).astype(np.int32), wp.int32),
+            "start": self._array(np.array(start, np.int32), wp.int32),
+            "normals": self._array(np.concatenate(normals).astype(np.float32), wp.vec3),
+            "colours": self._array(np.concatenate(colours).astype(np.float32), wp.vec3),
+            "info": self._array(np.concatenate(info).astype(np.float32), wp.vec3),
+        }
+
+    def _truth(self, camera: dict[str, Any], vertices: np.ndarray, eyes: np.ndarray, gaze: np.ndarray) -> Truth:
+        head = self.head
+        radius = np.linalg.norm(vertices[head.eye_vertices[0]] - eyes[0], axis=1).max()
+        forward = np.array([0.0, 0.0, 1.0])
+        pupils = eyes + radius * (0.5 * gaze + 0.5 * forward)
+        points = np.concatenate([pupils, vertices[[head.nose_tip]], vertices[list(head.corners)]])
+        outline = self.project(camera, vertices[self.face_vertices])
+        return Truth(
+            box=np.concatenate([outline.min(0), outline.max(0)]).astype(np.float32),
+            landmarks=self.project(camera, points).astype(np.float32),
+        )
+
+
+def _exposure(light: np.ndarray, coverage: np.ndarray) -> float:
+    """Factor that brings the light falling on skin to a camera's working level."""
+    on_skin = coverage == 1.0 + kernels.SKIN
+    if on_skin.sum() < 50:
+        on_skin = coverage > 0
+    if not on_skin.any():
+        return 1.0
+    values = light[on_skin][:, :3].mean(1)
+    return float(0.85 / np.clip(0.5 * values.mean() + 0.5 * np.quantile(values, 0.8), 0.02, None))
+
+
+def _turn(vertices: torch.Tensor, vector: torch.Tensor, pivot: torch.Tensor) -> torch.Tensor:
+    """Rotate vertices [M, V, 3] about a pivot by rotation vectors [M, V, 3] (Rodrigues' formula)."""
+    angle = vector.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    axis = vector / angle
+    arm = vertices - pivot
+    sine, cosine = torch.sin(angle), torch.cos(angle)
+    along = (axis * arm).sum(-1, keepdim=True)
+    return pivot + arm * cosine + torch.linalg.cross(axis, arm) * sine + axis * along * (1 - cosine)
+
+
+def _lash_coordinates(faces: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(across, along, seed) for the eyelash helper meshes: along grows away from the eye; zeros elsewhere."""
+    strand = np.zeros((len(place), 3), np.float32)
+    index = np.unique(faces)
+    for side in (-1, 1):
+        lashes = index[np.sign(place[index, 0]) == side]
+        centre = np.array([2.885 * side, 0, 0])
+        reach = np.linalg.norm(place[lashes] - centre, axis=1)
+        strand[lashes, 0] = np.arctan2(place[lashes, 1], place[lashes, 0] - centre[0]) / np.pi
+        strand[lashes, 1] = (reach - reach.min()) / max(np.ptp(reach), 1e-6)
+    return strand

@@ -1,0 +1,393 @@
+"""Skin, brows, lips and stubble, painted per person in the head's own coordinates.
+
+The canvas is a sphere around the head, seen through a map that gives the face's front three times the texels of the
+back (0.5 mm in front). A texel knows the canonical surface point behind it, so paint is described in centimetres on an
+average face and lands on the same features of every head, in every view and expression. The price of a sphere over an
+unwrapped mesh: surfaces that hide behind others (nostrils, behind the ears) share the paint of what hides them.
+
+Colour follows two pigments. Light skin's reflectance is dimmed by melanin with an absorption that saturates
+differently per channel (fitted to photographs of light, tan and dark skin: see `reflectance`) and by blood, which
+absorbs green and blue. Everything that makes a face personal is laid over that: blotches, freckles, moles, shadow
+under the eyes, lip colour, wrinkles (also as relief), beard shadow, scalp hair, brow hairs one by one.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import warp as wp
+
+from synthetic import kernels
+from synthetic.head import SKIN, HeadModel, load_head, mask_image, sample_mask
+from synthetic.parameters import Identity
+
+HEIGHT, WIDTH = 704, 896
+
+# Linear RGB of skin with hardly any melanin and little blood.
+PALE = np.array([0.86, 0.60, 0.47], np.float32)
+# exp(-MELANIN * m ** MELANIN_POWER): through light (0), tan (0.35) and very dark (1) skin.
+MELANIN = np.array([2.06, 2.54, 3.10], np.float32)
+MELANIN_POWER = np.array([1.69, 1.15, 0.87], np.float32)
+# Oxygenated blood absorbs green most (540 nm), then blue, red hardly (Prahl's tables, averaged over sRGB primaries).
+BLOOD = np.array([0.10, 0.80, 0.62], np.float32)
+
+
+def reflectance(melanin: np.ndarray, blood: np.ndarray) -> np.ndarray:
+    """Linear RGB [..., 3] of skin; both pigments [...] in about [0, 1.3]."""
+    m = np.maximum(melanin, 0)[..., None].astype(np.float32)
+    return PALE * np.exp(-MELANIN * m**MELANIN_POWER - BLOOD * np.maximum(blood, 0)[..., None].astype(np.float32))
+
+
+@dataclass
+class Canvas:
+    """The texel grid [H, W]: canonical surface points, direction angles and fixed regions."""
+
+    place: np.ndarray  # [H, W, 3] canonical position in centimetres
+    theta: np.ndarray  # [H, W] azimuth in degrees, 0 in front, positive to the person's left
+    phi: np.ndarray  # [H, W] elevation in degrees
+    lips: np.ndarray  # [H, W] MakeHuman's masks, float32 in [0, 1]
+    lids: np.ndarray
+    ears: np.ndarray
+    masks: np.ndarray  # [H, W, 4] uint8: lips, eye shadow, cheeks, oily zone; what photos recolour
+    tiles: np.ndarray  # [3, H, W] float32 noise with zero mean: fine (1 texel), medium (3), coarse (9)
+
+    @staticmethod
+    def texel(place: np.ndarray) -> np.ndarray:
+        """Texel coordinates [..., 2] (x, y) of canonical positions [..., 3]; mirrors `kernels.canvas_uv`."""
+        x, y, z = place[..., 0], place[..., 1] - kernels.CENTRE_Y, place[..., 2] - kernels.CENTRE_Z
+        t = np.abs(np.arctan2(x, z)) / np.pi
+        u = 0.5 + 0.5 * np.sign(x) * (1.5 * t - 0.5 * t * t)
+        v = (kernels.PHI_TOP - np.arctan2(y, np.hypot(x, z))) / kernels.PHI_RANGE
+        return np.stack([u * WIDTH - 0.5, v * HEIGHT - 0.5], -1)
+
+
+def directions() -> tuple[np.ndarray, np.ndarray]:
+    """Azimuth and elevation in radians of every texel's centre, [H, W] each."""
+    u = 2 * (np.arange(WIDTH) + 0.5) / WIDTH - 1
+    theta = np.sign(u) * np.pi * (1.5 - np.sqrt(2.25 - 2 * np.abs(u)))
+    phi = kernels.PHI_TOP - (np.arange(HEIGHT) + 0.5) / HEIGHT * kernels.PHI_RANGE
+    return np.broadcast_to(theta, (HEIGHT, WIDTH)), np.broadcast_to(phi[:, None], (HEIGHT, WIDTH))
+
+
+def unit(theta: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """Unit vectors [..., 3] of azimuth and elevation in radians."""
+    return np.stack([np.sin(theta) * np.cos(phi), np.sin(phi), np.cos(theta) * np.cos(phi)], -1)
+
+
+def outermost(vertices: np.ndarray, faces: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Face [N], barycentric weights [N, 3] and distance [N] of the outermost surface along rays from the centre."""
+    mesh = wp.Mesh(
+        wp.array(vertices, dtype=wp.vec3, device="cpu"), wp.array(faces.reshape(-1), dtype=wp.int32, device="cpu")
+    )
+    count = len(rays)
+    face = wp.empty(count, dtype=wp.int32, device="cpu")
+    bary = wp.zeros(count, dtype=wp.vec2, device="cpu")
+    radius = wp.empty(count, dtype=float, device="cpu")
+    wp.launch(
+        kernels.surface_from_outside,
+        count,
+        [
+            mesh.id,
+            wp.array(rays.astype(np.float32), dtype=wp.vec3, device="cpu"),
+            wp.vec3(0.0, kernels.CENTRE_Y, kernels.CENTRE_Z),
+            face,
+            bary,
+            radius,
+        ],
+        device="cpu",
+    )
+    two = bary.numpy()
+    return face.numpy(), np.concatenate([two, 1 - two.sum(1, keepdims=True)], 1), radius.numpy()
+
+
+def _noise(rng: np.random.Generator, cells: float) -> np.ndarray:
+    """Smooth noise [H, W] with unit deviation and about `cells` texels between its knots."""
+    shape = (int(HEIGHT / cells) + 3, int(WIDTH / cells) + 3)
+    return cv2.resize(rng.normal(size=shape).astype(np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+
+
+@lru_cache(maxsize=1)
+def load_canvas() -> Canvas:
+    """Wrap the canonical head on the canvas (about a second)."""
+    head = load_head()
+    theta, phi = directions()
+    skin = head.faces[head.material == SKIN]
+    face, bary, radius = outermost(head.canonical, skin, unit(theta, phi).reshape(-1, 3))
+    uv = head.uv[head.material == SKIN]
+    place = unit(theta, phi) * np.where(radius > 0, radius, 12.0).reshape(HEIGHT, WIDTH, 1)
+    place = (place + np.array([0, kernels.CENTRE_Y, kernels.CENTRE_Z])).astype(np.float32)
+    at = np.einsum("nk,nkc->nc", bary, uv[np.maximum(face, 0)])
+
+    def region(name: str) -> np.ndarray:
+        values = np.where(face >= 0, sample_mask(mask_image(name), at), 0.0)
+        return cv2.GaussianBlur(values.reshape(HEIGHT, WIDTH).astype(np.float32), (0, 0), 1.2)
+
+    lips, lids, ears = region("lips"), region("eyelids"), region("ears")
+    x, y, z = np.moveaxis(place, -1, 0)
+    side = np.abs(x)
+    above_eye = np.exp(-(((side - 3.1) / 1.9) ** 2) - ((y - 0.75) / 0.75) ** 2) * (z > -3)
+    cheeks = np.exp(-(((side - 4.6) / 2.0) ** 2) - ((y + 3.2) / 1.7) ** 2)
+    oily = np.exp(-((side / 1.6) ** 2) - ((y + 1.5) / 3.0) ** 2) + np.exp(-((side / 3.8) ** 2) - ((y - 5.0) / 2.2) ** 2)
+    masks = np.stack([lips, np.clip(above_eye, 0, 1), cheeks, np.clip(oily, 0, 1)], -1)
+    rng = np.random.default_rng(7)
+    fine = rng.normal(size=(HEIGHT, WIDTH)).astype(np.float32)
+    tiles = np.stack([cv2.GaussianBlur(fine, (0, 0), 0.7) * 2.4, _noise(rng, 3), _noise(rng, 9)])
+    return Canvas(
+        place=place,
+        theta=np.degrees(theta).astype(np.float32),
+        phi=np.degrees(phi).astype(np.float32),
+        lips=lips,
+        lids=lids,
+        ears=ears,
+        masks=np.ascontiguousarray((masks * 255).astype(np.uint8)),
+        tiles=tiles,
+    )
+
+
+# The edge of scalp hair: elevation in degrees at azimuths 0 (forehead) ... 180 (nape), for an average head.
+HAIRLINE_THETA = np.array([0, 20, 38, 52, 62, 72, 84, 100, 115, 130, 150, 180], np.float32)
+HAIRLINE_PHI = np.array([47, 47, 45, 38, 24, 8, 6, 10, -4, -22, -33, -36], np.float32)
+
+
+def scalp(identity: Identity, theta: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """How far inside the hair-covered scalp a direction lies, in degrees (negative: outside); angles in degrees."""
+    hair = identity.hair
+    azimuth = np.abs(theta)
+    edge = np.interp(azimuth, HAIRLINE_THETA, HAIRLINE_PHI)
+    front = np.clip(1 - azimuth / 75, 0, 1)
+    edge = edge + front * (2.2 * hair["hairline"])
+    edge = edge + 22 * hair["recession"] * np.exp(-(((azimuth - 34) / 14) ** 2))
+    edge = edge - 3.5 * hair["peak"] * np.exp(-((azimuth / 9) ** 2))
+    inside = phi - edge
+    if hair["style"] == "horseshoe":
+        top = np.interp(azimuth, [0, 60, 80, 120, 180], [40, 40, 30, 28, 26])
+        inside = np.minimum(inside, (top + 6 * hair["recession"]) - phi)
+        inside = np.where(azimuth < 62, -10, inside)
+    return inside.astype(np.float32)
+
+
+def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) -> np.ndarray:
+    """Density [..] in [0, 1] of a beard style at canonical positions [..., 3]."""
+    x, y, z = np.abs(place[..., 0]), place[..., 1], place[..., 2]
+
+    def inside(value: np.ndarray, soft: float = 0.5) -> np.ndarray:
+        return np.clip(value / soft + 0.5, 0, 1)
+
+    chin = inside(-7.9 - y - 0.0 * x) * inside(3.0 - x, 0.8) * inside(y + 14.0, 1.0)
+    under_lip = inside(0.9 - x, 0.4) * inside(-7.7 - y, 0.3) * inside(y + 9.0, 0.5)
+    moustache = inside(y + 6.35 - 0.0 * x, 0.35) * inside(-4.95 - y - 0.12 * x, 0.35) * inside(2.75 - x, 0.5)
+    moustache = np.maximum(moustache, inside(x - 2.25, 0.3) * inside(3.1 - x, 0.4) * inside(-5.6 - y) * inside(y + 8.5))
+    jaw_line = -3.4 - 0.9 * np.clip(7.2 - x, 0, 5.5)
+    jaw = inside(jaw_line - y, 1.2) * inside(x - 2.3, 0.8) * inside(y + 14.5, 1.5) * inside(z + 7.5, 1.0)
+    sideburn = inside(x - 6.2, 0.5) * inside(z + 6.5, 0.8) * inside(-1.0 - z, 1.0) * inside(0.5 - y) * inside(y + 6.5)
+    parts = {
+        "moustache": moustache,
+        "goatee": np.maximum(chin * inside(2.2 - x, 0.6), under_lip),
+        "circle": np.maximum.reduce([moustache, chin * inside(2.9 - x, 0.6), under_lip]),
+        "short_boxed": np.maximum.reduce([moustache, chin, under_lip, jaw, sideburn]),
+        "full": np.maximum.reduce([moustache, chin, under_lip, jaw, sideburn]),
+        "stubble": np.maximum.reduce([moustache, chin, under_lip, jaw, sideburn]),
+        "sideburns": np.maximum(sideburn, jaw * inside(x - 4.8, 0.8)),
+        "none": np.zeros_like(x),
+    }
+    density = parts[style] * (z > -9)
+    return density if lips is None else density * (1 - np.clip(lips * 2, 0, 1))
+
+
+def _curve(layer: np.ndarray, points: np.ndarray, width: float, value: float) -> None:
+    """Draw a polyline through canonical positions [N, 3] onto a float32 layer, antialiased by supersampled shift."""
+    texels = (Canvas.texel(points) * 16).round().astype(np.int32)
+    cv2.polylines(layer, [texels.reshape(-1, 1, 2)], False, float(value), max(1, round(width)), cv2.LINE_AA, 4)
+
+
+def _surface(canvas: Canvas, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Canonical positions [N, 3] on the front of the face at given x and y (z by looking it up on the canvas)."""
+    guess = np.stack([x, y, np.full_like(x, 3.0)], -1)
+    for _ in range(4):
+        texel = Canvas.texel(guess)
+        column = np.clip(texel[:, 0].round().astype(int), 0, WIDTH - 1)
+        row = np.clip(texel[:, 1].round().astype(int), 0, HEIGHT - 1)
+        guess[:, 2] = canvas.place[row, column, 2]
+    return guess
+
+
+def _wrinkles(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
+    """Relief [H, W] in [-1, 0]: furrows of forehead, eyes, nose-to-mouth folds, glabella, mouth corners."""
+    layer = np.zeros((HEIGHT, WIDTH), np.float32)
+    age = identity.wrinkles
+
+    def furrow(x: np.ndarray, y: np.ndarray, width: float, depth: float) -> None:
+        fresh = np.zeros_like(layer)
+        _curve(fresh, _surface(canvas, np.asarray(x, float), np.asarray(y, float)), width, depth)
+        np.maximum(layer, fresh, out=layer)
+
+    steps = np.linspace(0, 1, 12)
+    count = int(rng.integers(2, 6))
+    for i in range(count):
+        y = 3.4 + 0.75 * i + rng.normal(0, 0.15)
+        half = rng.uniform(2.2, 4.8)
+        x = (steps * 2 - 1) * half + rng.normal(0, 0.5)
+        wave = 0.18 * np.sin(steps * rng.uniform(5, 9) + rng.uniform(0, 6)) + 0.12 * rng.normal()
+        furrow(x, y + wave - 0.25 * (x / 4) ** 2, 2, age * rng.uniform(0.2, 0.9))
+    deep = rng.uniform(0.3, 1.0)
+    for side in (-1, 1):
+        for i in range(int(rng.integers(2, 5))):
+            tilt = -0.9 + 0.55 * i + rng.normal(0, 0.12)
+            x0, length = 4.75 + rng.normal(0, 0.12), rng.uniform(0.8, 2.0)
+            furrow(side * (x0 + steps * length), -0.25 + tilt * (0.25 + steps * length * 0.55), 1, age * 0.8 * deep)
+        bend = rng.normal(0.35, 0.15)
+        fold = (0.25 + age) * rng.uniform(0.5, 1.0)
+        x = 1.75 + steps * 1.15 + bend * np.sin(steps * np.pi)
+        furrow(side * x, -3.7 - steps * 3.1, 2, fold * 0.75)
+        if rng.random() < age:
+            furrow(side * (2.75 + 0.2 * steps), -7.2 - steps * 1.6, 2, age * rng.uniform(0.2, 0.7))
+        bag = rng.uniform(0.25, 0.9) * (0.2 + age)
+        furrow(side * (1.5 + steps * 2.6), -1.15 - 0.75 * np.sin(steps * np.pi) - 0.1 * steps, 2, bag * 0.6)
+        if rng.random() < 0.6:
+            furrow(side * (0.45 + 0.15 * steps), 1.6 + steps * 1.5, 1, age * rng.uniform(0.2, 0.9))
+    furrow(np.linspace(-1.3, 1.3, 12), -8.75 + 0.1 * np.cos(np.linspace(-1.5, 1.5, 12)), 2, rng.uniform(0.05, 0.35))
+    return -cv2.GaussianBlur(layer, (0, 0), 1.1 + 0.6 * age)
+
+
+def _brows(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
+    """Opacity [H, W] of the brows, hair by hair."""
+    brow = identity.brow
+    scale = 2  # strokes thinner than a texel: draw at twice the size
+    layer = np.zeros((HEIGHT * scale, WIDTH * scale), np.float32)
+    count = int(190 * brow["density"] * (0.6 + 0.4 * brow["thickness"]))
+    for side in (-1, 1):
+        along = np.sort(rng.beta(1.1, 1.15, count))
+        profile = np.sin(np.pi * np.clip(along * 0.9 + 0.12, 0, 1)) ** 0.6 * (1 - 0.55 * along)
+        across = rng.normal(0, 0.5, count).clip(-1, 1) * 0.42 * brow["thickness"] * profile
+        x = 1.15 - 0.25 * brow["gap"] + along * 4.1 * brow["length"]
+        ridge = 1.75 + brow["height"] + 0.75 * brow["arch"] * np.sin(np.pi * np.clip(along * 0.78, 0, 1)) ** 1.5
+        y = ridge - 0.9 * along**2 + 0.4 * brow["tilt"] * (along - 0.4) + across
+        # Hairs rise at the inner end and lie outwards at the tail; the lower ones rise more.
+        angle = np.radians(75 - 85 * along**0.6 - 20 * (across > 0)) + rng.normal(0, 0.2, count)
+        length = rng.uniform(0.35, 0.75, count) * (0.7 + 0.3 * brow["thickness"])
+        start = Canvas.texel(_surface(canvas, side * x, y))
+        end = Canvas.texel(_surface(canvas, side * (x + np.cos(angle) * length), y + np.sin(angle) * length))
+        strength = rng.uniform(0.45, 1.0, count)
+        lines = ((np.stack([start, end], 1) + 0.5) * scale * 16).round().astype(np.int32)
+        for line, value in zip(lines, strength, strict=True):
+            cv2.line(layer, tuple(map(int, line[0])), tuple(map(int, line[1])), float(value), 1, cv2.LINE_AA, 4)
+    small = cv2.resize(layer, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
+    soft = cv2.GaussianBlur(small, (0, 0), 2.5)
+    return np.clip(small * 1.5 + soft * 0.55, 0, 1)
+
+
+def _spots(canvas: Canvas, centres: np.ndarray, sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Soft discs at canonical positions [N, 3] with radii in texels and strengths, as one layer [H, W]."""
+    layer = np.zeros((HEIGHT, WIDTH), np.float32)
+    for (x, y), size, value in zip((Canvas.texel(centres) * 16).round().astype(int), sizes, values, strict=True):
+        cv2.circle(layer, (int(x), int(y)), max(1, int(size * 16)), float(value), -1, cv2.LINE_AA, 4)
+    return cv2.GaussianBlur(layer, (0, 0), 0.7)
+
+
+def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
+    """The person's texture, uint8 [H, W, 4]: square root of linear RGB reflectance, and relief around 128.
+
+    With "texture" in `off` everybody gets the same even skin and brows (shape alone tells them apart).
+    """
+    canvas = load_canvas()
+    rng = np.random.default_rng([identity.seed, identity.number, 1 << 20])
+    x, y, z = np.moveaxis(canvas.place, -1, 0)
+    side = np.abs(x)
+    if "texture" in off:
+        melanin, blood = np.full((HEIGHT, WIDTH), 0.2, np.float32), np.full((HEIGHT, WIDTH), 0.3, np.float32)
+        colour = reflectance(melanin, blood + 0.5 * canvas.lips)
+        brow = np.exp(-(((side - 3.1) / 1.9) ** 4) - ((y - 2.0) / 0.35) ** 2)[..., None] * 0.7 * (z > -3)[..., None]
+        return _encode(colour * (1 - brow) + 0.03 * brow, np.zeros((HEIGHT, WIDTH), np.float32))
+
+    fine, medium, coarse = (
+        np.roll(tile, tuple(rng.integers(0, (HEIGHT, WIDTH))), (0, 1)) for tile in canvas.tiles
+    )
+    blotch = identity.blotches
+    melanin = identity.melanin * (1 + 0.05 * coarse + 0.03 * medium + blotch * 0.11 * _noise(rng, 30))
+    tanned = np.clip((y - 1) / 8, -0.6, 0.8) + 0.5 * np.exp(-((side / 2) ** 2) - ((y + 2) / 2) ** 2)
+    melanin += 0.04 * identity.tan * tanned * (0.3 + identity.melanin)
+    blood = 0.12 + 0.30 * identity.haemoglobin + 0.035 * coarse + blotch * 0.10 * _noise(rng, 26) + 0.02 * fine
+    flush = 0.8 * np.exp(-(((side - 4.2) / 2.2) ** 2) - ((y + 3.3) / 2.0) ** 2)
+    flush += 0.7 * np.exp(-((side / 1.5) ** 2) - ((y + 3.3) / 1.4) ** 2) + 0.6 * canvas.ears
+    blood += flush * rng.uniform(0.05, 0.38) * (0.4 + identity.haemoglobin)
+    socket = np.exp(-(((side - 2.7) / 1.7) ** 2) - ((y + 1.2) / 0.75) ** 2) * (z > -3)
+    upper = np.exp(-(((side - 2.9) / 1.8) ** 2) - ((y - 0.5) / 0.9) ** 2) * (z > -3)
+    melanin += (socket * 0.55 + upper * 0.35) * identity.under_eye * (0.10 + 0.22 * identity.melanin)
+    blood += (socket + 0.7 * upper) * identity.under_eye * 0.22
+    lips = canvas.lips
+    lip_melanin = identity.melanin * (0.72 + 0.10 * identity.lip_colour) + 0.02
+    melanin = melanin * (1 - lips) + lips * (lip_melanin + 0.02 * medium)
+    blood = blood * (1 - lips) + lips * (0.70 + 0.14 * identity.lip_colour + 0.05 * coarse + 0.04 * fine)
+    if identity.freckles > 0.12:
+        count = int(420 * identity.freckles)
+        fx = np.concatenate([rng.normal(0, 3.4, count)])
+        fy = rng.normal(-2.2, 1.9, count)
+        spots = _spots(canvas, _surface(canvas, fx, fy), rng.uniform(0.4, 1.5, count), rng.uniform(0.2, 1, count))
+        melanin += 0.20 * spots * (1 - lips)
+    mole_x, mole_y = rng.normal(0, 4.0, identity.moles), rng.normal(-4, 4.5, identity.moles)
+    mole_size = np.exp(rng.normal(0.35, 0.45, identity.moles))
+    moles = _spots(canvas, _surface(canvas, mole_x, mole_y), mole_size, rng.uniform(0.4, 1.0, identity.moles))
+    melanin += 0.45 * moles
+    age_spots = np.clip(coarse - 2.1 + 0.8 * identity.wrinkles, 0, 1) * max(0.0, identity.wrinkles - 0.45)
+    melanin += 0.25 * age_spots
+    relief = _wrinkles(identity, canvas, rng)
+    blood += -0.12 * relief
+    melanin += -0.05 * relief * (0.3 + identity.melanin)
+    if identity.marks:  # one scar or birthmark
+        start = np.array([rng.uniform(-4, 4), rng.uniform(-8, 5)])
+        line = start + np.linspace(0, 1, 6)[:, None] * rng.normal(0, 1.0, 2)
+        scar = np.zeros_like(relief)
+        _curve(scar, _surface(canvas, line[:, 0], line[:, 1]), 2, 1.0)
+        relief += 0.4 * cv2.GaussianBlur(scar, (0, 0), 0.8)
+        melanin -= 0.1 * identity.melanin * scar
+        blood += 0.12 * scar
+    colour = reflectance(melanin, blood)
+
+    hair = identity.hair
+    root = np.array(hair["root"], np.float32) * (1 - hair["grey"]) + 0.35 * hair["grey"]
+    inside = scalp(identity, canvas.theta, canvas.phi) + 1.6 * medium + 1.2 * coarse
+    cover = np.clip(inside / 5.0, 0, 1) * (1 - canvas.ears)
+    bare = {"bald": 0.0, "buzz": 0.78}.get(hair["style"], 0.93)
+    if hair["style"] == "bald" and "hair" not in off:
+        bare = 0.30 * identity.beard["shadow"]
+    strand = np.clip(0.75 + 0.35 * fine, 0.2, 1)
+    opacity = (cover * bare * strand)[..., None]
+    colour = colour * (1 - opacity) + np.minimum(root, 0.25) * opacity
+
+    beard = identity.beard
+    tint = np.minimum(np.array(beard["colour"], np.float32), 0.12)
+    tint = tint * (1 - beard["grey"]) + 0.22 * beard["grey"]
+    shadow = beard_region("stubble", canvas.place, lips) * beard["shadow"] * 0.30
+    cut = {"none": 0.0, "stubble": 0.42}.get(beard["style"], 0.68) * beard["density"]
+    shadow = np.maximum(shadow, beard_region(beard["style"], canvas.place, lips) * cut)
+    hairs = np.clip(0.62 + 0.55 * fine + 0.2 * medium, 0, 1.3)
+    opacity = np.clip(cv2.GaussianBlur(shadow.astype(np.float32), (0, 0), 2) * hairs, 0, 0.92)[..., None]
+    colour = colour * (1 - opacity) + tint * opacity
+
+    brow_colour = np.minimum(np.array(hair["root"], np.float32), 0.16) * identity.brow["darkness"] * 0.8
+    brow_colour = brow_colour * (1 - 0.7 * hair["grey"]) + 0.25 * 0.7 * hair["grey"]
+    opacity = (_brows(identity, canvas, rng) * 0.9)[..., None]
+    colour = colour * (1 - opacity) + brow_colour * opacity
+
+    # Eyelid margins: lashes' roots darken the rim of the eye.
+    pores = 0.05 * fine + 0.05 * medium
+    relief = relief * 0.8 + pores * (0.5 + 0.5 * np.exp(-((side / 4) ** 2))) + lips * 0.10 * medium
+    return _encode(colour, relief)
+
+
+def _encode(colour: np.ndarray, relief: np.ndarray) -> np.ndarray:
+    texture = np.empty((HEIGHT, WIDTH, 4), np.uint8)
+    texture[..., :3] = np.sqrt(np.clip(colour, 0, 1)) * 255 + 0.5
+    texture[..., 3] = np.clip(relief * 100 + 150, 0, 255)
+    return texture
+
+
+def skin_tone(identity: Identity) -> tuple[float, float, float]:
+    """Average reflectance, for hands."""
+    return tuple(float(c) for c in reflectance(np.array(identity.melanin), np.array(0.15 + 0.3 * identity.haemoglobin)))
+
+
+def average_surface(head: HeadModel, vertices: np.ndarray, rays: np.ndarray) -> np.ndarray:
+    """Distance [N] of a person's outermost skin from the canvas's centre along unit rays [N, 3]."""
+    return outermost(vertices, head.faces[head.material == SKIN], rays)[2]
