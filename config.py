@@ -427,3 +427,27 @@ class LfwEval(Device):
     sheet: int = option(12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N")
     batch_size: int = option(64, "crops per batch", group="machine", metavar="N")
     workers: int = option(0, "threads that read photos and find faces; 0 means one per CPU", group="machine")
+
+
+@dataclass
+class Extract:
+    """Stage 1: what a data set came as -> a folder of original photos per identity."""
+
+    sources: list[Path] = option(
+        REQUIRED,
+        "a zip, a tar (gz, bz2, xz, zst), a folder, an MS-Celeb TSV (plain or gz) or RecordIO (.rec or its folder)",
+        group="files",
+        metavar="SOURCE",
+        positional=True,
+    )
+    out: Path = option(Path("data/raw"), "folder that gets <identity>/<name>.<ext>", group="files", metavar="DIR")
+    identity_level: int = option(
+        1,
+        "which folder of a photo's path names its identity: 1 the one it lies in, 2 the one above, ...",
+        group="reading",
+        metavar="N",
+    )
+    max_file_mb: int = option(256, "refuse larger files, in MiB", group="limits", metavar="N")
+    max_ratio: float = option(
+        200.0, "refuse archives that expand to more than this many times their size", group="limits", metavar="X"
+    )

