@@ -425,7 +425,9 @@ class LfwEval(Device):
         metavar="DIR",
     )
     sheet: int = option(12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N")
-    batch_size: int = option(64, "crops per batch", group="machine", metavar="N")
+    batch_size: int | None = option(
+        None, "crops per batch; none means 16 on a CPU, 256 on a GPU", group="machine", metavar="N"
+    )
     workers: int = option(0, "threads that read photos and find faces; 0 means one per CPU", group="machine")
 
 
@@ -450,4 +452,32 @@ class Extract:
     max_file_mb: int = option(256, "refuse larger files, in MiB", group="limits", metavar="N")
     max_ratio: float = option(
         200.0, "refuse archives that expand to more than this many times their size", group="limits", metavar="X"
+    )
+
+
+@dataclass
+class AlignMegaface(FaceSearch):
+    """align_megaface.py: distractors to crops."""
+
+    src: Path = option(REQUIRED, "folder of the photos, such as megaface/MegaFace", group="data", metavar="DIR")
+    dst: Path = option(REQUIRED, "folder for the crops, faces.tsv and report.json", group="data", metavar="DIR")
+    rule: str = option(
+        "best_score", "which of several faces is taken", group="detector", choices=("best_score", "central", "largest")
+    )
+
+
+@dataclass
+class AlignFacescrub(FaceSearch):
+    """align_facescrub.py: probes to crops, with the annotated boxes."""
+
+    src: Path = option(REQUIRED, "folder of the photos, such as megaface/FaceScrub", group="data", metavar="DIR")
+    dst: Path = option(REQUIRED, "folder for the crops, faces.tsv and report.json", group="data", metavar="DIR")
+    annotations: list[Path] = option(
+        REQUIRED, "facescrub_actors.txt and facescrub_actresses.txt", group="data", metavar="FILE"
+    )
+    min_overlap: float = option(
+        0.2,
+        "intersection over union with the annotated box from which a face is the annotated one",
+        group="detector",
+        metavar="IOU",
     )
