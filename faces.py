@@ -380,12 +380,16 @@ class _Seen:
 
     @staticmethod
     def from_view(found: Detections, matrix: NDArray[np.float64]) -> "_Seen":
-        """`matrix` [2, 3] took the photo to the view. A turned box becomes the upright box around it."""
+        """`matrix` [2, 3] took the photo to the view. A turned box becomes an upright one of the same centre and, at
+        quarter turns, the same shape; the box around its corners would be larger than the face."""
         back = cv2.invertAffineTransform(matrix)
-        corners = found.boxes.reshape(-1, 4)[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2) @ back[:, :2].T + back[:, 2]
-        boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1).astype(np.float32)
         landmarks = found.landmarks.reshape(-1, 5, 2) @ back[:, :2].T + back[:, 2]
-        return _Seen(boxes, found.scores, landmarks.astype(np.float32))
+        boxes = found.boxes.reshape(-1, 4)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2 @ back[:, :2].T + back[:, 2]
+        # back[:, :2] is scale times rotation: its squares are scale^2 times cos^2 and sin^2.
+        shape = (boxes[:, 2:] - boxes[:, :2]) @ (back[:, :2] ** 2).T / np.hypot(back[0, 0], back[1, 0])
+        corners = np.concatenate([centres - shape / 2, centres + shape / 2], axis=1)
+        return _Seen(corners.astype(np.float32), found.scores, landmarks.astype(np.float32))
 
 
 def _view(bgr: Crop, box: Sequence[float] | None, turn: float) -> tuple[NDArray[np.float64], int]:
