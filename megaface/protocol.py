@@ -1,0 +1,339 @@
+"""MegaFace Challenge 1: ranks, CMC, ROC, the devkit's "traditional" CMC and its lists of matches.
+
+`identification` gives what the official devkit computes, bit for bit where the devkit's answer is defined, and raises
+`InputError` where the devkit crashes, hangs or writes garbage. The devkit fills two score matrices and counts in them
+(14 GB and half an hour for a million distractors); here every decision that needs a distractor is collected first, as
+a threshold on a probe's scores, and one pass over the distractors (`tally`) answers them all.
+
+Terms: a genuine pair (a, b) is two probes of one identity; b is then the gallery image, and its rank `C(a, S(a, b))`
+is how many distractors score above it against probe a. Ties favour the genuine pair.
+
+Departures from the devkit, all of them where it fails: fewer than five distractors give a shorter list of the best;
+with fewer than a hundred probes the ROC's impostors are the scores of all probes there are; probes without a feature
+(`absent`) fail every comparison instead of reading as garbage; distractors can be taken out of the competition without
+changing the counts (`ignored`). Counts are kept as integers: the devkit's float32 histogram stops at 2^24 pairs.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megaface import scores
+from megaface.tally import BEST, Questions, Tally, check_range, flat_nonzero, strict_products, survey, tally
+from utils import InputError
+
+IMPOSTOR_PROBES = 100  # the devkit's ROC takes the impostor scores of the first 100 probes (hard-coded)
+GALLERIES = 10  # of the traditional CMC
+STEP = 0.01  # a curve's point is written when the value has risen by more than this
+MODULUS = 2**31 - 1  # minimal standard generator (Park and Miller 1988), std::minstd_rand0
+MULTIPLIER = 16807
+POSITION_ROWS = 4096  # probes whose gallery positions are found together
+
+__all__ = ["BEST", "Identification", "Roc", "identification", "subsample"]
+
+
+@dataclass(frozen=True)
+class Roc:
+    """The full verification curve: a staircase, given by the points where it rises."""
+
+    accepts: np.ndarray  # int64 [V], strictly ascending: impostors accepted
+    rates: np.ndarray  # float32 [V]: share of genuine pairs accepted with at most that many impostors
+    impostors: int  # how many impostor scores there are
+
+    def rate_at(self, false_accept_rate: float) -> float:
+        """Verification rate at a false accept rate, read off the full curve without interpolation."""
+        allowed = int(np.floor(false_accept_rate * self.impostors * (1 + 1e-12)))
+        below = int(np.searchsorted(self.accepts, allowed, side="right"))
+        return float(self.rates[below - 1]) if below else 0.0
+
+    def subsampled(self) -> tuple[np.ndarray, np.ndarray]:
+        """The points that the devkit writes: false accept rates and verification rates, float32."""
+        accepts, rates = self.accepts, self.rates
+        if accepts[0] != 0:
+            accepts, rates = np.concatenate([[0], accepts]), np.concatenate([np.float32([0]), rates])
+        if accepts[-1] != self.impostors:
+            accepts, rates = np.concatenate([accepts, [self.impostors]]), np.concatenate([rates, rates[-1:]])
+        kept = subsample(rates)
+        return accepts[kept].astype(np.float32) / np.float32(self.impostors), rates[kept]
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The results for one number of distractors."""
+
+    size: int  # as asked for
+    distractors: int  # as used: m = min(size, number of distractors)
+    ids: tuple[str, ...]  # identity of each probe
+    pairs: np.ndarray  # int64 [P, 2]: all ordered genuine pairs (a, b), by b, then a
+    ranks: np.ndarray  # int64 [P]: distractors of a that beat b
+    cmc: np.ndarray  # float32 [m + 1]: share of pairs with rank <= r
+    roc: Roc
+    traditional_cmc: np.ndarray  # float32 [m + identities]
+    best_index: np.ndarray  # int64 [n, 5]: each probe's best distractors, best first, -1 where there are fewer
+    best_score: np.ndarray  # float32 [n, 5]
+    impostor_probes: int  # how many probes' scores are the ROC's impostors
+    recomputed: int  # scores that were so close to a decision that they were computed in the devkit's order
+
+    def rate_at_rank(self, rank: int) -> float:
+        """Identification rate at `rank` (1 is best): the share of pairs that fewer than `rank` distractors beat."""
+        return float(self.cmc[min(rank, len(self.cmc)) - 1])
+
+
+def identification(
+    probes: np.ndarray,
+    ids: Sequence[str],
+    distractors: np.ndarray,
+    sizes: Sequence[int],
+    *,
+    absent: np.ndarray | None = None,
+    ignored: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], object] = lambda columns: None,
+) -> list[Identification]:
+    """Challenge 1 for the first `size` distractors, for each of `sizes`, in one pass over the distractors.
+
+    `probes` [n, d] with identities `ids` [n], `distractors` [M, d]; float32, or float64 which is rounded to float32;
+    any scale, nothing is normalised; memory-mapped arrays are read in blocks.
+    `absent` bool [n] marks probes that have no feature (their rows are not read): every pair with one gets the last
+    rank and the lowest score. `ignored` bool [M] marks distractors that can beat nothing but still count in m.
+    `advance` is called with the number of distractors scored since the last call.
+    Raises `InputError` for sizes below 1, no distractors, no identity with two probes, dimensions that differ, and
+    features that are not finite or overflow float32.
+    """
+    ids = tuple(ids)
+    probes = np.asarray(probes, np.float32) if absent is None else _without(probes, absent)
+    absent = np.zeros(len(probes), bool) if absent is None else np.asarray(absent, bool)
+    _check_shapes(probes, ids, distractors, sizes)
+    used = sorted({min(size, len(distractors)) for size in sizes})
+    with strict_products(1):
+        game = _Game(probes, ids, absent, torch.device(device))
+    answers = tally(
+        probes, distractors, game.questions, used, ignored=ignored, absent=absent, device=device, advance=advance
+    )
+    by_columns = dict(zip(used, answers, strict=True))
+    return [game.result(size, min(size, len(distractors)), by_columns[min(size, len(distractors))]) for size in sizes]
+
+
+def subsample(values: np.ndarray) -> list[int]:
+    """Indices of a rising float32 curve that the devkit writes: each rise of more than 0.01, and the last point."""
+    kept = []
+    previous, start = np.float32(-1), 0
+    while start < len(values):
+        # float32 subtraction is monotone, so the first point far enough can be found by bisection.
+        start = bisect_left(range(len(values)), True, start, key=lambda i: np.float32(values[i] - previous) > STEP)
+        if start < len(values):
+            kept.append(start)
+            previous = values[start]
+    if not kept or kept[-1] != len(values) - 1:
+        kept.append(len(values) - 1)
+    return kept
+
+
+def _without(probes: np.ndarray, absent: np.ndarray) -> np.ndarray:
+    return np.where(np.asarray(absent, bool)[:, None], np.float32(0), np.asarray(probes, np.float32))
+
+
+def _check_shapes(probes: np.ndarray, ids: tuple[str, ...], distractors: np.ndarray, sizes: Sequence[int]) -> None:
+    if probes.ndim != 2 or distractors.ndim != 2 or not probes.shape[1]:
+        raise InputError(f"features must be [count, dimensions], not {probes.shape} and {distractors.shape}")
+    if len(ids) != len(probes):
+        raise InputError(f"{len(probes)} probes but {len(ids)} identities")
+    if probes.shape[1] != distractors.shape[1]:
+        raise InputError(f"probes have {probes.shape[1]} dimensions, distractors {distractors.shape[1]}")
+    if not len(distractors):
+        raise InputError("there are no distractors")
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"a size must be at least 1, not {min(sizes, default=0)}")
+    if len(set(ids)) == len(ids):
+        raise InputError(f"no identity has two probes ({len(ids)} probes), so there is no genuine pair")
+
+
+class _Game:
+    """Everything that the probes alone decide: genuine pairs and scores, galleries, and what to ask of distractors."""
+
+    def __init__(self, probes: np.ndarray, ids: tuple[str, ...], absent: np.ndarray, device: torch.device) -> None:
+        self.ids, self.absent = ids, absent
+        self.survey = survey(probes, "probe")
+        check_range(self.survey, self.survey)
+        self.probes = torch.from_numpy(np.ascontiguousarray(probes)).to(device)
+        self.squares = torch.from_numpy(self.survey.squares).to(device)
+        self.groups = _groups(ids)
+        self.pairs, self.pair_scores = self._genuine()
+        self.galleries = [self._trial(gallery) for gallery in draw_galleries(self.groups)]
+        self.questions = self._questions()
+
+    # ------------------------------------------------------------------------------------------ genuine pairs
+
+    def _genuine(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ordered pairs (a, b) int64 [P, 2] by b, then a, and their scores float32 [P]; -inf where one is absent."""
+        columns = [_ordered_pairs(members) for members in self.groups]
+        pairs = np.concatenate([pair for pair in columns if len(pair)])
+        pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+        return pairs, self.score(pairs)
+
+    def score(self, pairs: np.ndarray) -> np.ndarray:
+        """Devkit scores float32 [P] of probe pairs int64 [P, 2]; -inf where one is absent. S(a, b) = S(b, a)."""
+        device = self.probes.device
+        low, high = torch.from_numpy(pairs.min(axis=1)).to(device), torch.from_numpy(pairs.max(axis=1)).to(device)
+        unique, inverse = torch.unique(low * len(self.ids) + high, return_inverse=True)
+        first, second = unique // len(self.ids), unique % len(self.ids)
+        values = scores.pair_scores(self.probes, self.probes, first, second, self.squares, self.squares)
+        values = values[inverse].cpu().numpy()
+        return np.where(self.absent[pairs].any(axis=1), np.float32(-np.inf), values)
+
+    # ------------------------------------------------------------------------------------------ traditional CMC
+
+    def _trial(self, gallery: np.ndarray) -> "_Trial":
+        """One gallery of the traditional CMC: its probes, their mates' scores and positions."""
+        mate = np.empty(len(self.ids), np.int64)
+        for members, image in zip(self.groups, gallery, strict=True):
+            mate[members] = image
+        probe = np.concatenate(self.groups)
+        probe = probe[mate[probe] != probe]
+        score = self.score(np.stack([probe, mate[probe]], axis=1))
+        return _Trial(score, self._positions(probe, mate[probe], score, gallery))
+
+    def _positions(self, probe: np.ndarray, mate: np.ndarray, score: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+        """Where each probe's mate stands in the gallery: score descending, equal scores larger probe index first."""
+        position = np.full(len(probe), len(gallery) - 1)  # the last place, for pairs that cannot be scored
+        present = np.flatnonzero(np.isfinite(score))
+        others = gallery[~self.absent[gallery]]
+        for part in np.array_split(present, max(1, -(-len(present) // POSITION_ROWS))):
+            if len(part):
+                position[part] = self._count_better(probe[part], mate[part], score[part], others)
+        return position
+
+    def _count_better(self, probe: np.ndarray, mate: np.ndarray, score: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+        device = self.probes.device
+        rows, images = torch.from_numpy(probe).to(device), torch.from_numpy(gallery).to(device)
+        bounds = scores.Bounds(self.survey, exact=False)
+        width = bounds.half_width(scores.gallery_class(self.survey, gallery))[probe]
+        middle = score.astype(np.float64) + bounds.squares[probe]
+        low, high = (torch.from_numpy((middle + sign * width) / 2).to(device)[:, None] for sign in (-1, 1))
+        out = torch.empty(len(probe), len(gallery), device=device)
+        half = scores.half_scores(
+            self.probes[rows], self.probes[images], self.squares[images], out, torch.empty_like(out)
+        ).double()
+        better = (half > high).cpu().numpy()
+        unsure = flat_nonzero(((half >= low) & (half <= high)).contiguous())
+        row, column = unsure // len(gallery), unsure % len(gallery)
+        exact = scores.pair_scores(
+            self.probes, self.probes, rows[row], images[column], self.squares, self.squares
+        ).cpu().numpy()
+        row, column = row.cpu().numpy(), column.cpu().numpy()
+        tie = (exact == score[row]) & (gallery[column] > mate[row])
+        better[row, column] = (exact > score[row]) | tie
+        better[gallery[None] == mate[:, None]] = False
+        return better.sum(axis=1)
+
+    # ------------------------------------------------------------------------------------------ questions
+
+    def _questions(self) -> Questions:
+        """Collect every threshold on a probe's distractor scores; remember where each one went."""
+        rows = [self.pairs[:, 0], *(np.arange(len(trial.score)) for trial in self.galleries)]
+        values = [self.pair_scores, *(trial.score for trial in self.galleries)]
+        row, value = np.concatenate(rows), np.concatenate(values)
+        asked = np.isfinite(value) & ~self.absent[row]
+        order = np.flatnonzero(asked)[np.lexsort((value[asked], row[asked]))]
+        new = np.ones(len(order), bool)
+        new[1:] = (row[order][1:] != row[order][:-1]) | (value[order][1:] != value[order][:-1])
+        starts = np.searchsorted(row[order][new], np.arange(len(self.ids)))
+        slot = np.cumsum(new) - 1 - starts[row[order]]
+        self.row = row
+        self.slot = np.full(len(row), -1)  # -1: the comparison fails
+        self.slot[order] = slot
+        thresholds = np.full((len(self.ids), int(slot.max(initial=-1)) + 1), np.inf, np.float32)
+        thresholds[row[order], slot] = value[order]
+        unordered = self.pair_scores[self.pairs[:, 0] < self.pairs[:, 1]]
+        genuine, self.genuine_counts = np.unique(unordered[np.isfinite(unordered)], return_counts=True)
+        self.genuine_total = len(unordered)
+        impostors = np.flatnonzero(~self.absent[:IMPOSTOR_PROBES])
+        return Questions(thresholds, impostors, genuine)
+
+    # ------------------------------------------------------------------------------------------ answers
+
+    def result(self, size: int, columns: int, answer: Tally) -> Identification:
+        """Turn the counts for the first `columns` distractors into ranks and curves."""
+        counts = np.full(len(self.row), columns)
+        asked = self.slot >= 0
+        counts[asked] = answer.above[self.row[asked], self.slot[asked]]
+        ranks = counts[: len(self.pairs)]
+        cmc = np.bincount(ranks, minlength=columns + 1).cumsum().astype(np.float32) / np.float32(len(ranks))
+        impostor_probes = min(len(self.ids), IMPOSTOR_PROBES)
+        return Identification(
+            size=size,
+            distractors=columns,
+            ids=self.ids,
+            pairs=self.pairs,
+            ranks=ranks,
+            cmc=cmc,
+            roc=self._roc(answer.accepted, impostor_probes * columns),
+            traditional_cmc=self._traditional(counts[len(self.pairs) :], columns),
+            best_index=answer.best_index,
+            best_score=answer.best_score,
+            impostor_probes=impostor_probes,
+            recomputed=answer.recomputed,
+        )
+
+    def _roc(self, accepted: np.ndarray, impostors: int) -> Roc:
+        # Highest genuine score first: the numbers of accepted impostors rise.
+        accepts, first = np.unique(accepted[::-1], return_index=True)
+        reached = self.genuine_counts[::-1].cumsum()
+        last = np.append(first[1:], len(accepted)) - 1
+        counts = reached[last] if len(accepted) else np.empty(0, np.int64)
+        if not len(accepts) or accepts[-1] < impostors:  # pairs that cannot be scored are accepted when everything is
+            accepts, counts = np.append(accepts, impostors), np.append(counts, self.genuine_total)
+        else:
+            counts[-1] = self.genuine_total
+        return Roc(accepts, counts.astype(np.float32) / np.float32(self.genuine_total), impostors)
+
+    def _traditional(self, beaten: np.ndarray, columns: int) -> np.ndarray:
+        position = np.concatenate([trial.position for trial in self.galleries])
+        histogram = np.bincount(position + beaten, minlength=columns + len(self.groups)).astype(np.float32)
+        # The devkit adds float32 shares one after the other, so the curve ends a little off 1.
+        return np.cumsum(histogram / np.float32(len(position)), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The probes of one traditional gallery. The devkit compares the i-th of them with the distractors of probe i of
+    the *list* (a defect, part of its published numbers), so their order matters."""
+
+    score: np.ndarray  # float32 [Q]: S(probe, mate)
+    position: np.ndarray  # int64 [Q]: of the mate in the gallery, 0 is best
+
+
+def _groups(ids: Sequence[str]) -> list[np.ndarray]:
+    """The probes of each identity in list order; identities sorted by their bytes."""
+    members: dict[str, list[int]] = {}
+    for probe, identity in enumerate(ids):
+        members.setdefault(identity, []).append(probe)
+    return [np.array(members[name]) for name in sorted(members, key=lambda name: name.encode("utf-8", "surrogateescape"))]
+
+
+def _ordered_pairs(members: np.ndarray) -> np.ndarray:
+    """All ordered pairs of different members, int64 [c (c - 1), 2]."""
+    first, second = np.meshgrid(members, members)
+    different = first != second
+    return np.stack([first[different], second[different]], axis=1)
+
+
+def draw_galleries(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Ten galleries of one probe per identity, int64 [identities], drawn as libstdc++ draws them.
+
+    `std::uniform_int_distribution` over minstd_rand0 with seed 1: reject the incomplete last interval, then divide.
+    """
+    state = 1
+
+    def draw(count: int) -> int:
+        nonlocal state
+        scaling = (MODULUS - 2) // count
+        while True:
+            state = MULTIPLIER * state % MODULUS
+            if state - 1 < count * scaling:
+                return (state - 1) // scaling
+
+    return [np.array([members[draw(len(members))] for members in groups]) for _ in range(GALLERIES)]

@@ -1,0 +1,141 @@
+"""Where rounding could decide: windows around thresholds, and tables that find the scores inside them at memory speed.
+
+The matrix product yields half scores D, with `2 D - |p|^2` within W of the devkit's score (`scores`, equation 3). Around
+every threshold s of probe a lies a window in units of D: above `high` a score surely exceeds s, below `low` it surely
+does not, and between the two it has to be computed again in the devkit's order.
+
+To sort millions of scores into the gaps between some fifty thresholds a row, the range of the thresholds is cut into
+bins, and a table says for each bin how many thresholds lie below it, or that a window touches it. The map from values
+to bins is monotone, and values and window edges go through the same operations, so a bin can never contradict a
+comparison: at worst a bin is marked that need not have been.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megaface.scores import UNIT, Bounds, GalleryClass
+
+TABLE_ENTRIES = 1 << 25  # int32 entries for the tables of all probes together: 128 MB
+LARGEST_TABLE = 8192  # bins a probe: more would not fit into a core's first-level cache
+IMPOSTOR_BINS = 1 << 16
+
+
+def outward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 window edges as float32, the lower rounded down and the upper up."""
+    down, up = low.astype(np.float32), high.astype(np.float32)
+    down = np.where(down > low, np.nextafter(down, np.float32(-np.inf)), down)
+    up = np.where(up < high, np.nextafter(up, np.float32(np.inf)), up)
+    return down, up
+
+
+def line(least: np.ndarray, most: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (scale, offset) of the map that takes `least` to bin 2 and `most` to bin `bins - 3`.
+
+    Bin 0 and the last stay free of window edges: whatever is clamped into them is surely below or above everything.
+    """
+    # A range of a few roundings would overflow the map; a wider range is always right.
+    span = np.maximum(most - least, np.maximum(np.abs(least), 1e-30) * 1e-5)
+    scale = (bins - 5) / span
+    return scale.astype(np.float32), (2 - least * scale).astype(np.float32)
+
+
+class Windows:
+    """The windows of all probes' thresholds against one class of distractors, and their tables."""
+
+    def __init__(
+        self, bounds: Bounds, gallery: GalleryClass, thresholds: np.ndarray, absent: np.ndarray, device: torch.device
+    ) -> None:
+        """`thresholds` float32 [n, K] ascending, padded with +inf; `absent` bool [n] probes that count nothing."""
+        self.device = device
+        self.count = thresholds.shape[1]
+        self.finite = np.isfinite(thresholds) & ~absent[:, None]
+        width = bounds.half_width(gallery, thresholds)[:, None]
+        middle = np.where(self.finite, thresholds, 0.0) + bounds.squares[:, None]
+        low, high = outward((middle - width) / 2, (middle + width) / 2)
+        if bounds.exact:  # nothing rounds, so a half score on the threshold is not above it
+            low = np.nextafter(high, np.float32(np.inf))
+        # One more column of infinities ends every row.
+        low = np.pad(np.where(self.finite, low, np.inf), ((0, 0), (0, 1)), constant_values=np.inf)
+        high = np.pad(np.where(self.finite, high, np.inf), ((0, 0), (0, 1)), constant_values=np.inf)
+        self.low, self.high = (torch.from_numpy(edge.astype(np.float32)).to(device) for edge in (low, high))
+        self.lowest = self.low[:, 0].clone()
+        bins = int(np.clip(TABLE_ENTRIES // max(1, len(low)), 256, LARGEST_TABLE))
+        self.bins = 1 << (bins.bit_length() - 1)
+        self.scale, self.offset = self._lines(low.astype(np.float64), high.astype(np.float64))
+        self._tables: dict[int, Tensor] = {}
+
+    def _lines(self, low: np.ndarray, high: np.ndarray) -> tuple[Tensor, Tensor]:
+        finite = np.pad(self.finite, ((0, 0), (0, 1)))
+        least = np.where(finite, np.minimum(low, high), np.inf).min(axis=1)
+        most = np.where(finite, np.maximum(low, high), -np.inf).max(axis=1)
+        some = self.finite.any(axis=1)
+        scale, offset = line(np.where(some, least, 0.0), np.where(some, most, 1.0), self.bins)
+        return torch.from_numpy(scale).to(self.device), torch.from_numpy(offset).to(self.device)
+
+    def to_bins(self, values: Tensor, rows: Tensor, local: Tensor) -> Tensor:
+        """Entries int32 [r, N] of half scores [r, N] of probes `rows` [r], in a table where they are rows `local` [r].
+
+        Multiplication and addition are two calls: a fused one might be used in some vector lanes and not in others.
+        """
+        bins = values * self.scale[rows][:, None]
+        bins += self.offset[rows][:, None]
+        bins.clamp_(0, self.bins - 1)
+        bins += (local * self.bins).float()[:, None]
+        return bins.to(torch.int32)
+
+    def table(self, rows: slice) -> Tensor:
+        """int32 [r * bins]: for every row and bin `row (K + 1) + thresholds surely below`, and r (K + 1) on top of it
+        where the window of the next threshold touches the bin. Call from one thread at a time."""
+        if rows.start not in self._tables:
+            self._tables[rows.start] = self._make_table(rows)
+        return self._tables[rows.start]
+
+    def _make_table(self, rows: slice) -> Tensor:
+        size, codes = rows.stop - rows.start, self.count + 1
+        where = torch.arange(rows.start, rows.stop, device=self.device)
+        low, high = self.low[rows, : self.count], self.high[rows, : self.count]
+        local = torch.arange(size, device=self.device)
+        finite = self.finite[rows]
+        # The work arrays have one entry more per row, so that what ends in the last bin does not reach the next row.
+        shift = np.arange(size)[:, None]
+        first, last = (
+            (self.to_bins(edge, where, local).cpu().numpy().astype(np.int64) + shift)[finite]
+            for edge in (torch.minimum(low, high), torch.maximum(low, high))
+        )
+        length = size * (self.bins + 1)
+        ends = np.bincount(last + 1, minlength=length).reshape(size, -1)
+        starts = np.bincount(first, minlength=length).reshape(size, -1)
+        below = ends.cumsum(axis=1)[:, : self.bins]
+        touched = (starts.cumsum(axis=1)[:, : self.bins] - below) > 0
+        table = below + codes * shift + touched * (size * codes)
+        return torch.from_numpy(table.astype(np.int32).ravel()).to(self.device)
+
+
+class ImpostorWindows:
+    """Windows of all genuine scores at once, in units of the score: the ROC compares every impostor with all of them."""
+
+    def __init__(
+        self, bounds: Bounds, gallery: GalleryClass, rows: np.ndarray, genuine: np.ndarray, device: torch.device
+    ) -> None:
+        """`rows` int64 [r] the probes whose scores are impostors, `genuine` float32 [U] ascending."""
+        largest = bounds.squares[rows].max(initial=0.0) + gallery.largest_square
+        width = float(bounds.half_width(gallery)[rows].max(initial=0.0)) + 4 * UNIT * largest  # 2 D - |p|^2 rounds again
+        exact = np.array(genuine, np.float64)
+        low, high = outward(exact - width, exact + width)
+        self.lowest = float(genuine[0] if bounds.exact else low[0])
+        scale, offset = line(low[:1].astype(np.float64), high[-1:].astype(np.float64), IMPOSTOR_BINS)
+        self.scale, self.offset = float(scale[0]), float(offset[0])
+        self.near = torch.zeros(IMPOSTOR_BINS, dtype=torch.bool, device=device)
+        if bounds.exact:
+            return
+        first, last = (self.to_bins(torch.from_numpy(edge)).numpy().astype(np.int64) for edge in (low, high))
+        opened = np.bincount(first, minlength=IMPOSTOR_BINS + 1) - np.bincount(last + 1, minlength=IMPOSTOR_BINS + 1)
+        self.near = torch.from_numpy(opened.cumsum()[:IMPOSTOR_BINS] > 0).to(device)
+
+    def to_bins(self, values: Tensor) -> Tensor:
+        """Bins int32 of scores; monotone."""
+        bins = values * self.scale
+        bins += self.offset
+        bins.clamp_(0, IMPOSTOR_BINS - 1)
+        return bins.to(torch.int32)
