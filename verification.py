@@ -400,13 +400,20 @@ def _unresolved(point: OperatingPoint) -> str:
 # --- a model on a set -----------------------------------------------------------------------------------------------
 
 
-def verify(embedder: Embedder, pairs: VerificationSet, *, cache_dir: Path | None = None) -> VerificationResult:
+def verify(
+    embedder: Embedder,
+    pairs: VerificationSet,
+    *,
+    cache_dir: Path | None = None,
+    far_levels: Sequence[float] = FAR_LEVELS,
+) -> VerificationResult:
     """Embed all crops of the set and evaluate the cosines of its pairs.
 
     With `cache_dir`, features are kept there in chunks named by what they were computed from, so that an interrupted
     run goes on where it was. Raises InputError, naming the image, when a feature is not finite or zero.
     """
-    return evaluate(pair_cosines(embedder, pairs, cache_dir), pairs.same, pairs.folds, name=pairs.name)
+    cosines = pair_cosines(embedder, pairs, cache_dir)
+    return evaluate(cosines, pairs.same, pairs.folds, name=pairs.name, far_levels=far_levels)
 
 
 def pair_cosines(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | None = None) -> np.ndarray:

@@ -1,0 +1,103 @@
+"""Stage 4: how well a face model tells one person from two, on LFW-like folders of photos and on .bin sets.
+
+    python lfw_eval.py --checkpoint runs/NAME/embedding.pt --lfw data/lfw --pairs data/lfw/pairs.txt --out data/eval
+    python lfw_eval.py --checkpoint released --bin lfw.bin cfp_fp.bin agedb_30.bin --out data/eval
+    python lfw_eval.py --checkpoint w600k_r50.onnx --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --bin lfw.bin --out data/eval
+
+Writes to --out: results.json (every figure, hashes of model and data), per set the distribution of angles, the ROC,
+a sheet of the worst errors and the list of all of them. Faces and features are cached there by content: the same
+command goes on where an interrupted run stopped, and a second model needs no second detection.
+"""
+
+import re
+import sys
+
+import config
+import utils
+from embedding import load_embedder
+from utils import InputError
+from verification import VerificationSet, open_set, verify
+from verification_report import report, table, write_set
+
+
+@utils.command
+def main() -> None:
+    """Read the options, evaluate every set, write the report."""
+    options = config.parse(config.LfwEval, __doc__)
+    _check(options)
+    device = utils.choose_device(options.device)
+    embedder = load_embedder(
+        options.checkpoint,
+        device,
+        mean=_triple("mean", options.mean),
+        std=_triple("std", options.std),
+        channels=options.channels,
+        pixel_range=options.pixel_range,
+        mirror=options.mirror,
+        batch_size=options.batch_size,
+    )
+    cache = options.cache or options.out / "cache"
+    sets = [
+        open_set(
+            path,
+            cache,
+            pairs=options.pairs,
+            folds=options.folds,
+            rule=options.face,
+            detector_weights=options.detector,
+            device=device,
+            workers=options.workers,
+        )
+        for path in ([options.lfw] if options.lfw else []) + options.bin
+    ]
+    results = [verify(embedder, pairs, cache_dir=cache, far_levels=options.far) for pairs in sets]
+    for stem, pairs, result in zip(_stems(sets), sets, results, strict=True):
+        write_set(options.out, stem, pairs, result, embedder.name, most=options.sheet)
+    utils.write_json(options.out / "results.json", report(embedder, sets, results))
+    print(table(embedder, results))
+    print(f"\n{options.out / 'results.json'}; pictures and wrong pairs beside it")
+
+
+def _check(options: config.LfwEval) -> None:
+    if options.lfw is None and not options.bin:
+        raise InputError("nothing to evaluate on: give --lfw DIR --pairs FILE or --bin FILE ...")
+    if options.pairs is not None and options.lfw is None:
+        raise InputError("--pairs names photos: it needs --lfw DIR")
+    if options.lfw is not None and not options.lfw.is_dir():
+        raise InputError(f"--lfw {options.lfw}: no such folder")
+    for path in options.bin:
+        if not path.is_file():
+            raise InputError(f"--bin {path}: no such file")
+    if options.folds < 2:
+        raise InputError(f"--folds {options.folds}: cross-validation needs at least 2")
+    for far in options.far:
+        if not 0 < far < 1:
+            raise InputError(f"--far {far:g}: a rate between 0 and 1 is expected")
+    if options.sheet < 1:
+        raise InputError(f"--sheet {options.sheet}: has to be at least 1")
+
+
+def _triple(name: str, values: list[float] | None) -> tuple[float, float, float] | None:
+    if values is None:
+        return None
+    if len(values) not in (1, 3):
+        raise InputError(f"--{name}: one number for all channels or three, not {len(values)}")
+    return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
+
+
+def _stems(sets: list[VerificationSet]) -> list[str]:
+    """A file name for each set: its own name without what file systems dislike, numbered where two are the same."""
+    stems: list[str] = []
+    for pairs in sets:
+        plain = re.sub(r"[^\w.+-]+", "_", pairs.name).strip("._") or "set"
+        count = 1
+        stem = plain
+        while stem.lower() in (other.lower() for other in stems):
+            count += 1
+            stem = f"{plain}-{count}"
+        stems.append(stem)
+    return stems
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""Every kind of model file gives the features that were computed by hand; everything else is refused with a reason."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper
+
+import embedding
+import models
+import utils
+from embedding import Embedder, Preprocessing, load_embedder
+from utils import InputError
+
+
+def random_crops(count=5, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 112, 112, 3), dtype=np.uint8)
+
+
+def by_hand(network, crops, *, mirror=True):
+    """The definition, one crop at a time."""
+    rows = []
+    with torch.no_grad():
+        for crop in crops:
+            rgb = torch.from_numpy(crop).permute(2, 0, 1).float() / 255
+            image = (rgb - torch.tensor(models.MEAN)[:, None, None]) / torch.tensor(models.STD)[:, None, None]
+            feature = network(image[None])
+            if mirror:
+                feature = feature + network(image.flip(-1)[None])
+            rows.append(feature[0].numpy())
+    return np.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(3)
+    network = models.build_network("mfn", embedding_size=24)
+    with torch.no_grad():  # statistics other than 0 and 1, so that training mode would show
+        network.train()(torch.randn(4, 3, 112, 112))
+    return network.eval()
+
+
+# --- this repository's networks -------------------------------------------------------------------------------------
+
+
+def test_state_dict_and_training_checkpoint_give_the_features_by_hand(tmp_path, network):
+    crops = random_crops()
+    expected = by_hand(network, crops)
+    plain, training = tmp_path / "embedding.pt", tmp_path / "last.pt"
+    torch.save(network.state_dict(), plain)
+    content = {
+        "network": {"name": "mfn", "use_se": True, "embedding_size": 24},
+        "model": network.state_dict(),
+        "head": {"weight": torch.zeros(3, 24)},
+        "epoch": 1,
+    }
+    utils.save_checkpoint(training, content)
+    for path in (plain, training):
+        embedder = load_embedder(path, batch_size=2)
+        assert np.allclose(embedder.features(crops), expected, atol=1e-5)
+        assert embedder.features(crops).dtype == np.float32
+        assert embedder.dim == 24 and embedder.name == path.name
+        assert embedder.sha256 == utils.sha256_of(path)
+        assert embedder.preprocessing == Preprocessing()
+        json.dumps(embedder.describe(), allow_nan=False)
+    without = load_embedder(plain, mirror=False)
+    assert np.allclose(without.features(crops), by_hand(network, crops, mirror=False), atol=1e-5)
+
+
+def test_released_layout_gives_the_golden_features(shared, tmp_path):
+    weights = tmp_path / "r18.pt"
+    subprocess.run([sys.executable, shared / "checkpoint" / "make_state.py", "r18", weights], check=True)
+    golden = np.load(shared / "checkpoint" / "golden_r18.npz")
+    embedder = load_embedder(weights)
+    batch = torch.from_numpy(golden["input"])
+    assert np.allclose(embedder.model.run(batch).numpy(), golden["embedding"], atol=1e-4)
+    assert embedder.dim == 512
+
+
+def test_crops_and_their_mirror_images_have_the_same_feature(network):
+    crops = random_crops(3)
+    embedder = Embedder.from_network(network, "cpu")
+    assert np.allclose(embedder.features(crops), embedder.features(crops[:, :, ::-1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_batches_do_not_change_features(network, batch_size):
+    crops = random_crops()
+    expected = Embedder.from_network(network, "cpu", batch_size=5).features(crops)
+    embedder = Embedder.from_network(network, "cpu", batch_size=batch_size)
+    assert np.allclose(embedder.features(crops), expected, atol=1e-5)
+    assert embedder.features(crops[:0]).shape == (0, 24)
+
+
+def test_a_network_in_training_is_left_as_it_was(network):
+    crops = random_crops(2)
+    expected = Embedder.from_network(network, "cpu").features(crops)
+    try:
+        network.train()
+        network.stem.eval()  # someone froze a part
+        modes = [module.training for module in network.modules()]
+        state = {key: value.clone() for key, value in network.state_dict().items()}
+        torch.manual_seed(5)
+        np.random.seed(5)
+        generators = torch.random.get_rng_state().clone(), np.random.get_state()[1].copy()
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # as in a training loop; must not cost precision
+            features = Embedder.from_network(network, "cpu").features(crops)
+        assert np.allclose(features, expected, atol=1e-5)
+        assert [module.training for module in network.modules()] == modes
+        assert torch.equal(torch.random.get_rng_state(), generators[0])
+        assert np.array_equal(np.random.get_state()[1], generators[1])
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, state[key])
+        network(torch.randn(2, 3, 112, 112)).sum().backward()  # still a network that can be trained
+        assert network.stem[0][0].weight.grad is not None
+    finally:
+        network.zero_grad()
+        network.eval()
+
+
+def test_modes_come_back_when_features_fail(network):
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            raise ZeroDivisionError
+
+    failing = Failing().train()
+    with pytest.raises(ZeroDivisionError):
+        Embedder.from_network(failing, "cpu").features(random_crops(1))
+    assert failing.training
+
+
+@pytest.mark.parametrize("crops", [np.zeros((1, 112, 112, 3), np.float32), np.zeros((1, 3, 112, 112), np.uint8)])
+def test_other_arrays_are_not_taken_for_crops(network, crops):
+    with pytest.raises(ValueError, match="crops are"):
+        Embedder.from_network(network, "cpu").features(crops)
+
+
+def test_whole_modules_and_rubbish_are_refused_with_the_way_out(tmp_path, network):
+    whole, rubbish, other = tmp_path / "whole.pt", tmp_path / "rubbish.pt", tmp_path / "other.pt"
+    torch.save(network, whole)
+    rubbish.write_bytes(b"no weights")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, other)
+    for path, reason in ((whole, r"state_dict\(\)"), (rubbish, ""), (other, "not the weights")):
+        with pytest.raises(InputError, match=f"{path.name}.*{reason}"):
+            load_embedder(path)
+    with pytest.raises((InputError, FileNotFoundError), match=r"absent\.pt"):
+        load_embedder(tmp_path / "absent.pt")
+
+
+def test_options_replace_the_defaults_of_our_networks(tmp_path, network):
+    path = tmp_path / "embedding.pt"
+    torch.save(network.state_dict(), path)
+    crops = random_crops(2)
+    embedder = load_embedder(path, channels="bgr", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), mirror=False)
+    batch = torch.from_numpy(crops[..., ::-1].copy()).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        expected = network((batch - 0.5) / 0.25).numpy()
+    assert np.allclose(embedder.features(crops), expected, atol=1e-5)
+
+
+# --- ONNX -----------------------------------------------------------------------------------------------------------
+
+DIM = 4
+KERNEL = np.random.default_rng(7).normal(size=(DIM, 3, 112, 112)).astype(np.float32) / 400
+
+
+def write_onnx(path, *, batch="n", side=112, kind=TensorProto.FLOAT, outputs=("feature",), metadata=None):
+    """A model whose feature is one weighted sum over all pixels per dimension: [n, 3, 112, 112] -> [n, 4]."""
+    kernel = KERNEL.astype(np.float16) if kind == TensorProto.FLOAT16 else KERNEL
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["crops", "kernel"], ["map"]),
+            *(helper.make_node("Flatten", ["map"], [name]) for name in outputs),
+        ],
+        "sums",
+        [helper.make_tensor_value_info("crops", kind, [batch, 3, side, side])],
+        [helper.make_tensor_value_info(name, kind, [batch, DIM]) for name in outputs],
+        [numpy_helper.from_array(kernel, "kernel")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    helper.set_model_props(model, metadata or {})
+    onnx.save(model, path)
+    return path
+
+
+def sums(inputs):
+    return np.einsum("nchw,dchw->nd", inputs, KERNEL.astype(np.float64))
+
+
+def onnx_by_hand(crops, mean, std, *, channels="rgb", pixel_range=1, mirror=True):
+    pixels = crops[..., ::-1] if channels == "bgr" else crops
+    inputs = ((pixels / 255 * pixel_range - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)
+    return sums(inputs) + (sums(inputs[..., ::-1]) if mirror else 0)
+
+
+@pytest.mark.parametrize("batch", ["n", 1, 3])
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_onnx_with_free_and_fixed_batch(tmp_path, batch, channels):
+    path = write_onnx(tmp_path / "sums.onnx", batch=batch)
+    crops, mean, std = random_crops(5), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    embedder = load_embedder(path, mean=mean, std=std, channels=channels, batch_size=4)
+    assert np.allclose(embedder.features(crops), onnx_by_hand(crops, mean, std, channels=channels), atol=1e-3)
+    assert embedder.dim == DIM and embedder.sha256 == utils.sha256_of(path)
+    assert "onnxruntime" in embedder.engine
+
+
+def test_onnx_in_half_precision(tmp_path):
+    path = write_onnx(tmp_path / "half.onnx", kind=TensorProto.FLOAT16)
+    crops, half = random_crops(2), (0.5, 0.5, 0.5)
+    features = load_embedder(path, mean=half, std=half).features(crops)
+    assert features.dtype == np.float32
+    assert np.allclose(features, onnx_by_hand(crops, half, half), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "given", "expected"),
+    [
+        (127.5, 127.5, None, 255),
+        (0.5, 0.5, None, 1),
+        (0.0, 1.0, None, 1),
+        (0.0, 1.0, 255, 255),
+        (0.0, 255.0, None, 255),
+    ],
+)
+def test_range_of_pixels_follows_from_mean_and_std_or_is_given(tmp_path, mean, std, given, expected):
+    path = write_onnx(tmp_path / "sums.onnx")
+    embedder = load_embedder(path, mean=(mean,) * 3, std=(std,) * 3, pixel_range=given)
+    assert embedder.preprocessing.pixel_range == expected
+    crops = random_crops(2)
+    expected_features = onnx_by_hand(crops, (mean,) * 3, (std,) * 3, pixel_range=expected)
+    assert np.allclose(embedder.features(crops), expected_features, rtol=1e-3, atol=1e-2)
+
+
+def test_onnx_without_a_word_about_its_input_is_refused(tmp_path):
+    path = write_onnx(tmp_path / "silent.onnx", metadata={"format": "something else", "mean": "0.1"})
+    with pytest.raises(InputError, match=r"silent\.onnx.*--mean and --std.*--channels"):
+        load_embedder(path)
+    with pytest.raises(InputError, match=r"give --std"):
+        load_embedder(path, mean=(0.5,) * 3)
+
+
+@pytest.mark.parametrize("mirror", ["caller", "graph", "none"])
+def test_metadata_is_read_back(tmp_path, mirror):
+    stated = Preprocessing(channels="bgr", mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), pixel_range=255.0)
+    metadata = stated.to_metadata(mirror_in_graph=mirror == "graph")
+    if mirror == "none":
+        metadata = dataclasses.replace(stated, mirror=False).to_metadata()
+    metadata["threshold"] = json.dumps({"cosine": 0.25})
+    metadata["note"] = "free text, by whoever made the file"
+    path = write_onnx(tmp_path / "stated.onnx", metadata=metadata)
+    embedder = load_embedder(path)
+    crops = random_crops(2)
+    way = embedder.preprocessing
+    assert (way.channels, way.mean, way.std, way.pixel_range) == ("bgr", (1, 2, 3), (4, 5, 6), 255)
+    assert way.mirror == (mirror == "caller")
+    expected = onnx_by_hand(crops, way.mean, way.std, channels="bgr", pixel_range=255, mirror=way.mirror)
+    assert np.allclose(embedder.features(crops), expected, rtol=1e-3, atol=1e-2)
+    assert embedder.metadata["threshold"] == {"cosine": 0.25}
+    json.dumps(embedder.describe(), allow_nan=False)
+    # Options may repeat what the file says, not contradict it.
+    load_embedder(path, channels="bgr", mean=(1, 2, 3))
+    with pytest.raises(InputError, match=r"stated\.onnx.*channels bgr, the option says rgb"):
+        load_embedder(path, channels="rgb")
+    if mirror == "graph":
+        with pytest.raises(InputError, match="inside its graph"):
+            load_embedder(path, mirror=False)
+        assert not load_embedder(path, mirror=True).preprocessing.mirror
+    else:
+        assert load_embedder(path, mirror=False).preprocessing.mirror is False
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "reason"),
+    [
+        ("mean", "[0.5, 0.5", "JSON"),
+        ("mean", '"abc"', "mean"),
+        ("mean", "[0.5, 0.5]", "mean"),
+        ("std", "[0, 1, 1]", "std"),
+        ("std", "[1, NaN, 1]", "std.*NaN"),
+        ("pixel_range", "7", "pixel_range"),
+        ("channels", "gbr", "channels"),
+        ("mirror", "sometimes", "mirror"),
+        ("threshold", "[1, 2]", "threshold"),
+        ("mirror", None, "lacks 'mirror'"),
+    ],
+)
+def test_damaged_metadata_names_the_file_and_the_key(tmp_path, key, text, reason):
+    metadata = Preprocessing().to_metadata() | {key: text}
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    path = write_onnx(tmp_path / "damaged.onnx", metadata=metadata)
+    with pytest.raises(InputError, match=rf"damaged\.onnx.*{reason}"):
+        load_embedder(path)
+
+
+def test_onnx_of_other_shapes_and_broken_files_are_refused(tmp_path):
+    half = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(InputError, match=r"large\.onnx.*\[N, 3, 112, 112\]"):
+        load_embedder(write_onnx(tmp_path / "large.onnx", side=160), **half)
+    with pytest.raises(InputError, match=r"two\.onnx.*one output"):
+        load_embedder(write_onnx(tmp_path / "two.onnx", outputs=("a", "b")), **half)
+    whole = write_onnx(tmp_path / "whole.onnx")
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(whole.read_bytes()[:50_000])
+    with pytest.raises(InputError, match=r"cut\.onnx: onnxruntime cannot load it"):
+        load_embedder(cut, **half)
+    with pytest.raises((InputError, FileNotFoundError), match=r"absent\.onnx"):
+        load_embedder(tmp_path / "absent.onnx", **half)
+
+
+def test_hash_covers_weights_in_a_second_file(tmp_path):
+    half = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model = onnx.load(write_onnx(tmp_path / "one.onnx"))
+    path = tmp_path / "two.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="two.data", size_threshold=0)
+    before = load_embedder(path, **half)
+    assert np.allclose(
+        before.features(random_crops(1)), load_embedder(tmp_path / "one.onnx", **half).features(random_crops(1))
+    )
+    weights = tmp_path / "two.data"
+    changed = bytearray(weights.read_bytes())
+    changed[0] ^= 1
+    weights.write_bytes(changed)
+    assert load_embedder(path, **half).sha256 != before.sha256
+    weights.unlink()
+    with pytest.raises(InputError, match=r"two\.onnx"):
+        load_embedder(path, **half)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the exporter without onnxscript
+def test_our_network_as_onnx_agrees_with_pytorch(tmp_path, network):
+    """The repository's own network through torch.onnx gives the same features as through PyTorch."""
+    path, plain = tmp_path / "mfn.onnx", tmp_path / "mfn.pt"
+    torch.onnx.export(
+        network,
+        (torch.zeros(1, 3, 112, 112),),
+        path,
+        dynamo=False,
+        opset_version=17,
+        input_names=["crops"],
+        output_names=["feature"],
+        dynamic_axes={"crops": {0: "n"}, "feature": {0: "n"}},
+    )
+    model = onnx.load(path)
+    helper.set_model_props(model, Preprocessing().to_metadata())
+    onnx.save(model, path)
+    torch.save(network.state_dict(), plain)
+    crops = random_crops()
+    assert np.allclose(load_embedder(path).features(crops), load_embedder(plain).features(crops), atol=1e-4)
+
+
+def test_names_decide_the_reader(tmp_path, network):
+    path = write_onnx(tmp_path / "model.onnx")
+    renamed = tmp_path / "model.pt"
+    shutil.copy(path, renamed)
+    with pytest.raises(InputError, match=r"model\.pt"):
+        load_embedder(renamed)
+
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_tells_what_was_computed(tmp_path, network):
+    path = write_onnx(tmp_path / "sums.onnx")
+    embedder = load_embedder(path, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert embedder.fingerprint == load_embedder(path, mean=(0.5,) * 3, std=(0.5,) * 3).fingerprint
+    for change in ({"mirror": False}, {"channels": "bgr"}, {"mean": (0.4, 0.5, 0.5)}, {"pixel_range": 255.0}):
+        assert embedder.with_preprocessing(**change).fingerprint != embedder.fingerprint
+    assert Embedder.from_network(network, "cpu").fingerprint is None
+
+
+FEATURES = hnp.arrays(
+    np.float32, (3, 8), elements=st.floats(-(2**127), 2**127, width=32).filter(lambda value: abs(value) > 1e-30)
+)
+
+
+@settings(max_examples=50)
+@given(FEATURES, st.integers(-8, 8))
+def test_embeddings_have_length_one_whatever_the_scale(features, power):
+    embeddings = embedding.normalise(features)
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = features * np.float32(2.0**power)
+    if np.isfinite(scaled).all():
+        assert np.allclose(embedding.normalise(scaled), embeddings)
+
+
+def test_features_without_direction_become_nan():
+    features = np.array([[0, 0], [np.nan, 1], [np.inf, 1], [3, 4]], dtype=np.float32)
+    embeddings = embedding.normalise(features)
+    assert np.isnan(embeddings).any(axis=1).tolist() == [True, True, True, False]
+    assert embeddings[3] == pytest.approx([0.6, 0.8])

@@ -1,0 +1,354 @@
+"""What a person sees of a verification: a table, a results.json, the list of wrong pairs and three pictures.
+
+Every wrong pair is in the list; the sheet of pictures shows the worst of them and says how many there are.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+
+import figures
+import utils
+from embedding import Embedder
+from photos import PhotoError, read_photo
+from verification import (
+    OperatingPoint,
+    VerificationResult,
+    VerificationSet,
+    accuracy_at,
+    curve,
+    threshold_json,
+    to_angle,
+    worst_scores,
+)
+
+FALSE_ACCEPT, FALSE_REJECT, NO_FACE = "false_accept", "false_reject", "no_face"
+_KINDS = {True: ("one person", figures.BLUE), False: ("two persons", figures.RED)}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Pairs answered wrongly at a threshold, as indices into the set's pairs, the worst first."""
+
+    threshold: float
+    false_accepts: np.ndarray
+    false_rejects: np.ndarray
+    no_face: np.ndarray
+
+
+def errors_at(result: VerificationResult, threshold: float) -> Errors:
+    """All pairs that `threshold` answers wrongly, and those without two faces."""
+    found = ~np.isnan(result.cosines)
+    accepted = result.cosines >= threshold
+    false_accepts = np.flatnonzero(found & accepted & ~result.same)
+    false_rejects = np.flatnonzero(found & ~accepted & result.same)
+    return Errors(
+        threshold=threshold,
+        false_accepts=false_accepts[np.argsort(-result.cosines[false_accepts], kind="stable")],
+        false_rejects=false_rejects[np.argsort(result.cosines[false_rejects], kind="stable")],
+        no_face=np.flatnonzero(~found),
+    )
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def report(
+    embedder: Embedder, sets: Sequence[VerificationSet], results: Sequence[VerificationResult]
+) -> dict[str, Any]:
+    """The whole results.json: the model with its hash, and every figure of every set with the hash of its data."""
+    return {
+        "model": embedder.describe(),
+        "sets": [_set_report(embedder, pairs, result) for pairs, result in zip(sets, results, strict=True)],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+        },
+    }
+
+
+def _set_report(embedder: Embedder, pairs: VerificationSet, result: VerificationResult) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": pairs.name, "sha256": pairs.sha256, "source": pairs.source} | result.to_json()
+    entry["without_face"] = [
+        {
+            "pair": int(index),
+            "same": bool(pairs.same[index]),
+            "photos": [pairs.names[photo] for photo in pairs.pairs[index]],
+            "reasons": {
+                pairs.names[photo]: pairs.missing[photo] for photo in pairs.pairs[index] if photo in pairs.missing
+            },
+        }
+        for index in np.flatnonzero(pairs.missing_pairs())
+    ]
+    own = own_threshold(embedder)
+    if own is not None:
+        entry["model_threshold"] = threshold_json(own) | rates_at(own, result)
+    return entry
+
+
+def own_threshold(embedder: Embedder) -> float | None:
+    """The threshold (cosine) that a model file states in its metadata."""
+    stated = embedder.metadata.get("threshold")
+    return float(stated["cosine"]) if isinstance(stated, dict) and "cosine" in stated else None
+
+
+def rates_at(threshold: float, result: VerificationResult) -> dict[str, float | None]:
+    """Accuracy, FAR and TAR at a given cosine; pairs without a face are wrong."""
+    accepted = worst_scores(result.cosines, result.same) >= threshold
+    return {
+        "accuracy": accuracy_at(threshold, result.cosines, result.same),
+        "far": float(accepted[~result.same].mean()) if (~result.same).any() else None,
+        "tar": float(accepted[result.same].mean()) if result.same.any() else None,
+    }
+
+
+def table(embedder: Embedder, results: Sequence[VerificationResult]) -> str:
+    """The figures as text: one row per figure, one column per set, notes below."""
+    rows = [["", *(result.set_name for result in results)]]
+    for label, cell in _table_rows(embedder, results):
+        rows.append([label, *(cell(result) for result in results)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    notes = [f"{result.set_name}: {note}" for result in results for note in result.notes]
+    return "\n".join([_model_line(embedder), "", *lines, *([""] if notes else []), *notes])
+
+
+def _model_line(embedder: Embedder) -> str:
+    way = embedder.preprocessing
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (way.mean, way.std))
+    mirror = "with mirror image" if way.mirror else "without mirror image"
+    if embedder.metadata.get("mirror") == "graph":
+        mirror = "mirror image inside the graph"
+    return (
+        f"{embedder.name}: {embedder.dim} dimensions, sha256 {embedder.sha256}\n"
+        f"fed with {way.channels} 0..{way.pixel_range:g}, mean {mean}, std {std}, {mirror}; {embedder.engine}"
+    )
+
+
+def _table_rows(embedder: Embedder, results: Sequence[VerificationResult]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = [
+        ("pairs of one person + two persons", lambda r: f"{r.same.sum()} + {(~r.same).sum()}"),
+        ("  without a face (counted as wrong)", lambda r: str(np.isnan(r.cosines).sum())),
+        ("accuracy over folds", _kfold_cell),
+        ("  threshold, mean of folds", lambda r: _threshold_cell(r.kfold_threshold)),
+        ("accuracy at the best threshold", lambda r: _percent(r.best_accuracy)),
+        ("  that threshold", lambda r: _threshold_cell(r.best_threshold)),
+        ("AUC", lambda r: "-" if r.auc is None else f"{r.auc:.5f}"),
+        ("EER", lambda r: _percent(r.eer)),
+    ]
+    levels = next((result.points for result in results if result.points), [])
+    for index, point in enumerate(levels):
+        rows.append((f"TAR at FAR {point.far:g}", lambda r, i=index: _point_cell(r.points[i]) if r.points else "-"))
+    own = own_threshold(embedder)
+    if own is not None:
+        rows.append((f"at the model's own cosine {own:.4f}", lambda r: _rates_cell(own, r)))
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _kfold_cell(result: VerificationResult) -> str:
+    if result.kfold_mean is None:
+        return "-"
+    return f"{100 * result.kfold_mean:.2f} % ± {100 * result.kfold_std:.2f} ({len(result.folds)} folds)"
+
+
+def _threshold_cell(cosine: float | None) -> str:
+    return "-" if cosine is None else f"cosine {cosine:.4f}, {to_angle(cosine):.2f}°"
+
+
+def _point_cell(point: OperatingPoint) -> str:
+    if not point.resolved:
+        return f"not resolved by {point.impostors} pairs"
+    return f"{_percent(point.tar)} ({point.false_accepts} of {point.impostors} accepted)"
+
+
+def _rates_cell(threshold: float, result: VerificationResult) -> str:
+    rates = rates_at(threshold, result)
+    return f"{_percent(rates['accuracy'])}, FAR {_percent(rates['far'])}, TAR {_percent(rates['tar'])}"
+
+
+def errors_table(pairs: VerificationSet, result: VerificationResult, errors: Errors) -> str:
+    """Tab-separated, one line per wrong pair: kind, pair from 0, fold from 1, images, cosine, angle, reason."""
+    lines = ["kind\tpair\tfold\tfirst\tsecond\tcosine\tangle\treason"]
+    for kind, indices in (
+        (FALSE_ACCEPT, errors.false_accepts),
+        (FALSE_REJECT, errors.false_rejects),
+        (NO_FACE, errors.no_face),
+    ):
+        for index in indices:
+            first, second = pairs.pairs[index]
+            reason = "; ".join(pairs.missing[photo] for photo in (first, second) if photo in pairs.missing)
+            cosine = result.cosines[index]
+            numbers = ("", "") if np.isnan(cosine) else (f"{cosine:.6f}", f"{to_angle(cosine):.3f}")
+            place = (kind, str(index), str(pairs.folds[index] + 1))
+            lines.append("\t".join([*place, pairs.names[first], pairs.names[second], *numbers, reason]))
+    return "\n".join(lines) + "\n"
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw_angles(path: Path, result: VerificationResult, model: str) -> None:
+    """Distribution of the angles of both kinds of pairs, with fitted normals and the best single threshold."""
+    with figures.drawing(path, 8, 4.5) as figure:
+        axes = figure.add_subplot(
+            xlabel="angle between two embeddings (degrees)", ylabel="share of the pairs per degree"
+        )
+        edges = _histogram_edges(np.concatenate([result.angles(True), result.angles(False)]))
+        for same, (label, colour) in _KINDS.items():
+            angles = result.angles(same)
+            if len(angles):
+                _draw_distribution(axes, angles, edges, f"{label}, {len(angles)} pairs", colour)
+        if result.best_threshold is not None:
+            angle = float(to_angle(result.best_threshold))
+            text = f"threshold {angle:.1f}° (cosine {result.best_threshold:.3f})"
+            axes.axvline(angle, color=figures.BLACK, linestyle="--", linewidth=1.2, label=text)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_title(f"{result.set_name}, {model}: {_headline(result)}", loc="left")
+        figure.legend(loc="outside lower center", ncols=2)
+
+
+def _histogram_edges(angles: np.ndarray) -> np.ndarray:
+    """Bins over all angles and a little more: the square root of the pairs in number, from 10 to 60."""
+    low, high = max(np.floor(angles.min()) - 2, 0.0), min(np.ceil(angles.max()) + 2, 180.0)
+    return np.linspace(low, high, int(np.clip(np.sqrt(len(angles)), 10, 60)) + 1)
+
+
+def _draw_distribution(axes: Axes, angles: np.ndarray, edges: np.ndarray, label: str, colour: str) -> None:
+    axes.hist(angles, edges, density=True, color=colour, alpha=0.35)
+    mean, deviation = float(angles.mean()), float(angles.std())
+    label = f"{label}: {mean:.1f}° ± {deviation:.1f}°"
+    if deviation == 0:
+        axes.axvline(mean, color=colour, label=label)
+        return
+    x = np.linspace(edges[0], edges[-1], 400)
+    axes.plot(x, scipy.stats.norm.pdf(x, mean, deviation), color=colour, label=label)
+
+
+def _headline(result: VerificationResult) -> str:
+    if result.kfold_mean is not None:
+        return f"accuracy {_kfold_cell(result)}"
+    if result.best_accuracy is not None:
+        return f"accuracy {_percent(result.best_accuracy)} at the best threshold"
+    return "one kind of pairs, no accuracy"
+
+
+def draw_roc(path: Path, result: VerificationResult, model: str) -> None:
+    """True over false accept rate, the latter logarithmic, with the measured operating points."""
+    counts = curve(result.cosines, result.same)
+    finest = 1 / counts.impostors
+    lowest = min(10 ** np.floor(np.log10(finest)), 0.1)
+    with figures.drawing(path, 7, 5) as figure:
+        axes = figure.add_subplot(xlabel="false accept rate", ylabel="true accept rate")
+        # A rate of zero has no place on a logarithmic axis: it is drawn at the left border.
+        axes.step(np.maximum(counts.far, lowest), counts.tar, where="post", color=figures.BLUE)
+        figures.log_rate_axis(axes, lowest)
+        if finest > lowest * 1.001:
+            axes.axvspan(
+                lowest, finest, color="#eeeeee", label=f"finer than {counts.impostors} pairs of two persons can tell"
+            )
+        resolved = [point for point in result.points if point.resolved]
+        if resolved:
+            rates = [point.far for point in resolved], [point.tar for point in resolved]
+            axes.plot(*rates, "o", color=figures.RED, label="TAR at FAR " + ", ".join(f"{p.far:g}" for p in resolved))
+        for point in resolved:
+            axes.annotate(_percent(point.tar), (point.far, point.tar), (6, -14), textcoords="offset points", fontsize=9)
+        axes.plot(result.eer, 1 - result.eer, "s", color=figures.ORANGE, label=f"EER {_percent(result.eer)}")
+        visible = counts.tar[np.maximum(counts.far, lowest) >= finest]
+        axes.set_ylim(np.floor(10 * max(visible.min() - 0.05, 0)) / 10, 1.005)
+        axes.set_title(f"{result.set_name}, {model}: AUC {result.auc:.4f}", loc="left")
+        axes.legend(loc="lower right")
+
+
+# Pixels of the sheet.
+_CELL, _GAP, _PAIR_GAP, _MARGIN, _CAPTION, _HEAD = 112, 4, 14, 20, 26, 78
+
+
+def draw_errors(
+    path: Path, pairs: VerificationSet, result: VerificationResult, errors: Errors, model: str, *, most: int
+) -> None:
+    """A PNG of the worst false accepts (left) and false rejects (right): photo with the chosen face, and crop."""
+    across = 1 if pairs.photos is not None else 2
+    tile = _tile_width(pairs)
+    half = across * tile + (across - 1) * _MARGIN
+    lists = {"false accepts": errors.false_accepts, "false rejects": errors.false_rejects}
+    rows = max(-(-min(len(indices), most) // across) for indices in lists.values())
+    height = _HEAD + max(rows, 1) * (_CELL + _CAPTION) + _MARGIN
+    sheet = Image.new("RGB", (2 * half + 4 * _MARGIN, height), "white")
+    title = f"{result.set_name}, {model}: wrong at the threshold {to_angle(errors.threshold):.1f}°"
+    figures.draw_text(sheet, (_MARGIN, 14), title, size=18, bold=True, width=sheet.width - 2 * _MARGIN)
+    for column, (label, indices) in enumerate(lists.items()):
+        left = _MARGIN + column * (half + 2 * _MARGIN)
+        shown = indices[:most]
+        head = f"{label}: {len(indices)}" + (f", the worst {len(shown)}" if len(shown) < len(indices) else "")
+        figures.draw_text(sheet, (left, 48), head, size=15, width=half, colour=(figures.RED, figures.BLUE)[column])
+        for position, index in enumerate(shown):
+            x = left + position % across * (tile + _MARGIN)
+            y = _HEAD + position // across * (_CELL + _CAPTION)
+            _paste_pair(sheet, (x, y), pairs, result, int(index))
+    figures.save_png(path, sheet)
+
+
+def _tile_width(pairs: VerificationSet) -> int:
+    side = _CELL if pairs.photos is None else 2 * _CELL + _GAP
+    return 2 * side + _PAIR_GAP
+
+
+def _paste_pair(
+    sheet: Image.Image, xy: tuple[int, int], pairs: VerificationSet, result: VerificationResult, index: int
+) -> None:
+    x, y = xy
+    width = _tile_width(pairs)
+    first, second = pairs.pairs[index]
+    for image, left in ((first, x), (second, x + (width + _PAIR_GAP) // 2)):
+        if pairs.photos is not None:
+            sheet.paste(_photo(pairs, image), (left, y))
+            left += _CELL + _GAP
+        sheet.paste(Image.fromarray(pairs.crops[image]), (left, y))
+    angle = f"{to_angle(result.cosines[index]):.1f}°"
+    # The images of a .bin file have no names of their own.
+    names = (
+        f"pair {index}" if pairs.photos is None else " / ".join(pairs.photos[image].stem for image in (first, second))
+    )
+    room = int(figures.font(12).getlength(angle)) + 8
+    figures.draw_text(sheet, (x, y + _CELL + 3), names, size=12, width=width - room)
+    figures.draw_text(sheet, (x + width - room + 8, y + _CELL + 3), angle, size=12)
+
+
+def _photo(pairs: VerificationSet, image: int) -> Image.Image:
+    try:
+        bgr = read_photo(pairs.photos[image])
+    except PhotoError:  # it was readable a moment ago: gone since, the crop is there still
+        return Image.new("RGB", (_CELL, _CELL), "#eeeeee")
+    box = pairs.faces[image].box
+    return figures.fit(bgr[..., ::-1], _CELL, [] if box is None else [np.array(box)])
+
+
+def write_set(
+    out: Path, stem: str, pairs: VerificationSet, result: VerificationResult, model: str, *, most: int
+) -> None:
+    """The list of wrong pairs and the pictures of one set, as `out`/`stem`-*; `model` is the name in the titles.
+
+    A set with one kind of pairs has no threshold, therefore no wrong pairs and no ROC: only its angles are drawn.
+    """
+    draw_angles(out / f"{stem}-angles", result, model)
+    if result.best_threshold is None:
+        return
+    errors = errors_at(result, result.best_threshold)
+    draw_roc(out / f"{stem}-roc", result, model)
+    draw_errors(out / f"{stem}-errors.png", pairs, result, errors, model, most=most)
+    utils.write_text(out / f"{stem}-errors.tsv", errors_table(pairs, result, errors))
