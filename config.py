@@ -200,6 +200,7 @@ class Train(Device):
     val: list[Path] = option(
         [], "verification sets measured after each epoch: .bin files, LFW folders", group="data", metavar="PATH"
     )
+    val_every: int = option(1, "epochs between two measurements of --val", group="data", metavar="EPOCHS")
     network: str = option(
         "r101",
         "SE-LResNet of 18 ... 152 layers, or MobileFaceNet",

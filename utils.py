@@ -23,11 +23,14 @@ _IMAGE_STARTS = {
     b"\x89PNG\r\n\x1a\n": ".png",
     b"GIF87a": ".gif",
     b"GIF89a": ".gif",
-    b"BM": ".bmp",
     b"II*\0": ".tif",
     b"MM\0*": ".tif",
     b"\0\0\0\x0cjP  \r\n": ".jp2",
+    b"P5\n": ".pgm",
+    b"P6\n": ".ppm",
 }
+# ISO base media files: the brand after "ftyp" says which image it is.
+_IMAGE_BRANDS = {b"avif": ".avif", b"avis": ".avif", b"heic": ".heic", b"heix": ".heic", b"mif1": ".heif"}
 
 
 class InputError(Exception):
@@ -131,6 +134,10 @@ def image_suffix(data: bytes) -> str | None:
     """`.jpg`, `.png`, ... by how encoded image data begins; None if it does not begin as an image file does."""
     if data[:4] == b"RIFF":
         return ".webp" if data[8:12] == b"WEBP" else None
+    if data[4:8] == b"ftyp":
+        return _IMAGE_BRANDS.get(data[8:12])
+    if data[:2] == b"BM":  # two letters are not enough: the reserved fields must be zero
+        return ".bmp" if data[6:10] == bytes(4) else None
     for start, suffix in _IMAGE_STARTS.items():
         if data.startswith(start):
             return suffix

@@ -1,0 +1,602 @@
+"""What a data set can come as, opened as a stream of members: zip, tar (plain or compressed), folder, TSV, RecordIO.
+
+Nothing here writes. A source yields `Member`s in a fixed order, each with the place that it wants (identity and file
+name) or the reason why it gets none, and hands out its bytes only when asked. Archives are foreign data, so:
+
+* no library unpacks anything: members are read as bytes, links and devices are refused by their type, a path that is
+  absolute or holds `..` is refused whatever it would lead to;
+* a member is read up to `Limits.member_bytes`, and an archive that expands to more than `Limits.ratio` times the bytes
+  that were consumed is given up (photos do not compress; bombs do);
+* a tar is read through a stream that cannot go backwards and refuses absurd reads, which ends every known trick with
+  negative sizes, endless loops and giant extended headers.
+
+Price: a compressed tar can only be read from its start, so a restart decompresses what it passes over.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import zstandard
+
+import msceleb
+import recordio
+import utils
+from utils import InputError
+
+_HEAD = 64  # bytes of a member that show whether it is an image
+_RATIO_FROM = 64 << 20  # expanding up to this much is nobody's harm
+_BLOCK = 512  # tar
+_SNIFF = 1 << 20
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .jp2 .ppm .pgm .pnm .avif .heic .heif".split()
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is still taken for a photo, and for an archive of photos."""
+
+    member_bytes: int
+    ratio: float
+
+
+class NotTaken(Exception):
+    """A member that is not extracted. `status` is skipped, refused or damaged; the message is the reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Broken(Exception):
+    """A source that cannot be read on; what it yielded before is good."""
+
+
+@dataclass
+class Member:
+    """One thing in a source.
+
+    `name` is what the source calls it, `identity` and `file` where it wants to be (not yet safe names). `read` gives
+    its bytes or raises `NotTaken`, and must be called before the next member is asked for. `note` is a remark on one
+    that is taken all the same. `position` is how far the source is read, in its own unit.
+    """
+
+    name: str
+    identity: str
+    file: str
+    read: Callable[[], bytes]
+    position: int
+    note: str = ""
+
+
+class Source(Protocol):
+    """A data set as it came. `total` is in `unit`s, for a progress bar; `fingerprint` tells whether it is the same."""
+
+    path: Path
+    total: int
+    unit: str
+    fingerprint: str
+
+    def members(self) -> Iterator[Member]:
+        """All members in a fixed order; ends with `Broken` if the source is damaged beyond the last one."""
+        ...
+
+
+def open_source(path: str | Path, limits: Limits, level: int = 1) -> Source:
+    """The source at `path`, recognised by its contents and not by its name.
+
+    `level` says which folder of a member's path names the identity: 1 the one that holds the photo, 2 the one above.
+    Raises `InputError` if there is nothing at `path` or it is nothing of the known.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "train.rec").is_file():
+            return RecordSource(path / "train.rec", limits)
+        return FolderSource(path, limits, level)
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a file or a folder' if path.exists() else 'no such file or folder'}")
+    with open(path, "rb") as file:
+        head = file.read(_SNIFF)
+    if not head:
+        raise InputError(f"{path}: is empty")
+    if head.startswith(recordio.MAGIC):
+        return RecordSource(path, limits)
+    if head.startswith((b"PK\3\4", b"PK\5\6", b"PK\7\x08")):
+        return ZipSource(path, limits, level)
+    packing = _packing(head)
+    if packing:
+        head = _first_bytes(path, packing)
+    if _is_tar(head):
+        return TarSource(path, limits, level, packing)
+    if msceleb.looks_like_faces(head):
+        return FaceLinesSource(path, limits, packing)
+    raise InputError(
+        f"{path}: neither a zip, a tar (plain, gz, bz2, xz, zst), an MS-Celeb TSV (6 or 7 columns) nor RecordIO (.rec)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- places of members
+
+
+def split_path(name: str) -> list[str]:
+    """The parts of a member's path, `/` or `\\` between them. Raises `NotTaken` if it does not stay below its root."""
+    path = name.replace("\\", "/")
+    if path.startswith("/") or (len(path) > 1 and path[1] == ":"):
+        raise NotTaken("refused", "an absolute path")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise NotTaken("refused", "a path with '..'")
+    if not parts:
+        raise NotTaken("refused", "a path without a name")
+    return parts
+
+
+def place(name: str, level: int, root: str) -> tuple[str, str]:
+    """Identity and file name of a member by its path; `root` is the identity of what lies in no folder deep enough."""
+    parts = split_path(name)
+    if len(parts) <= level:
+        return root, "_".join(parts)
+    return parts[-level - 1], "_".join(parts[-level:])
+
+
+def _stem(path: Path) -> str:
+    """The name of an archive without its endings: what photos at its top level are an identity of."""
+    name = path.name
+    for suffix in (".gz", ".bz2", ".xz", ".zst", ".tgz", ".tbz2", ".txz", ".tzst", ".tar", ".zip", ".tsv"):
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            name = name[: -len(suffix)]
+    return name
+
+
+def _is_tar(head: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(head[:_BLOCK], "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:
+        return True  # zeros: an archive of nothing
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def is_image_name(file: str) -> bool:
+    """Whether a file name ends as those of images do."""
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - not a path of this file system
+
+
+def _photo(file: BinaryIO, name: str, declared: int, limits: Limits) -> bytes:
+    """The bytes of a member that is an image by its name or by its contents; `NotTaken` for anything else."""
+    if declared > limits.member_bytes:
+        raise NotTaken("refused", f"{declared} bytes, more than {limits.member_bytes} (--max-file-mb)")
+    head = file.read(_HEAD)
+    if utils.image_suffix(head) is None and not is_image_name(name):
+        raise NotTaken("skipped", "not an image" if head else "an empty file")
+    data = head + file.read(limits.member_bytes + 1 - len(head))
+    if len(data) > limits.member_bytes:
+        raise NotTaken("refused", f"more than {limits.member_bytes} bytes (--max-file-mb)")
+    return data
+
+
+def _fingerprint(*paths: Path) -> str:
+    """A digest of the files' sizes and of their first and last MiB: enough to notice another file of the same name."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{size}\0".encode())
+            for start in (0, max(0, size - _SNIFF)):
+                file.seek(start)
+                digest.update(file.read(_SNIFF))
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- streams
+
+
+class _Zstandard(io.RawIOBase):
+    """Zstandard frames as a file. The library's own reader takes a cut-off frame for the end of the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._ready = b""
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            # 4 KiB of input expand to 128 MiB at the very worst, so a bomb cannot fill the memory at once.
+            data = self._file.read(4096)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("cut off inside a zstd frame")
+                return 0
+            while data:
+                if self._frame is None:
+                    self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                self._ready += self._frame.decompress(data)
+                data = self._frame.unused_data if self._frame.eof else b""
+                if self._frame.eof:
+                    self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+_PACKINGS: dict[str, tuple[bytes, Callable[[BinaryIO], Any]]] = {
+    "gz": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+    "bz2": (b"BZh", bz2.BZ2File),
+    "xz": (b"\xfd7zXZ\0", lzma.LZMAFile),
+    "zst": (b"\x28\xb5\x2f\xfd", lambda file: io.BufferedReader(_Zstandard(file), 1 << 16)),
+}
+_STREAM_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+
+
+def _packing(head: bytes) -> str:
+    return next((name for name, (magic, _) in _PACKINGS.items() if head.startswith(magic)), "")
+
+
+def _first_bytes(path: Path, packing: str) -> bytes:
+    """The beginning of what a compressed file holds, as far as it can be had."""
+    head = b""
+    with open(path, "rb") as file:
+        stream = _PACKINGS[packing][1](file)
+        try:
+            while len(head) < _SNIFF and (data := stream.read(1 << 16)):
+                head += data
+        except _STREAM_ERRORS as error:
+            if not head:
+                raise InputError(f"{path}: {packing} data that cannot be decompressed: {error}") from error
+    return head
+
+
+class _Forward(io.RawIOBase):
+    """A possibly compressed file that is read once, forwards; damage and bombs end it with `Broken`."""
+
+    def __init__(self, path: Path, packing: str, limits: Limits) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._stream = _PACKINGS[packing][1](self._file) if packing else self._file
+        self._ratio = limits.ratio if packing else 0
+        self._most = limits.member_bytes + _SNIFF
+        self._at = 0
+        self.last = b""  # what the latest read gave
+
+    def readable(self) -> bool:
+        return True
+
+    def consumed(self) -> int:
+        """Bytes of the file itself that were read."""
+        return self._file.tell()
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_SET or offset < self._at:
+            raise Broken(f"corrupt: a header at {self._at} leads backwards")
+        while self._at < offset and self.read(min(offset - self._at, 1 << 20)):
+            pass
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, count: int = -1) -> bytes:
+        """`count` bytes, fewer only at the end of the file."""
+        if not 0 <= count <= self._most:
+            raise Broken(f"a header at {self._at} announces {count} bytes")
+        parts = []
+        left = count
+        try:
+            while left and (data := self._stream.read(left)):
+                parts.append(data)
+                left -= len(data)
+        except _STREAM_ERRORS as error:
+            raise Broken(f"cut off or corrupt after {self._at} bytes of contents: {error}") from error
+        self.last = b"".join(parts)
+        self._at += len(self.last)
+        if self._ratio and self._at > max(_RATIO_FROM, self._ratio * self.consumed()):
+            raise Broken(f"expands to more than {self._ratio:g} times its size; no photos do")
+        return self.last
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+
+class FolderSource:
+    """A folder of photos, by sorted path; links are not followed."""
+
+    unit = "file"
+
+    def __init__(self, path: Path, limits: Limits, level: int) -> None:
+        self.path, self._limits, self._level = path, limits, level
+        self._entries = sorted(_walk(path, ""))
+        self.total = len(self._entries)
+        digest = hashlib.sha256()
+        for name, size in self._entries:
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        self.fingerprint = digest.hexdigest()
+
+    def members(self) -> Iterator[Member]:
+        """The files, links and special files below the folder."""
+        root = self.path.resolve().name
+        for position, (name, _) in enumerate(self._entries, 1):
+            yield _placed(name, self._level, root, lambda name=name: self._read(name), position)
+
+    def _read(self, name: str) -> bytes:
+        path = self.path / name
+        try:
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode):
+                raise NotTaken("refused", "a link" if stat.S_ISLNK(mode) else "not a regular file")
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                return _photo(file, name, os.fstat(file.fileno()).st_size, self._limits)
+        except OSError as error:
+            raise NotTaken("damaged", f"cannot be read: {error.strerror}") from error
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+            else:
+                yield f"{prefix}{entry.name}", entry.stat(follow_symlinks=False).st_size
+
+
+def _placed(name: str, level: int, root: str, read: Callable[[], bytes], position: int) -> Member:
+    """A member at the place that its path gives, or one whose `read` says why it has none."""
+    try:
+        identity, file = place(name, level, root)
+    except NotTaken as refusal:
+        return _refusal(name, refusal, position)
+    return Member(name, identity, file, read, position)
+
+
+def _refusal(name: str, refusal: NotTaken, position: int) -> Member:
+    def read() -> bytes:
+        raise refusal
+
+    return Member(name, "", "", read, position)
+
+
+class TarSource:
+    """A tar, plain or compressed with gzip, bzip2, xz or Zstandard."""
+
+    unit = "B"
+
+    def __init__(self, path: Path, limits: Limits, level: int, packing: str) -> None:
+        self.path, self._limits, self._level, self._packing = path, limits, level, packing
+        self.total = path.stat().st_size
+        self.fingerprint = _fingerprint(path)
+
+    def members(self) -> Iterator[Member]:
+        """The files, links and devices of the archive, in its order; folders are only part of their paths."""
+        root = _stem(self.path)
+        with _Forward(self.path, self._packing, self._limits) as stream:
+            try:
+                with tarfile.open(fileobj=stream, mode="r:") as tar:
+                    while (info := tar.next()) is not None:
+                        tar.members.clear()  # it would keep every header
+                        if not info.isdir():
+                            read = lambda info=info, tar=tar: self._read(tar, info)  # noqa: E731
+                            yield _placed(info.name, self._level, root, read, stream.consumed())
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                raise Broken(f"cut off or corrupt: {error}") from error
+            if stream.last != bytes(_BLOCK):
+                raise Broken(f"cut off or corrupt at {stream.tell()}: no end-of-archive mark")
+            while stream.read(1 << 20):  # so that the checksum at the end of the compressed data is compared
+                pass
+
+    def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+        if info.issym() or info.islnk():
+            raise NotTaken("refused", f"a {'symbolic' if info.issym() else 'hard'} link")
+        if not info.isreg() or info.issparse():
+            raise NotTaken("refused", "not a regular file (device, pipe, sparse or unknown type)")
+        if info.size < 0:
+            raise NotTaken("refused", f"a size of {info.size} bytes")
+        file = tar.extractfile(info)
+        assert file is not None  # regular files have contents
+        try:
+            return _photo(file, info.name, info.size, self._limits)
+        except tarfile.TarError as error:
+            raise Broken(f"cut off inside {info.name!r}") from error
+
+
+class ZipSource:
+    """A zip. One whose directory at the end is lost (a cut-off download) is read from its local headers instead."""
+
+    unit = "file"
+
+    def __init__(self, path: Path, limits: Limits, level: int) -> None:
+        self.path, self._limits, self._level = path, limits, level
+        self.fingerprint = _fingerprint(path)
+        self._zip: zipfile.ZipFile | None = None
+        self._why = ""
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError, EOFError) as error:
+            self._why = str(error)
+        self.total = len(self._zip.infolist()) if self._zip else 0
+
+    def members(self) -> Iterator[Member]:
+        """The files and links of the archive, in the order of its directory."""
+        root = _stem(self.path)
+        if self._zip is None:
+            yield from self._salvaged(root)
+            raise Broken(f"cut off or corrupt ({self._why}); its files were searched one after another")
+        read_bytes = 0
+        for position, info in enumerate(self._zip.infolist(), 1):
+            if info.is_dir():
+                continue
+            read_bytes += info.file_size
+            if read_bytes > max(_RATIO_FROM, self._limits.ratio * self.path.stat().st_size):
+                raise Broken(f"expands to more than {self._limits.ratio:g} times its size; no photos do")
+            yield _placed(info.filename, self._level, root, lambda info=info: self._read(info), position)
+
+    def _read(self, info: zipfile.ZipInfo) -> bytes:
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG):
+            raise NotTaken("refused", "a symbolic link" if kind == stat.S_IFLNK else "not a regular file")
+        if info.flag_bits & 1:
+            raise NotTaken("refused", "encrypted")
+        if info.file_size > max(_RATIO_FROM, self._limits.ratio * info.compress_size):
+            raise NotTaken("refused", f"{info.file_size} bytes out of {info.compress_size}; no photo expands so far")
+        assert self._zip is not None
+        try:
+            with self._zip.open(info) as file:
+                return _photo(file, info.filename, info.file_size, self._limits)
+        except (zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error) as error:
+            raise NotTaken("damaged", f"corrupt: {error}") from error
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise NotTaken("refused", f"cannot be read: {error}") from error
+
+    def _salvaged(self, root: str) -> Iterator[Member]:
+        with open(self.path, "rb") as file:
+            for number, (name, read) in enumerate(_local_entries(file, self._limits), 1):
+                if not name.endswith("/"):
+                    yield _placed(name, self._level, root, read, number)
+
+
+def _local_entries(file: BinaryIO, limits: Limits) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Names and readers of the whole entries of a zip without its directory, by their local headers (APPNOTE 4.3.7)."""
+    while True:
+        fixed = file.read(30)
+        if len(fixed) < 30 or not fixed.startswith(b"PK\3\4"):
+            return
+        flags, method, _, _, crc, packed, size, name_length, extra_length = struct.unpack("<4x2xHHHHIIIHH", fixed)
+        raw_name, extra = file.read(name_length), file.read(extra_length)
+        if size == 0xFFFFFFFF and extra[:2] == b"\x01\0" and len(extra) >= 20:  # zip64
+            size, packed = struct.unpack_from("<QQ", extra, 4)
+        # Sizes that follow the data, encryption and rare methods cannot be stepped over without the directory.
+        if flags & 0b1001 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or packed > limits.member_bytes:
+            return
+        data = file.read(packed)
+        if len(data) < packed:
+            return
+        name = raw_name.decode("utf-8" if flags & 0x800 else "cp437", "replace")
+        yield name, lambda data=data, name=name, m=method, s=size, c=crc: _entry(data, name, m, s, c, limits)
+
+
+def _entry(data: bytes, name: str, method: int, size: int, crc: int, limits: Limits) -> bytes:
+    if method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-15).decompress(data, limits.member_bytes + 1)
+        except zlib.error as error:
+            raise NotTaken("damaged", f"corrupt: {error}") from error
+    photo = _photo(io.BytesIO(data), name, len(data), limits)
+    if len(photo) != size or zlib.crc32(photo) != crc:
+        raise NotTaken("damaged", "corrupt: wrong checksum")
+    return photo
+
+
+class FaceLinesSource:
+    """An MS-Celeb-1M TSV, plain or compressed. The identity is the MID, the file `<rank>-<face id>.<ext>`."""
+
+    unit = "B"
+
+    def __init__(self, path: Path, limits: Limits, packing: str) -> None:
+        self.path, self._limits, self._packing = path, limits, packing
+        self.total = path.stat().st_size
+        self.fingerprint = _fingerprint(path)
+
+    def members(self) -> Iterator[Member]:
+        """The rows, by their line number."""
+        with _Forward(self.path, self._packing, self._limits) as stream:
+            for number, line in msceleb.read_lines(io.BufferedReader(stream, 1 << 18)):
+                yield self._member(number, line, stream.consumed())
+
+    def _member(self, number: int, line: bytes | None, position: int) -> Member:
+        name = f"line {number}"
+        try:
+            if line is None:
+                raise NotTaken("refused", f"longer than {msceleb.MAX_LINE} bytes")
+            if not line.strip(b" \r"):
+                raise NotTaken("skipped", "a blank line")
+            face = msceleb.parse_line(line, number)
+        except NotTaken as refusal:
+            return _refusal(name, refusal, position)
+        except ValueError as error:
+            return _refusal(name, NotTaken("damaged", str(error)), position)
+        note = ""
+        try:
+            face.rectangle()
+        except ValueError as error:
+            note = str(error)
+        return Member(f"{name}: {face.mid}", face.mid, face.name, lambda: self._read(face), position, note)
+
+    def _read(self, face: msceleb.FaceLine) -> bytes:
+        for part in (face.mid, face.name):
+            if ".." in part.replace("\\", "/").split("/"):
+                raise NotTaken("refused", "a path with '..'")
+        try:
+            data = face.image()
+        except ValueError as error:
+            raise NotTaken("damaged", str(error)) from error
+        if len(data) > self._limits.member_bytes:
+            raise NotTaken("refused", f"{len(data)} bytes, more than {self._limits.member_bytes} (--max-file-mb)")
+        if utils.image_suffix(data) is None:
+            raise NotTaken("damaged", f"the image column holds {len(data)} bytes that are no image")
+        return data
+
+
+class RecordSource:
+    """A RecordIO pair. The identity is `<set>-<label>`, the file `<key>.<ext>`: labels of two sets are other people."""
+
+    unit = "record"
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path, self._limits = path, limits
+        self._reader = recordio.RecordReader(path)
+        self.total = len(self._reader)
+        self.fingerprint = _fingerprint(*[p for p in (path, self._reader.idx_path) if p])
+
+    def members(self) -> Iterator[Member]:
+        """The records by key; header and identity records, which hold no image, are skipped."""
+        name = self.path.resolve().parent.name
+        for position, key in enumerate(self._reader.keys.tolist(), 1):
+            yield self._member(key, name, position)
+        try:
+            self._reader.check_index()
+        except InputError as error:
+            raise Broken(str(error).removeprefix(f"{self.path}: ")) from error
+        if self._reader.unlisted:
+            raise Broken(f"{self._reader.unlisted} records follow the last one of {self._reader.idx_path}")
+
+    def _member(self, key: int, name: str, position: int) -> Member:
+        try:
+            header, payload = recordio.unpack(self._reader.read(key))
+        except (InputError, ValueError) as error:
+            return _refusal(f"record {key}", NotTaken("damaged", str(error)), position)
+        if not payload:
+            kind = "a header or identity record" if header.flag == 2 else "no image"
+            return _refusal(f"record {key}", NotTaken("skipped", kind), position)
+        label = float(header.label[0])
+        if not label.is_integer() or label < 0:
+            reason = f"its label {label:g} is not the number of an identity"
+            return _refusal(f"record {key}", NotTaken("damaged", reason), position)
+        if utils.image_suffix(payload) is None:
+            return _refusal(f"record {key}", NotTaken("damaged", f"{len(payload)} bytes that are no image"), position)
+        read = lambda: _photo(io.BytesIO(payload), "", len(payload), self._limits)  # noqa: E731
+        return Member(f"record {key}", f"{name}-{int(label):07d}", f"{key:08d}", read, position)
