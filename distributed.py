@@ -1,0 +1,200 @@
+"""One process or many: what `torchrun` starts, and what a single process does without any process group.
+
+`join` reads torchrun's environment. With one process nothing is initialised and every function here is a no-op, so that
+training has one code path. With more, tensors go through NCCL on GPUs and gloo on CPU, and a second, gloo group
+carries the few decisions that the hosts take together (stop, save), because those must not wait for a GPU.
+
+Gradients of the network are summed over ranks, not averaged: the margin head's loss is the mean over the global batch,
+and what reaches a rank's features is its share of that gradient.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+import utils
+from utils import InputError
+
+# Rank 0 measures verification sets while the others wait; the default of 10 minutes is short for that.
+TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them. `control` is a gloo group for decisions of the hosts, None in a world of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and shows progress."""
+        return self.rank == 0
+
+    def largest(self, value: int) -> int:
+        """The largest of the values that the processes bring, on the hosts. Collective."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place, on the device. Collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def union(self, numbers: set[int]) -> set[int]:
+        """What any of the processes has, on the hosts. Collective."""
+        if self.size == 1:
+            return numbers
+        longest = self.largest(len(numbers))
+        own = torch.full((longest,), -1)
+        own[: len(numbers)] = torch.tensor(sorted(numbers), dtype=torch.int64)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self.control)
+        return set(torch.cat(parts).tolist()) - {-1}
+
+    def wait(self) -> None:
+        """Go on when all processes are here. Collective."""
+        self.largest(0)
+
+
+@contextlib.contextmanager
+def join(device_name: str) -> Iterator[World]:
+    """The world as torchrun describes it in RANK, LOCAL_RANK and WORLD_SIZE; a world of one without them."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, utils.choose_device(device_name))
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device_of(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    finally:
+        dist.destroy_process_group()
+
+
+def _device_of(name: str, local_rank: int) -> torch.device:
+    if name not in ("auto", "cuda", "cpu"):
+        raise InputError(f"--device {name}: with several processes it is auto, cuda (one GPU for each) or cpu")
+    device = utils.choose_device(name)
+    return utils.choose_device(f"cuda:{local_rank}") if device.type == "cuda" else device
+
+
+def data_parallel(network: nn.Module, world: World) -> nn.Module:
+    """The network whose backward pass sums gradients over the ranks; the network itself in a world of one."""
+    if world.size == 1:
+        return network
+    on_gpu = world.device.type == "cuda"
+    parallel = DistributedDataParallel(
+        network,
+        device_ids=[world.device.index] if on_gpu else None,
+        broadcast_buffers=False,  # see average_statistics
+        gradient_as_bucket_view=True,
+        # Buckets are regrouped after the first backward pass unless this is set, and with them changes the order in
+        # which three or more ranks are summed: a resumed run would differ from an unbroken one in the last bits. It
+        # costs a walk over the graph, so on GPUs, where training is not exactly repeatable anyway, it stays off.
+        find_unused_parameters=not on_gpu,
+    )
+    parallel.register_comm_hook(None, _sum_bucket)
+    return parallel
+
+
+def _sum_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@torch.no_grad()
+def average_statistics(network: nn.Module, world: World) -> None:
+    """Replace each rank's running batch-norm statistics by their mean over ranks, in place. Collective.
+
+    They do not take part in training, so once before a checkpoint or a measurement is enough: the running average is
+    linear, and the mean of the ranks' averages is the average of the ranks' mean.
+    """
+    if world.size == 1:
+        return
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            world.sum(buffer).div_(world.size)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks of a tensor that all of them use afterwards; so is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class CrossRankBatchNorm(_BatchNorm):
+    """Batch norm over the batches of all ranks, for CPU, where torch.nn.SyncBatchNorm does not run.
+
+    [N, C, ...] -> the same; every rank brings the same N. Written for exactness (mean first, then squared deviations)
+    in plain operations, not for speed.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, not {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See the class."""
+        if not self.training:
+            return super().forward(input)
+        dims = [0, *range(2, input.dim())]
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        count = input.numel() // input.shape[1] * dist.get_world_size()
+        values = input.float()
+        mean = _SumOverRanks.apply(values.sum(dims)) / count
+        centred = values - mean.view(shape)
+        variance = _SumOverRanks.apply(centred.square().sum(dims)) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
+
+
+def synchronise_batch_norm(network: nn.Module, world: World) -> nn.Module:
+    """The network with batch norms that see the batches of all ranks; same parameters and state_dict keys."""
+    if world.size == 1:
+        return network
+    if world.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for name, module in list(network.named_children()):
+        if isinstance(module, _BatchNorm):
+            synchronised = CrossRankBatchNorm(module.num_features, module.eps, module.momentum)
+            synchronised.weight, synchronised.bias = module.weight, module.bias
+            for key, buffer in module.named_buffers():
+                setattr(synchronised, key, buffer)
+            setattr(network, name, synchronised)
+        else:
+            synchronise_batch_norm(module, world)
+    return network

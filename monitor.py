@@ -1,0 +1,195 @@
+"""What people watch while a network trains: TensorBoard, the progress line, the log, and warnings before it is too
+late.
+
+Measurements stay on the device between two looks; a look fetches everything of the steps since the last one in a single
+transfer. The price: a loss that is not finite is noticed up to `--log-every` steps late (the step itself is still
+named).
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from verification import VerificationResult, curve
+
+# Steps after which a network that has learnt nothing at all is worth a warning.
+PATIENCE = 1000
+# How many times its first level the mean feature norm may reach before it is called an explosion.
+NORM_GROWTH = 20.0
+
+
+@dataclass
+class Look:
+    """What one look sees: the steps from `first` to the present one."""
+
+    first: int
+    losses: list[float]
+    top1: float
+    seconds: float
+    waited: float  # seconds of them spent waiting for data
+    stats: dict[str, Tensor]  # the margin head's, of the last step, still on the device
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the steps."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def broken_step(self) -> int | None:
+        """The first step whose loss is not finite."""
+        return next((self.first + i for i, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
+
+
+class Window:
+    """Collects losses and top-1 on the device until somebody looks."""
+
+    def __init__(self, step: int) -> None:
+        self.first = step
+        self.losses: list[Tensor] = []
+        self.top1: list[Tensor] = []
+        self.stats: dict[str, Tensor] = {}
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor, stats: dict[str, Tensor]) -> None:
+        """Note one step; no synchronisation with the device."""
+        self.losses.append(loss)
+        self.top1.append(stats["top1"])
+        self.stats = stats
+
+    def look(self) -> Look | None:
+        """Fetch what was collected since the last look and start anew; None when there was no step."""
+        if not self.losses:
+            return None
+        values = torch.stack([torch.stack(self.losses), torch.stack(self.top1).to(self.losses[0].dtype)]).tolist()
+        seconds = time.perf_counter() - self.since
+        look = Look(self.first, values[0], sum(values[1]) / len(values[1]), seconds, self.waited, self.stats)
+        self.__init__(self.first + len(self.losses))
+        return look
+
+
+@dataclass
+class Watch:
+    """Looks for runs that will come to nothing. Each warning is given once."""
+
+    identities: int
+    sine_term: float  # scale * sin(margin): what the margin adds to the loss of a network that knows nothing
+    patience: int = PATIENCE
+    given: set[str] = field(default_factory=set)
+    steps: int = 0
+    hits: float = 0.0
+    first_norm: float | None = None
+
+    def warnings(self, look: Look, norm: float) -> list[str]:
+        """New warnings after a look; `norm` is the mean feature norm of its last step."""
+        self.steps += len(look.losses)
+        self.hits += look.top1
+        found = []
+        chance = math.log(self.identities)
+        if self.steps >= self.patience:
+            near_chance = abs(look.loss - chance) < 0.02 * chance or look.loss > 0.98 * (chance + self.sine_term)
+            if near_chance and look.top1 < 0.01:
+                found.append(
+                    f"stuck: after {self.steps} steps the loss is {look.loss:.2f}, that of guessing (log of "
+                    f"{self.identities} identities is {chance:.2f}); usually the learning rate is too high or has no "
+                    "--warmup, or the margin is too large to begin with (--margin-warmup)"
+                )
+            if self.hits == 0:
+                found.append(
+                    f"no hit: top-1 is 0 after {self.steps} steps; usually the labels do not belong to the images, the "
+                    "margin is too large to begin with (--margin-warmup), or the rate is too high"
+                )
+        if self.first_norm is None:
+            self.first_norm = norm
+        elif not norm < NORM_GROWTH * self.first_norm:
+            found.append(
+                f"explosion: feature norms grew from {self.first_norm:.3g} to {norm:.3g}; usually the learning rate is "
+                "too high, or --weight-decay or --grad-clip was switched off"
+            )
+        new = [text for text in found if text.split(":")[0] not in self.given]
+        self.given.update(text.split(":")[0] for text in new)
+        return new
+
+
+class RunLog:
+    """Lines to a file, with date and time, and above the progress bar to standard error; silent without a path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        """Write one line."""
+        if self.path is None:
+            return
+        tqdm.write(text, file=sys.stderr)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+
+
+class Board:
+    """The run in TensorBoard. `purge_step` drops what an interrupted run wrote after its last checkpoint."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # half a second that only rank 0 should pay
+
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write numbers under their names."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def distributions(self, step: int, stats: dict[str, Tensor]) -> None:
+        """Histograms of the angles (degrees) to the own and to the nearest other centre, and of the feature norms."""
+        for key, name in (
+            ("target_angle", "angle/target"),
+            ("other_angle", "angle/nearest_other"),
+            ("feature_norm", "feature_norm"),
+        ):
+            values = stats[key].float().flatten()
+            values = values[torch.isfinite(values)]
+            if len(values):
+                self.writer.add_histogram(name, values.cpu(), step)
+
+    def crops(self, step: int, pictures: Tensor) -> None:
+        """A sheet of crops as the network sees them, [N, 3, 112, 112] in [0, 1]."""
+        from torchvision.utils import make_grid
+
+        self.writer.add_image("crops", make_grid(pictures[:64].cpu(), nrow=8, padding=2), step)
+
+    def verification(self, step: int, name: str, result: VerificationResult) -> None:
+        """Accuracy, AUC and EER of a verification set, and its ROC as a picture."""
+        values = {"accuracy": result.accuracy, "auc": result.auc, "eer": result.eer}
+        self.scalars(step, {f"val/{name}/{key}": value for key, value in values.items() if value is not None})
+        if result.auc is not None:
+            self.writer.add_figure(f"roc/{name}", _roc(result), step)
+
+    def result(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The hyper-parameters with what came of them."""
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        self.writer.add_hparams(plain, metrics, run_name=".")
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        self.writer.close()
+
+
+def _roc(result: VerificationResult) -> Any:
+    from matplotlib.figure import Figure
+
+    counts = curve(result.cosines, result.same)
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="false accept rate", ylabel="true accept rate", title=result.set_name)
+    lowest = 0.5 / max(counts.impostors, 1)
+    axes.semilogx(counts.far.clip(lowest), counts.tar)
+    axes.set_xlim(lowest, 1)
+    axes.set_ylim(0, 1.01)
+    axes.grid(alpha=0.3)
+    return figure
