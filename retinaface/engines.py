@@ -1,36 +1,221 @@
-"""What runs the network."""
+"""What runs the network: onnxruntime on a CPU, PyTorch on everything else.
 
+On a CPU the folded network runs in onnxruntime, one photo and one core at a time, with photos side by side on as many
+threads as PyTorch would use. `benchmarks/detect.py` measures the alternatives; what decides besides speed is that a
+photo's result then depends on nothing but the photo: not on the batch, not on the number of threads, to the last bit.
+The price is that a single photo never uses more than one core unless it is large enough to be cut (`retinaface.tiles`).
+
+On a GPU equal sizes go through PyTorch in batches, channels last, float32 without TF32 (whose 10 bits of mantissa move
+landmarks by tenths of a pixel).
+"""
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from retinaface.network import LAYERS, forward
+from retinaface.decoding import Maps
+from retinaface.network import LAYERS, MEAN_BGR, STRIDES, forward
 from retinaface.weights import Folded
+
+R = TypeVar("R")
+Size: TypeAlias = tuple[int, int]
+
+PIXELS_UNDER_WAY = 32_000_000
+"""How many pixels may be in the network at a time; the network needs about 60 bytes of memory for each."""
+
+_LAYER = {layer.name: layer for layer in LAYERS}
+_LANES = 16
+
+
+class OnnxEngine:
+    """The network in onnxruntime, for a CPU; one instance may be used by several threads at a time."""
+
+    def __init__(self, weights: Folded) -> None:
+        weights = _widen(weights)
+        self._sessions = {even: _session(_Graph(weights, even).serialise()) for even in (False, True)}
+        self._workers = _Workers(torch.get_num_threads())
+        self._budget = _Budget(PIXELS_UNDER_WAY)
+
+    def map(
+        self, sizes: Sequence[Size], load: Callable[[int], np.ndarray], finish: Callable[[Maps, Size], list[R]]
+    ) -> list[R]:
+        """`finish` of the network's maps for each piece, in order.
+
+        `load(i)` gives piece i, uint8 BGR [height, width, 3] of `sizes[i]`; it is called when the piece's turn has
+        come. `finish(maps, size)` takes the maps of `network.forward` for some pieces of one size, [N, 32, h, w] each,
+        and gives one answer per piece.
+        """
+
+        def one(index: int) -> R:
+            height, width = sizes[index]
+            with self._budget.take(height * width):
+                return finish(self.run(load(index)[None]), sizes[index])[0]
+
+        return self._workers.map(one, len(sizes))
+
+    def run(self, bgr: np.ndarray) -> list[np.ndarray]:
+        """The maps of some photos of one size, uint8 BGR [N, height, width, 3]."""
+        count, height, width = bgr.shape[:3]
+        planes = np.empty((count, 3, height, width), dtype=np.float32)
+        for photo, target in zip(bgr, planes, strict=True):
+            for channel, mean, plane in zip(cv2.split(photo), MEAN_BGR, target, strict=True):
+                np.subtract(channel, np.float32(mean), out=plane, dtype=np.float32)
+        # The height and width of the finest map.
+        even = all(-(-side // STRIDES[0]) % 4 == 0 for side in (height, width))
+        return self._sessions[even].run(None, {"image": planes})
+
+
+def _session(model: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    # The arena would keep the memory of the largest photo ever seen; without it the speed is the same.
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _widen(weights: Folded) -> Folded:
+    """The same network with its 8-channel layers filled up with zeros to the 16 lanes that the CPU kernels work in.
+
+    The kernels would compute 16 lanes anyway, but cut the result back to 8 between the layers.
+    """
+    weights = dict(weights)
+    for name in ("body.stage1.0.0", "body.stage1.1.0"):
+        weight, bias = weights[name]
+        more = _LANES - len(bias)
+        weights[name] = (np.pad(weight, ((0, more), (0, 0), (0, 0), (0, 0))), np.pad(bias, (0, more)))
+    weight, bias = weights["body.stage1.1.3"]
+    weights["body.stage1.1.3"] = (np.pad(weight, ((0, 0), (0, _LANES - weight.shape[1]), (0, 0), (0, 0))), bias)
+    return weights
+
+
+class _Graph:
+    """The network as an ONNX model.
+
+    `even` leaves out the cropping after each enlargement, which images need unless their finest map can be halved
+    twice; the crops would force a change of memory layout on either side.
+    """
+
+    def __init__(self, weights: Folded, even: bool) -> None:
+        from onnx import TensorProto, helper, numpy_helper
+
+        self._helper, self._from_array, self._float = helper, numpy_helper.from_array, TensorProto.FLOAT
+        self._weights, self._even = weights, even
+        self._nodes: list[Any] = []
+        self._constants: dict[str, np.ndarray] = {
+            "twice": np.float32([1, 1, 2, 2]),
+            "origin": np.int64([0, 0]),
+            "plane": np.int64([2, 3]),
+        }
+
+    def serialise(self) -> bytes:
+        image = self._helper.make_tensor_value_info("image", self._float, ["count", 3, "height", "width"])
+        outputs = forward(self, "image")
+        graph = self._helper.make_graph(
+            self._nodes,
+            "RetinaFace",
+            [image],
+            [self._helper.make_tensor_value_info(name, self._float, None) for name in outputs],
+            [self._from_array(array, name) for name, array in self._constants.items()],
+        )
+        # Opset 17 and IR 8 are what every onnxruntime that the requirements allow can read.
+        model = self._helper.make_model(graph, opset_imports=[self._helper.make_opsetid("", 17)], ir_version=8)
+        return model.SerializeToString()
+
+    def _add(self, operator: str, inputs: list[str], **attributes: Any) -> str:
+        output = f"{operator}{len(self._nodes)}"
+        self._nodes.append(self._helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    def convolve(self, name: str, x: str, slope: float | None = None) -> str:
+        layer = _LAYER[name]
+        weight, bias = self._weights[name]
+        self._constants |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        x = self._add(
+            "Conv",
+            [x, f"{name}.weight", f"{name}.bias"],
+            kernel_shape=layer.shape[2:],
+            strides=[layer.stride] * 2,
+            pads=[layer.shape[2] // 2] * 4,
+            group=len(weight) if layer.depthwise else 1,
+        )
+        if slope is None:
+            return x
+        return self._add("LeakyRelu", [x], alpha=slope) if slope else self._add("Relu", [x])
+
+    def add_upsampled(self, x: str, coarse: str) -> str:
+        # A map is half of the next finer one, rounded up, so nearest neighbour is doubling and cutting the excess off.
+        doubled = self._add(
+            "Resize",
+            [coarse, "", "twice"],
+            mode="nearest",
+            nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        )
+        if not self._even:
+            size = self._add("Shape", [x], start=2, end=4)
+            doubled = self._add("Slice", [doubled, "origin", size, "plane"])
+        return self._add("Add", [x, doubled])
+
+    def concatenate(self, parts: list[str]) -> str:
+        return self._add("Concat", parts, axis=1)
 
 
 class TorchEngine:
-    """The folded network in PyTorch, channels last, float32 without TF32."""
+    """The network in PyTorch, for a GPU (it runs on a CPU too)."""
 
     def __init__(self, weights: Folded, device: torch.device) -> None:
         self.device = device
+        self._mean = torch.tensor(MEAN_BGR, device=device, dtype=torch.float32)
         self._weights = {
             name: (
-                torch.from_numpy(weight).to(device, memory_format=torch.channels_last),
-                torch.from_numpy(bias).to(device),
+                torch.tensor(weight, device=device).contiguous(memory_format=torch.channels_last),
+                torch.tensor(bias, device=device),
             )
             for name, (weight, bias) in weights.items()
         }
-        self._layers = {layer.name: layer for layer in LAYERS}
+
+    def map(
+        self, sizes: Sequence[Size], load: Callable[[int], np.ndarray], finish: Callable[[Maps, Size], list[R]]
+    ) -> list[R]:
+        """As `OnnxEngine.map`; pieces of equal size share a batch."""
+        groups: dict[Size, list[int]] = defaultdict(list)
+        for index, size in enumerate(sizes):
+            groups[size].append(index)
+        answers: dict[int, R] = {}
+        for (height, width), members in groups.items():
+            count = max(1, PIXELS_UNDER_WAY // (height * width))
+            for start in range(0, len(members), count):
+                batch = members[start : start + count]
+                maps = self.run(np.stack([load(index) for index in batch]))
+                answers |= zip(batch, finish(maps, (height, width)), strict=True)
+        return [answers[index] for index in range(len(sizes))]
+
+    @torch.inference_mode()
+    def run(self, bgr: np.ndarray) -> list[Tensor]:
+        """The maps of a batch of photos, uint8 BGR [N, height, width, 3], on the device."""
+        x = torch.from_numpy(bgr).to(self.device).float().sub_(self._mean).permute(0, 3, 1, 2)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return forward(self, x)
 
     def convolve(self, name: str, x: Tensor, slope: float | None = None) -> Tensor:
-        layer = self._layers[name]
+        layer = _LAYER[name]
         weight, bias = self._weights[name]
-        groups = x.shape[1] // layer.shape[1]
+        groups = len(bias) if layer.depthwise else 1
         x = functional.conv2d(x, weight, bias, layer.stride, layer.shape[2] // 2, groups=groups)
-        if slope is None:
-            return x
-        return functional.leaky_relu_(x, slope)
+        return x if slope is None else functional.leaky_relu_(x, slope)
 
     def add_upsampled(self, x: Tensor, coarse: Tensor) -> Tensor:
         return x + functional.interpolate(coarse, size=x.shape[2:], mode="nearest")
@@ -38,10 +223,44 @@ class TorchEngine:
     def concatenate(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts, dim=1)
 
-    @torch.inference_mode()
-    def run(self, batch: Tensor) -> list[np.ndarray]:
-        """[N, height, width, 3] uint8 BGR -> three maps as `network.forward` describes them."""
-        mean = torch.tensor([104.0, 117.0, 123.0], device=self.device)
-        x = (batch.to(self.device).float() - mean).permute(0, 3, 1, 2)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            return [m.float().cpu().numpy() for m in forward(self, x)]
+
+class _Workers:
+    """Threads shared by all callers, made when first needed, and made anew in a forked process."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._pool, self._lock = None, threading.Lock()
+
+    def map(self, function: Callable[[int], R], count: int) -> list[R]:
+        if self._count == 1 or count <= 1:
+            return [function(index) for index in range(count)]
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(self._count, thread_name_prefix="retinaface")
+        return list(self._pool.map(function, range(count)))
+
+
+class _Budget:
+    """Lets work of a limited total size begin; the rest waits."""
+
+    def __init__(self, total: int) -> None:
+        self._total = self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= amount)
+            self._free -= amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += amount
+                self._changed.notify_all()

@@ -16,6 +16,11 @@ T = TypeVar("T")
 
 STRIDES = (8, 16, 32)
 ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
+ANCHORS_PER_CELL = 2
+
+# Where a cell's answers lie in the channels of a map: the first anchor's, then the second's.
+LOGITS, BOXES, LANDMARKS = slice(0, 4), slice(4, 12), slice(12, 32)
+
 MEAN_BGR = (104, 117, 123)
 SLOPE = 0.1
 
@@ -32,6 +37,10 @@ class Layer:
     norm: str | None
     shape: tuple[int, int, int, int]
     stride: int = 1
+
+    @property
+    def depthwise(self) -> bool:
+        return self.shape[1] == 1
 
 
 # (input, output, stride) of the depthwise-separable blocks of each stage; stage 1 opens with a plain 3x3 convolution.
