@@ -4,7 +4,8 @@ Design: Pillow reads the header of every file (format, size, orientation) before
 is too large costs nothing. Plain JPEGs, nearly everything in practice, are then decoded by OpenCV, which takes half the
 time and gives the same pixels; all else is decoded by Pillow. Both libraries turn half a JPEG that was given an end
 mark into a photo with a grey rest, so a photo that ends in that grey is looked at again in a way that shows whether
-data is missing. Price: the few photos with that very grey in their last corner are decoded twice.
+data is missing. Price: the few photos with that very grey in their last corner are decoded twice. Damage inside the
+data that the decoders get over is not noticed; OpenCV may remark on it on standard error.
 """
 
 import functools
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils import InputError
+from utils import InputError, image_suffix
 
 # Formats that hold photos. Pillow knows others that start programs (EPS runs Ghostscript) or are not pictures.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -123,16 +124,17 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _unidentified(data: bytes) -> PhotoError:
-    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    suffix = image_suffix(data)
+    if suffix in (".heic", ".heif"):
+        return PhotoError("unreadable", "HEIC; convert it to JPEG first")
     if _is_cut(data):
         return PhotoError("truncated", "the header is not complete")
-    if head[:1] in (b"<", b"{"):
-        return PhotoError("not a photo", "HTML, XML or JSON")
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        return PhotoError("unreadable", "HEIC; convert it to JPEG first")
+    if suffix is not None:
+        return PhotoError("unreadable", f"begins like {suffix}, but the header is damaged")
     if not any(data):
         return PhotoError("unreadable", "nothing but zero bytes")
-    return PhotoError("not a photo", "no known image format")
+    text = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<", b"{"))
+    return PhotoError("not a photo", "HTML, XML or JSON" if text else "no known image format")
 
 
 def _broken(data: bytes, error: Exception) -> PhotoError:
@@ -150,7 +152,26 @@ def _is_cut(data: bytes) -> bool:
         return b"IEND" not in data[-4096:]
     if data.startswith(b"RIFF"):
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return data.startswith(b"GIF8") and data.rstrip(b"\0")[-1:] != b";"
+    if data.startswith(b"GIF8"):
+        return data.rstrip(b"\0")[-1:] != b";"
+    if data.startswith((b"II*\0", b"MM\0*")):  # the directory that a TIFF's header points to
+        return int.from_bytes(data[4:8], "little" if data[:1] == b"I" else "big") >= len(data)
+    return data[4:8] in (b"ftyp", b"jP  ") and not _boxes_fit(data)
+
+
+def _boxes_fit(data: bytes) -> bool:
+    """Whether the boxes of an ISO base media file (AVIF, JPEG 2000) end within the file."""
+    at = 0
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size == 0:  # up to the end of the file
+            return True
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        if size < 8:
+            return True  # damaged, not cut
+        at += size
+    return at == len(data)
 
 
 def _decode(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
@@ -225,15 +246,14 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
     marks = _follow_marks(data)
     if marks.end is None:
         return _decode(image, data)  # decoders stop here if data is missing, and not if only the mark is
-    bgr = None
+    if not marks.complete:
+        raise PhotoError("truncated", "scans of a progressive JPEG are missing")
     if image.mode in ("RGB", "L"):
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if bgr is not None and (bgr[-1, -1] != _MISSING_GREY).any():
+        if bgr is not None and (marks.progressive or (bgr[-1, -1] != _MISSING_GREY).any()):
             return bgr
     if marks.progressive:
-        if bgr is not None and not marks.complete:
-            raise PhotoError("truncated", "the last scans of a progressive JPEG are missing")
         return _decode(image, data)
     # Without the end mark the decoder asks for more data instead of making it up.
     return _decode(_open(data[: marks.end] + _PADDING), data)
