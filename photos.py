@@ -154,8 +154,10 @@ def _is_cut(data: bytes) -> bool:
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if data.startswith(b"GIF8"):
         return data.rstrip(b"\0")[-1:] != b";"
-    if data.startswith((b"II*\0", b"MM\0*")):  # the directory that a TIFF's header points to
-        return int.from_bytes(data[4:8], "little" if data[:1] == b"I" else "big") >= len(data)
+    if data.startswith((b"II*\0", b"MM\0*")):  # the directory that a TIFF's header points to: n entries of 12 bytes
+        order = "little" if data[:1] == b"I" else "big"
+        start = int.from_bytes(data[4:8], order)
+        return start + 2 + 12 * int.from_bytes(data[start : start + 2], order) + 4 > len(data)
     return data[4:8] in (b"ftyp", b"jP  ") and not _boxes_fit(data)
 
 
