@@ -69,6 +69,20 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
                 figure.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=metadata)
 
 
+def title(axes: Axes, subject: str, statement: str) -> None:
+    """Two lines above the axes, at their left: what is shown (shortened to fit) and, bold, what it says."""
+    room = int(axes.figure.get_figwidth() * 12)  # characters of 11 points in so many inches
+    subject = subject if len(subject) <= room else subject[: room - 1] + "…"
+    axes.set_title(f"{subject}\n", loc="left")
+    axes.annotate(statement, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", weight="bold")
+
+
+def rate_floor(lowest: float) -> float:
+    """Where an axis of rates that ends at 1 may begin so that `lowest` is well above its lower end."""
+    wanted = lowest - (1 - lowest) / 4
+    return max((step for step in (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995) if step <= wanted), default=0.0)
+
+
 def log_rate_axis(axes: Axes, lowest: float, *, axis: str = "x") -> None:
     """Make an axis a logarithmic scale of rates from `lowest` to 1, ticks written as 0.001, 0.01, ... 1."""
     scale = axes.set_xscale if axis == "x" else axes.set_yscale

@@ -34,7 +34,7 @@ from utils import InputError
 FOLDS = 10  # LFW's protocol; .bin files do not say theirs, every known reader cuts them into ten
 FAR_LEVELS = (1e-1, 1e-2, 1e-3, 1e-4)
 CONFIDENCE = 0.95
-CHUNK = 256  # crops whose features are computed, and cached, together
+CHUNK = 64  # crops whose features are computed, and cached, together
 
 # Cosines end at 1: from here on nothing is accepted.
 ACCEPT_NOTHING = float(np.nextafter(1.0, 2.0))

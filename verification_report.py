@@ -218,7 +218,7 @@ def draw_angles(path: Path, result: VerificationResult, model: str) -> None:
             text = f"threshold {angle:.1f}° (cosine {result.best_threshold:.3f})"
             axes.axvline(angle, color=figures.BLACK, linestyle="--", linewidth=1.2, label=text)
         axes.set_xlim(edges[0], edges[-1])
-        axes.set_title(f"{result.set_name}, {model}: {_headline(result)}", loc="left")
+        figures.title(axes, f"{result.set_name}, {model}", _headline(result))
         figure.legend(loc="outside lower center", ncols=2)
 
 
@@ -232,7 +232,7 @@ def _draw_distribution(axes: Axes, angles: np.ndarray, edges: np.ndarray, label:
     axes.hist(angles, edges, density=True, color=colour, alpha=0.35)
     mean, deviation = float(angles.mean()), float(angles.std())
     label = f"{label}: {mean:.1f}° ± {deviation:.1f}°"
-    if deviation == 0:
+    if deviation < 0.01:  # all angles equal but for rounding: the curve would be a needle
         axes.axvline(mean, color=colour, label=label)
         return
     x = np.linspace(edges[0], edges[-1], 400)
@@ -258,20 +258,19 @@ def draw_roc(path: Path, result: VerificationResult, model: str) -> None:
         axes.step(np.maximum(counts.far, lowest), counts.tar, where="post", color=figures.BLUE)
         figures.log_rate_axis(axes, lowest)
         if finest > lowest * 1.001:
-            axes.axvspan(
-                lowest, finest, color="#eeeeee", label=f"finer than {counts.impostors} pairs of two persons can tell"
-            )
+            axes.axvspan(lowest, finest, color="#eeeeee", label=f"finer than {counts.impostors} pairs can tell")
         resolved = [point for point in result.points if point.resolved]
         if resolved:
             rates = [point.far for point in resolved], [point.tar for point in resolved]
             axes.plot(*rates, "o", color=figures.RED, label="TAR at FAR " + ", ".join(f"{p.far:g}" for p in resolved))
         for point in resolved:
             axes.annotate(_percent(point.tar), (point.far, point.tar), (6, -14), textcoords="offset points", fontsize=9)
-        axes.plot(result.eer, 1 - result.eer, "s", color=figures.ORANGE, label=f"EER {_percent(result.eer)}")
+        axes.plot(result.eer, 1 - result.eer, "s", color=figures.ORANGE, label="EER")
         visible = counts.tar[np.maximum(counts.far, lowest) >= finest]
-        axes.set_ylim(np.floor(10 * max(visible.min() - 0.05, 0)) / 10, 1.005)
-        axes.set_title(f"{result.set_name}, {model}: AUC {result.auc:.4f}", loc="left")
-        axes.legend(loc="lower right")
+        bottom = figures.rate_floor(float(visible.min()))
+        axes.set_ylim(bottom, 1 + (1 - bottom) / 50)
+        figures.title(axes, f"{result.set_name}, {model}", f"AUC {result.auc:.4f}, EER {_percent(result.eer)}")
+        figure.legend(loc="outside lower center", ncols=3)
 
 
 # Pixels of the sheet.
