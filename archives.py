@@ -448,7 +448,7 @@ class ZipSource:
             raise Broken(f"cut off or corrupt ({self._why}); its files were searched one after another")
         read_bytes = 0
         for position, info in enumerate(self._zip.infolist(), 1):
-            if info.is_dir():
+            if info.filename.endswith("/"):
                 continue
             read_bytes += info.file_size
             if read_bytes > max(_RATIO_FROM, self._limits.ratio * self.path.stat().st_size):

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pickle
+import platform
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -132,16 +134,14 @@ def progress(total: int, description: str, *, initial: int = 0, unit: str = "it"
 
 def image_suffix(data: bytes) -> str | None:
     """`.jpg`, `.png`, ... by how encoded image data begins; None if it does not begin as an image file does."""
-    if data[:4] == b"RIFF":
-        return ".webp" if data[8:12] == b"WEBP" else None
-    if data[4:8] == b"ftyp":
-        return _IMAGE_BRANDS.get(data[8:12])
-    if data[:2] == b"BM":  # two letters are not enough: the reserved fields must be zero
-        return ".bmp" if data[6:10] == bytes(4) else None
     for start, suffix in _IMAGE_STARTS.items():
         if data.startswith(start):
             return suffix
-    return None
+    if data[:4] == b"RIFF":
+        return ".webp" if data[8:12] == b"WEBP" else None
+    if data[:2] == b"BM":  # two letters are not enough: the reserved fields must be zero
+        return ".bmp" if data[6:10] == bytes(4) else None
+    return _IMAGE_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
 
 
 def choose_device(name: str) -> torch.device:
@@ -172,8 +172,9 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read weights on the CPU: a training checkpoint (has the key `format`) or a plain state_dict.
 
-    Only plain tensors are loaded, never code. With `mmap`, tensors stay on disk until they are used. Raises `InputError`,
-    naming the file and the way out, for whole pickled modules, damaged files and anything that holds no weights.
+    Only plain tensors are loaded, never code. With `mmap`, tensors stay on disk until they are used. Raises
+    `InputError`, naming the file and the way out, for whole pickled modules, damaged files and anything that holds no
+    weights.
     """
     path = Path(path)
     if path.is_dir():
@@ -214,3 +215,38 @@ def _verify_zip(path: Path) -> None:
         raise InputError(f"{path}: damaged ({error})") from error
     if damaged is not None:
         raise InputError(f"{path}: damaged (checksum of {damaged} does not fit)")
+
+
+def environment() -> dict[str, Any]:
+    """What a result was computed with, for reports: command, versions, machine, and the state of this code.
+
+    `source_sha256` is of all Python files of the repository in order of their names, so that it also tells versions
+    apart where there is no git (`commit` is None then).
+    """
+    root = Path(__file__).resolve().parent
+    sources = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("[a-z]*/*.py")]):
+        sources.update(f"{path.relative_to(root)}\0{sha256_of(path)}\n".encode())
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "machine": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "source_sha256": sources.hexdigest(),
+    }
+
+
+def _git(root: Path, *words: str) -> str | None:
+    """Output of a git command about the repository's folder; None without git or outside a work tree."""
+    try:
+        run = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None

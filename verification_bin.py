@@ -169,7 +169,7 @@ class _Machine:
             self.push(self.parse(line))
 
     def parse(self, line: bytes) -> int:
-        if not line.isdigit() or len(line) > 18:
+        if not line.removeprefix(b"-").isdigit() or len(line) > 18:
             raise _Refused(f"corrupt: {line!r} is not a number")
         return int(line)
 
@@ -178,7 +178,10 @@ class _Machine:
         line = self.line(len(self.data))
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
             raise _Refused("corrupt: a string without quotes")
-        self.push(codecs.escape_decode(line[1:-1])[0])
+        try:
+            self.push(codecs.escape_decode(line[1:-1])[0])
+        except ValueError as error:
+            raise _Refused(f"corrupt: {error}") from error
 
     def text(self, count: int) -> None:
         self.push(self.take(count).decode("utf-8", "surrogatepass"))

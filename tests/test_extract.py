@@ -536,6 +536,14 @@ def test_a_searched_zip_checks_its_files(tmp_path):
     assert [row["status"] for row in check_listing(tmp_path / "raw")] == ["extracted", "damaged", "extracted"]
 
 
+def test_a_zip_member_without_a_name_is_refused(tmp_path):
+    # Found by the fuzzer below: the library's own is_dir() raises on it.
+    source = make_zip(tmp_path / "s.zip", {"A/1.jpg": photo(1), "B": photo(2)})
+    source.write_bytes(source.read_bytes().replace(b"B\xff\xd8", b"\0\xff\xd8").replace(b"BPK\5\6", b"\0PK\5\6"))
+    run(tmp_path / "raw", source)
+    assert [row["status"] for row in check_listing(tmp_path / "raw")] == ["extracted", "refused"]
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_damaged_archives_end_and_never_raise_anything_else(data):
