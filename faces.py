@@ -231,11 +231,9 @@ class FaceTable:
                 raise InputError(f"{path}: the last line is cut off")
             cells = self._data[at:end].split(b"\t", 2)
             file_name = unescape(cells[1].decode("utf-8", "surrogateescape")) if len(cells) == 3 else ""
-            if file_name in self._offsets or not file_name:
-                raise InputError(
-                    f"{path}, line {self._line(at)}: {'a second row for' if file_name else 'no'} file name"
-                    f" {file_name}".rstrip()
-                )
+            if not file_name or file_name in self._offsets:
+                problem = f"a second row for {file_name}" if file_name else "no file name"
+                raise InputError(f"{path}, line {self._line(at)}: {problem}")
             self._offsets[file_name] = at
             at = end + 1
 
@@ -289,6 +287,13 @@ class FaceFinder:
 
     def __call__(self, photos: Sequence[Photo]) -> list[tuple[FaceRow, Crop | None]]:
         """One (row, crop BGR uint8 [size, size, 3] or None) per photo, in order."""
+        try:
+            return self._work(photos)
+        except Exception as error:
+            error.add_note(f"while working on the photos from {photos[0].file} to {photos[-1].file}")
+            raise
+
+    def _work(self, photos: Sequence[Photo]) -> list[tuple[FaceRow, Crop | None]]:
         results: dict[int, tuple[FaceRow, Crop | None]] = {}
         batch: dict[int, Crop] = {}
         pixels = 0
