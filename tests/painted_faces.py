@@ -44,7 +44,8 @@ class PaintedFaces:
     def _one(self, bgr):
         b, g, r = (bgr[:, :, channel].astype(int) for channel in range(3))
         blue, red = ((strong > 150) & (weak < 100) & (g < 100) for strong, weak in ((b, r), (r, b)))
-        count, areas = cv2.connectedComponents((blue | red).astype(np.uint8), connectivity=8)
+        painted = (np.maximum(b, r) > 110) & (g < 100)  # also the purple between the halves of an enlarged face
+        count, areas = cv2.connectedComponents(painted.astype(np.uint8), connectivity=8)
         found = []
         for label in range(1, count):
             parts = [np.argwhere((areas == label) & part)[:, ::-1] for part in (blue, red)]
