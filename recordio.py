@@ -322,8 +322,10 @@ class RecordReader:
         record, end = self._join(offset, key)
         if end > stop:
             self.fail(key, offset, f"its length leads to offset {end}, past the start of the next record at {stop}")
-        if end < stop < self.size and self._fetch(end, 4) != MAGIC:
-            self.fail(key, offset, f"its length leads to offset {end}, where no record starts")
+        if end < stop < self.size:  # a record that the .idx does not list must start there
+            magic, field = _FRAME.unpack(self._fetch(end, 8))
+            if magic != MAGIC_NUMBER or field >> 29 not in (_WHOLE, _FIRST):
+                self.fail(key, offset, f"its length leads to offset {end}, where no record starts")
         return record
 
     def _join(self, offset: int, key: int | str) -> tuple[bytes, int]:
