@@ -262,6 +262,12 @@ class Train(Device):
     workers: int | None = option(
         None, "processes that decode and augment; none chooses by cores; 0 works in the trainer", group="machine"
     )
+    decode: str = option(
+        "cpu",
+        "where JPEGs are decoded: cpu (by the workers) or gpu (for machines with few cores; mirror and colours only)",
+        group="machine",
+        choices=("cpu", "gpu"),
+    )
     amp: bool | None = option(None, "bfloat16 autocast; none means on GPUs only", group="machine")
     channels_last: bool = option(True, "channels-last memory layout", group="machine")
     compile: bool = option(False, "torch.compile the network", group="machine")
@@ -285,7 +291,7 @@ class FaceSearch(Device):
     nms_threshold: float = option(0.4, "overlap above which two detections are one face", group="detector", metavar="T")
     max_side: int = option(
         800,
-        "longer photos are shrunk to this many pixels for detection, not for the crop",
+        "longer photos are shrunk to this many pixels for detection, not for the crop; 0 never shrinks",
         group="detector",
         metavar="PX",
     )

@@ -13,6 +13,7 @@ Decisions and their price:
   in each epoch) is not seen in that epoch.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -226,8 +227,8 @@ class Augmentation:
         )
 
     @property
-    def is_published_kind(self) -> bool:
-        """Only mirror and colours: what `apply_on_device` can do."""
+    def only_mirror_and_colours(self) -> bool:
+        """True for what `augment_on_device` can do."""
         rest = (
             self.geometry,
             self.low_resolution,
@@ -241,13 +242,37 @@ class Augmentation:
         return not any(rest)
 
 
+# What of a crop's numbers is used for what; the rest is taken by `_Draw`, one after the other.
+_MIRROR, _BRIGHTNESS, _CONTRAST, _SATURATION, _GREY, _REST = range(6)
+_NUMBERS = 64  # per crop; more than one ever takes
+
+
+class Colours(NamedTuple):
+    """Mirror and colour change of n crops: rgb -> linear @ rgb + luma_factor * (mean luma of the crop), clipped."""
+
+    mirror: np.ndarray  # bool [n]
+    linear: np.ndarray  # float64 [n, 3, 3]
+    luma_factor: np.ndarray  # float64 [n]
+
+
+def draw_colours(recipe: Augmentation, values: np.ndarray) -> Colours:
+    """Mirror and colours from `uniforms` [n, at least 5].
+
+    Brightness, contrast and saturation, in this order, as one affine map. Each step is torchvision's
+    (`adjust_brightness`, ...): a blend with black, with the image's mean luma, with the pixel's own luma. Departures
+    from torchvision's ColorJitter: the order is fixed, and values are rounded and clipped once at the end.
+    """
+    brightness, contrast, saturation = (1 + recipe.jitter * (2 * values[:, _BRIGHTNESS:_GREY].T - 1))[:, :, None, None]
+    saturation = np.where(values[:, _GREY, None, None] < recipe.grey, 0.0, saturation)
+    linear = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * LUMA)
+    return Colours(values[:, _MIRROR] < recipe.mirror, linear, (brightness * (1 - contrast))[:, 0, 0])
+
+
 class _Draw:
     """Takes the numbers of one crop one after the other; every decision always takes its numbers, used or not."""
 
-    COUNT = 64  # what one crop takes is fewer
-
-    def __init__(self, values: np.ndarray) -> None:
-        self._values = iter(values.tolist())
+    def __init__(self, values: list[float]) -> None:
+        self._values = iter(values)
 
     def chance(self, probability: float) -> bool:
         return next(self._values) < probability
@@ -259,51 +284,59 @@ class _Draw:
         return self.between(0, 255), self.between(0, 255), self.between(0, 255)
 
 
-def colour_matrix(brightness: float, contrast: float, saturation: float, mean_luma: float) -> np.ndarray:
-    """Brightness, contrast, saturation in this order as one affine map of RGB values in 0..255, float64 [3, 4].
+class Augmenter:
+    """Changes the crops of one batch; `values` are `uniforms` [n, 64], a row for each crop."""
 
-    Each step is torchvision's (`adjust_brightness`, ...): a blend with black, with the image's mean luma, with the
-    pixel's own luma. `mean_luma` is of the image before the change. Departure from torchvision: the order is fixed and
-    values are clipped once at the end, not after each step.
+    def __init__(self, recipe: Augmentation, values: np.ndarray) -> None:
+        self.recipe = recipe
+        colours = draw_colours(recipe, values)
+        self.mirror = colours.mirror.tolist()
+        self.luma_factor = colours.luma_factor.tolist()
+        self.matrices = np.concatenate([colours.linear, np.zeros((len(values), 3, 1))], axis=2)
+        self.changes_colours = recipe.jitter > 0 or recipe.grey > 0
+        self.rest = None if recipe.only_mirror_and_colours else values[:, _REST:].tolist()
+
+    def __call__(self, position: int, rgb: np.ndarray, out: np.ndarray) -> None:
+        """Write crop number `position` of the batch, uint8 [112, 112, 3], changed, to `out` of the same shape."""
+        mirror = self.mirror[position]
+        if self.rest is None:
+            if mirror:
+                rgb = cv2.flip(rgb, 1)
+            self._change_colours(position, rgb, out)
+            return
+        draw = _Draw(self.rest[position])
+        rgb = _repaint_border(rgb, self.recipe, draw)
+        rgb = _move(rgb, self.recipe, draw, mirror)
+        rgb = _lower_resolution(rgb, self.recipe, draw)
+        self._change_colours(position, rgb, out)
+        _add_noise(out, self.recipe, draw)
+        _recompress(out, self.recipe, draw)
+        _cut_border(out, self.recipe, draw)
+        _erase(out, self.recipe, draw)
+
+    def _change_colours(self, position: int, rgb: np.ndarray, out: np.ndarray) -> None:
+        if not self.changes_colours:
+            out[:] = rgb
+            return
+        red, green, blue, _ = cv2.mean(rgb)
+        mean_luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+        matrix = self.matrices[position]
+        matrix[:, 3] = self.luma_factor[position] * mean_luma
+        cv2.transform(rgb, matrix, dst=out)
+
+
+def augment_on_device(images: Tensor, recipe: Augmentation, values: np.ndarray) -> Tensor:
+    """What `Augmenter` does with mirror and colours, for uint8 [n, 112, 112, 3] on any device; the same to one grey
+    level.
     """
-    linear = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * LUMA[None, :])
-    offset = (1 - contrast) * brightness * mean_luma
-    return np.concatenate([linear, np.full((3, 1), offset)], axis=1)
-
-
-def _draw_colours(recipe: Augmentation, draw: _Draw) -> tuple[float, float, float]:
-    """Brightness, contrast and saturation factors; saturation 0 is grey."""
-    low, high = 1 - recipe.jitter, 1 + recipe.jitter
-    brightness, contrast, saturation = draw.between(low, high), draw.between(low, high), draw.between(low, high)
-    return brightness, contrast, 0.0 if draw.chance(recipe.grey) else saturation
-
-
-def augment(rgb: np.ndarray, recipe: Augmentation, values: np.ndarray, out: np.ndarray) -> None:
-    """Write an augmented copy of `rgb`, uint8 [112, 112, 3], to `out`, same shape; `values` come from `uniforms`."""
-    draw = _Draw(values)
-    mirror = draw.chance(recipe.mirror)
-    colours = _draw_colours(recipe, draw)
-    if recipe.is_published_kind:
-        if mirror:
-            rgb = cv2.flip(rgb, 1)
-        _change_colours(rgb, colours, out)
-        return
-    rgb = _repaint_border(rgb, recipe, draw)
-    rgb = _move(rgb, recipe, draw, mirror)
-    rgb = _lower_resolution(rgb, recipe, draw)
-    _change_colours(rgb, colours, out)
-    _add_noise(out, recipe, draw)
-    _recompress(out, recipe, draw)
-    _cut_border(out, recipe, draw)
-    _erase(out, recipe, draw)
-
-
-def _change_colours(rgb: np.ndarray, colours: tuple[float, float, float], out: np.ndarray) -> None:
-    if colours == (1.0, 1.0, 1.0):
-        out[:] = rgb
-        return
-    mean_luma = float(np.dot(cv2.mean(rgb)[:3], LUMA))
-    cv2.transform(rgb, colour_matrix(*colours, mean_luma), dst=out)
+    colours = draw_colours(recipe, values)
+    mirror, linear, luma_factor = (torch.from_numpy(part).to(images.device, non_blocking=True) for part in colours)
+    pixels = images.flatten(1, 2).float()
+    luma = torch.from_numpy(LUMA).to(images.device, torch.float32, non_blocking=True)
+    offset = luma_factor.float() * (pixels @ luma).mean(1)
+    pixels = torch.baddbmm(offset[:, None, None], pixels, linear.float().mT).round_().clamp_(0, 255)
+    pixels = pixels.to(torch.uint8).view(images.shape)
+    return torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
 
 
 def _repaint_border(rgb: np.ndarray, recipe: Augmentation, draw: _Draw) -> np.ndarray:
@@ -352,6 +385,7 @@ def _lower_resolution(rgb: np.ndarray, recipe: Augmentation, draw: _Draw) -> np.
     return rgb
 
 
+@functools.cache
 def _noise_bank() -> np.ndarray:
     """One fixed plate of unit Gaussian noise times 16, int16 [224, 224, 3]; crops take windows of it at random
     places.
@@ -360,18 +394,12 @@ def _noise_bank() -> np.ndarray:
     return np.round(16 * generator.standard_normal((2 * SIZE, 2 * SIZE, 3), np.float32)).astype(np.int16)
 
 
-_bank: np.ndarray | None = None
-
-
 def _add_noise(out: np.ndarray, recipe: Augmentation, draw: _Draw) -> None:
-    global _bank
     wanted, sigma = draw.chance(recipe.noise), draw.between(2, 12)
     left, top, grey = int(draw.between(0, SIZE)), int(draw.between(0, SIZE)), draw.chance(0.3)
     if not wanted:
         return
-    if _bank is None:
-        _bank = _noise_bank()
-    noise = _bank[top : top + SIZE, left : left + SIZE]
+    noise = _noise_bank()[top : top + SIZE, left : left + SIZE]
     if grey:
         noise = np.repeat(noise[:, :, :1], 3, axis=2)
     cv2.addWeighted(out, 1.0, np.ascontiguousarray(noise), sigma / 16, 0.0, dst=out, dtype=cv2.CV_8U)
@@ -381,10 +409,8 @@ def _recompress(out: np.ndarray, recipe: Augmentation, draw: _Draw) -> None:
     wanted, quality = draw.chance(recipe.jpeg), round(draw.between(25, 90))
     if not wanted:
         return
-    # Encoder and decoder both take the channels in OpenCV's order; treating RGB as BGR in both swaps only the weights
-    # of the chroma, so say RGB where OpenCV can.
-    done, encoded = cv2.imencode(".jpg", out[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert done
+    bgr = cv2.cvtColor(out, cv2.COLOR_RGB2BGR)
+    _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
     out[:] = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
 
 
@@ -471,11 +497,16 @@ class BatchOrder:
 class Batch(NamedTuple):
     """What a worker hands over. Plain tensors, so that it goes through shared memory and can be pinned."""
 
-    images: Tensor  # uint8 [n, 112, 112, 3] RGB
+    images: Tensor  # uint8 RGB [n, 112, 112, 3], augmented; or, still encoded, uint8 [bytes of all crops]
     labels: Tensor  # int64 [n]
     indices: Tensor  # int64 [n] positions in the training set
+    sizes: Tensor  # int64 [n] bytes of each encoded crop; [0] when the images are decoded
+    values: Tensor  # float64 [n, 64] the random numbers of encoded crops; [0] when they are decoded
     skipped: Tensor  # int64 [k] unreadable crops that were replaced by the next readable one
     error: str  # not empty: the run must stop with this message
+
+
+_NOTHING = torch.empty(0)
 
 
 def decode_crop(encoded: bytes) -> np.ndarray:
@@ -503,49 +534,87 @@ class CropDataset(torch.utils.data.Dataset):
 
     With `skip_unreadable` an unreadable crop's place is taken by the next readable one of the set with its own label,
     and its index is reported in `Batch.skipped`; the shape of batches and the order of all others stay as they are.
+    With `encoded` the crops are only read, for a device that decodes.
     """
 
-    def __init__(self, crops: Crops, recipe: Augmentation, seed: int, *, skip_unreadable: bool = False) -> None:
+    def __init__(
+        self, crops: Crops, recipe: Augmentation, seed: int, *, skip_unreadable: bool = False, encoded: bool = False
+    ) -> None:
         self.crops = crops
         self.recipe = recipe
         self.seed = seed
         self.skip_unreadable = skip_unreadable
+        self.encoded = encoded
 
     def __len__(self) -> int:
         return len(self.crops)
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch:
         epoch, indices = request
-        values = uniforms(self.seed, epoch, indices, _Draw.COUNT)
-        images = np.empty((len(indices), SIZE, SIZE, 3), np.uint8)
-        labels = np.empty(len(indices), np.int64)
+        values = uniforms(self.seed, epoch, indices, _NUMBERS)
         skipped: list[int] = []
-        for position, index in enumerate(indices.tolist()):
-            try:
-                rgb, labels[position] = self._readable(index, skipped)
-            except InputError as error:
-                return Batch(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0), str(error))
-            augment(rgb, self.recipe, values[position], images[position])
-        return Batch(
-            torch.from_numpy(images),
-            torch.from_numpy(labels),
-            torch.from_numpy(indices),
-            torch.tensor(skipped, dtype=torch.int64),
-            "",
-        )
+        try:
+            if self.encoded:
+                return self._encoded(indices, values)
+            rgb = np.empty((len(indices), SIZE, SIZE, 3), np.uint8)
+            labels = np.empty(len(indices), np.int64)
+            change = Augmenter(self.recipe, values)
+            for position, index in enumerate(indices.tolist()):
+                crop, labels[position] = self.readable(index, skipped)
+                change(position, crop, rgb[position])
+        except InputError as error:
+            return Batch(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, str(error))
+        images, labels, indices = (torch.from_numpy(array) for array in (rgb, labels, indices))
+        return Batch(images, labels, indices, _NOTHING, _NOTHING, torch.tensor(skipped, dtype=torch.int64), "")
 
-    def _readable(self, index: int, skipped: list[int]) -> tuple[np.ndarray, int]:
+    def _encoded(self, indices: np.ndarray, values: np.ndarray) -> Batch:
+        crops = [self.crops.read(index) for index in indices.tolist()]
+        images = torch.frombuffer(bytearray(b"".join(crop for crop, _ in crops)), dtype=torch.uint8)
+        labels = torch.tensor([label for _, label in crops])
+        sizes = torch.tensor([len(crop) for crop, _ in crops])
+        return Batch(images, labels, torch.from_numpy(indices), sizes, torch.from_numpy(values), _NOTHING, "")
+
+    def readable(self, index: int, skipped: list[int]) -> tuple[np.ndarray, int]:
+        """Crop `index` as RGB uint8 [112, 112, 3], and its label; or the next readable one, noting in `skipped` why.
+
+        Raises `InputError` naming the crop when it cannot be read and must not be replaced.
+        """
         total = len(self.crops)
         for candidate in range(index, index + total):
             try:
                 encoded, label = self.crops.read(candidate % total)
                 return decode_crop(encoded), label
-            except (ValueError, InputError) as error:
+            except (ValueError, OSError, InputError) as error:
                 if not self.skip_unreadable:
-                    name = describe(self.crops, candidate % total)
-                    raise InputError(f"{name}: {error} (--skip-unreadable replaces and counts such crops)") from error
+                    reason = (
+                        str(error) if isinstance(error, InputError) else f"{describe(self.crops, candidate)}: {error}"
+                    )
+                    raise InputError(f"{reason} (--skip-unreadable replaces such crops and counts them)") from error
                 skipped.append(candidate % total)
         raise InputError(f"{self.crops.name}: none of the {total} crops is readable")
+
+
+def to_device(batch: Batch, dataset: CropDataset, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Augmented images uint8 [n, 112, 112, 3] and labels [n] on the device, and crops that had to be replaced for it.
+
+    Encoded crops are decoded and augmented there (nvJPEG on a GPU). nvJPEG does not say which crop of a batch it cannot
+    decode, and takes only JPEG: such a batch is decoded once more on the CPU, which names the crop or replaces it.
+    """
+    labels = batch.labels.to(device, non_blocking=True)
+    if not dataset.encoded:
+        return batch.images.to(device, non_blocking=True), labels, []
+    skipped: list[int] = []
+    try:
+        parts = list(batch.images.split(batch.sizes.tolist()))
+        decoded = decode_jpeg(parts, mode=ImageReadMode.RGB, device=device)
+        if any(image.shape != (3, SIZE, SIZE) for image in decoded):
+            raise RuntimeError("not all of the size of a crop")
+        images = torch.stack(decoded).permute(0, 2, 3, 1)
+    except RuntimeError:
+        pairs = [dataset.readable(index, skipped) for index in batch.indices.tolist()]
+        images = torch.from_numpy(np.stack([crop for crop, _ in pairs])).to(device)
+        labels = torch.tensor([label for _, label in pairs], device=device)
+    return augment_on_device(images, dataset.recipe, batch.values.numpy()), labels, skipped
 
 
 class _Requests(torch.utils.data.Sampler):
@@ -563,8 +632,9 @@ class _Requests(torch.utils.data.Sampler):
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
-    # A SIGTERM to the whole process group is for the trainer, which writes a checkpoint first; workers end with it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A signal to the whole process group is for the trainer, which writes a checkpoint first; workers end with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Batch) -> Batch:
@@ -592,18 +662,22 @@ def make_loader(
     )
 
 
-def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 RGB [N, 112, 112, 3] to the network's input [N, 3, 112, 112], same device, channels-last in memory."""
-    scale = torch.tensor([1 / (255 * s) for s in models.STD], device=images.device)
-    offset = torch.tensor([-m / s for m, s in zip(models.MEAN, models.STD, strict=True)], device=images.device)
-    return (images * scale + offset).to(dtype).permute(0, 3, 1, 2)
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the networks' input, [3] on a device; kept, because copying them waits for it."""
+    return torch.tensor(models.MEAN, device=device), torch.tensor(models.STD, device=device)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 RGB [N, 112, 112, 3] to the network's input float32 [N, 3, 112, 112], channels-last in memory."""
+    mean, std = _statistics(images.device)
+    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def denormalise(inputs: Tensor) -> Tensor:
-    """The network's input [N, 3, 112, 112] as an RGB picture with values in [0, 1], for people to look at."""
-    mean = torch.tensor(models.MEAN, device=inputs.device).view(1, 3, 1, 1)
-    std = torch.tensor(models.STD, device=inputs.device).view(1, 3, 1, 1)
-    return (inputs.float() * std + mean).clamp(0, 1)
+    """The network's input [N, 3, 112, 112] as RGB pictures with values in [0, 1], for people to look at."""
+    mean, std = _statistics(inputs.device)
+    return (inputs.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).permute(0, 3, 1, 2)
 
 
 def identity_names(crops: Crops) -> Sequence[str]:

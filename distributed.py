@@ -10,6 +10,7 @@ and what reaches a rank's features is its share of that gradient.
 
 import contextlib
 import datetime
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class World:
         tensor = torch.tensor([value])
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
+
+    def check_same(self, text: str, complaint: str) -> None:
+        """Raise `InputError(complaint)` on all processes unless they all bring the same text. Collective."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        if self.largest(number) != -self.largest(-number):
+            raise InputError(complaint)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over processes, in place, on the device. Collective."""
@@ -126,7 +133,8 @@ def average_statistics(network: nn.Module, world: World) -> None:
     """Replace each rank's running batch-norm statistics by their mean over ranks, in place. Collective.
 
     They do not take part in training, so once before a checkpoint or a measurement is enough: the running average is
-    linear, and the mean of the ranks' averages is the average of the ranks' mean.
+    linear, and the mean of the ranks' averages is the average of the ranks' mean. In floating point it is so up to
+    rounding, which is why runs on several ranks agree to the last bit only if they save at the same steps.
     """
     if world.size == 1:
         return

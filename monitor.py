@@ -6,9 +6,12 @@ transfer. The price: a loss that is not finite is noticed up to `--log-every` st
 named).
 """
 
+import json
 import math
+import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from verification import VerificationResult, curve
+import utils
+from distributed import World
+from verification import VerificationResult, VerificationSet, curve
 
 # Steps after which a network that has learnt nothing at all is worth a warning.
 PATIENCE = 1000
@@ -51,6 +56,9 @@ class Window:
     """Collects losses and top-1 on the device until somebody looks."""
 
     def __init__(self, step: int) -> None:
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
         self.first = step
         self.losses: list[Tensor] = []
         self.top1: list[Tensor] = []
@@ -71,7 +79,7 @@ class Window:
         values = torch.stack([torch.stack(self.losses), torch.stack(self.top1).to(self.losses[0].dtype)]).tolist()
         seconds = time.perf_counter() - self.since
         look = Look(self.first, values[0], sum(values[1]) / len(values[1]), seconds, self.waited, self.stats)
-        self.__init__(self.first + len(self.losses))
+        self._begin(self.first + len(self.losses))
         return look
 
 
@@ -80,7 +88,7 @@ class Watch:
     """Looks for runs that will come to nothing. Each warning is given once."""
 
     identities: int
-    sine_term: float  # scale * sin(margin): what the margin adds to the loss of a network that knows nothing
+    margin_cost: float  # what scale and margin add to the loss of a network that knows nothing
     patience: int = PATIENCE
     given: set[str] = field(default_factory=set)
     steps: int = 0
@@ -94,7 +102,7 @@ class Watch:
         found = []
         chance = math.log(self.identities)
         if self.steps >= self.patience:
-            near_chance = abs(look.loss - chance) < 0.02 * chance or look.loss > 0.98 * (chance + self.sine_term)
+            near_chance = abs(look.loss - chance) < 0.02 * chance or look.loss > 0.98 * (chance + self.margin_cost)
             if near_chance and look.top1 < 0.01:
                 found.append(
                     f"stuck: after {self.steps} steps the loss is {look.loss:.2f}, that of guessing (log of "
@@ -123,6 +131,8 @@ class RunLog:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text: str) -> None:
         """Write one line."""
@@ -193,3 +203,23 @@ def _roc(result: VerificationResult) -> Any:
     axes.set_ylim(0, 1.01)
     axes.grid(alpha=0.3)
     return figure
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Peak memory in GB: of the GPU's allocator, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+
+
+def write_run(
+    folder: Path, options: dict[str, Any], data: dict[str, Any], sets: Sequence[VerificationSet], world: World
+) -> None:
+    """`run.json`: configuration, data and environment; one environment for each time that the run was started."""
+    path = folder / "run.json"
+    environments = json.loads(path.read_text("utf-8"))["environments"] if path.exists() else []
+    environments.append(utils.environment() | {"device": str(world.device), "processes": world.size})
+    hashes = {pairs.name: pairs.sha256 for pairs in sets}
+    utils.write_json(
+        path, {"options": options, "data": data, "verification_sha256": hashes, "environments": environments}
+    )

@@ -1,0 +1,187 @@
+"""The state of a training run: gathered into one file of plain tensors, and split again over any number of processes.
+
+A run's folder holds `checkpoint.pt`, the last state, and `checkpoint-previous.pt`, the one before; both are whole at
+any moment. `best.pt` is the state after the best epoch and `embedding.pt` its network alone. The price of one file for
+all ranks: rank 0 collects the head's blocks one after the other, and all nodes must see the folder to go on.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import utils
+from config import Train
+from distributed import World
+from margin import MarginHead
+from utils import InputError
+
+CHECKPOINT, PREVIOUS, BEST, EMBEDDING = "checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"
+
+# Options that may differ when a run goes on: none of them changes what is computed from one step to the next.
+FREE_OPTIONS = frozenset(
+    "out resume data val val_every workers decode device save_every log_every skip_unreadable".split()
+)
+
+
+@dataclasses.dataclass
+class State:
+    """Everything that changes while training."""
+
+    network: nn.Module  # without the wrappers of data-parallel training and compilation
+    head: MarginHead
+    optimizer: torch.optim.SGD
+    step: int = 0  # optimiser steps done
+    epoch_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)  # of loss, top-1, steps, seconds
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a report for each finished epoch
+    skipped: set[int] = dataclasses.field(default_factory=set)  # unreadable crops that were replaced
+
+
+def collect(
+    state: State, options: Train, steps_per_epoch: int, data: dict[str, Any], world: World
+) -> dict[str, Any] | None:
+    """The state as plain tensors that any number of processes can go on from; None but on rank 0. Collective.
+
+    `data` is what the run is trained on, to recognise it by. There is no generator's state: the random numbers of a
+    step are seeded by (seed, step, rank), those of a crop by (seed, epoch, index), those of the head by (seed, step).
+    """
+    head = state.head.full_state()
+    head_momentum = None
+    if not state.head.sampled and (buffer := _momentum(state, state.head.weight)) is not None:
+        head_momentum = state.head.gather_rows(buffer)
+    if not world.is_main:
+        return None
+    momentum = {name: _momentum(state, parameter) for name, parameter in state.network.named_parameters()}
+    return {
+        "network": {"name": options.network, "use_se": options.use_se, "embedding_size": options.embedding_size},
+        "model": {key: value.cpu() for key, value in state.network.state_dict().items()},
+        "head": head,
+        "optimizer": {
+            "momentum": {name: buffer.cpu() for name, buffer in momentum.items() if buffer is not None},
+            "head_momentum": head_momentum,
+        },
+        "scheduler": {"name": options.schedule, "step": state.step, "steps_per_epoch": steps_per_epoch},
+        "epoch": state.step // steps_per_epoch,
+        "step": state.step,
+        "rng": {"seed": options.seed, "step": state.step},
+        "epoch_sums": list(state.epoch_sums),
+        "history": state.history,
+        "skipped": sorted(state.skipped),
+        "data": data,
+        "config": plain_options(options),
+    }
+
+
+def _momentum(state: State, parameter: nn.Parameter) -> Tensor | None:
+    return state.optimizer.state.get(parameter, {}).get("momentum_buffer")
+
+
+def restore(state: State, content: dict[str, Any], path: Path) -> None:
+    """Take over what `collect` gave; every rank takes its own part of the head. Raises `InputError` if it does not
+    fit.
+    """
+    try:
+        state.network.load_state_dict(content["model"])
+        state.head.load_full_state(content["head"])
+        for name, parameter in state.network.named_parameters():
+            if name in content["optimizer"]["momentum"]:
+                _set_momentum(state, parameter, content["optimizer"]["momentum"][name])
+        whole = content["optimizer"]["head_momentum"]
+        if whole is not None and not state.head.sampled:
+            _set_momentum(state, state.head.weight, state.head.own_rows(whole))
+        state.step = content["step"]
+        state.epoch_sums = list(content["epoch_sums"])
+        state.history = content["history"]
+        state.skipped = set(content["skipped"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: does not fit this run ({str(error).splitlines()[0]})") from error
+
+
+def _set_momentum(state: State, parameter: nn.Parameter, values: Tensor) -> None:
+    # Like the parameter in memory layout: the fused optimiser asks for that.
+    state.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(values).detach()
+
+
+def check_same_run(options: Train, data: dict[str, Any], content: dict[str, Any], path: Path) -> None:
+    """Raise `InputError` naming every option that must not change inside a run and did."""
+    saved, now = content["config"], plain_options(options)
+    changed = [key for key in now if key not in FREE_OPTIONS and saved.get(key, now[key]) != now[key]]
+    if changed:
+        named = ", ".join(f"--{key.replace('_', '-')} was {saved[key]}, now {now[key]}" for key in changed)
+        raise InputError(f"{path}: cannot go on with other options: {named}")
+    if content["data"] != data:
+        raise InputError(
+            f"{path}: was trained on other data than --data: {_data_line(content['data'])}; now {_data_line(data)}"
+        )
+
+
+def _data_line(data: dict[str, Any]) -> str:
+    return f"{data['crops']} crops of {data['identities']} identities, fingerprint {data['fingerprint'][:12]}"
+
+
+def load_last(folder: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], Path] | None:
+    """The newest training checkpoint of a run that loads, and its path; None when there is none yet.
+
+    A damaged one is named in the log and the one before it is taken. Raises `InputError` when no other is left.
+    """
+    paths = [path for name in (CHECKPOINT, PREVIOUS) if (path := folder / name).exists()]
+    for path in paths:
+        try:
+            content = utils.load_checkpoint(path, mmap=True)
+            if "format" not in content:
+                raise InputError(f"{path}: weights alone, not a training checkpoint")
+            return content, path
+        except InputError as error:
+            if path == paths[-1]:
+                raise
+            log(f"warning: {error}; going back to {paths[-1].name}")
+    return None
+
+
+def write_last(folder: Path, content: dict[str, Any]) -> None:
+    """Replace `checkpoint.pt`; what it was becomes `checkpoint-previous.pt`."""
+    path = folder / CHECKPOINT
+    if path.exists():
+        _link(path, folder / PREVIOUS)
+    utils.save_checkpoint(path, content)
+
+
+def write_best(folder: Path, network: nn.Module) -> None:
+    """Make the last checkpoint the best one, and write its network alone under the released key names."""
+    _link(folder / CHECKPOINT, folder / BEST)
+    write_embedding(folder / EMBEDDING, network.state_dict())
+
+
+def write_embedding(path: Path, state: dict[str, Tensor]) -> None:
+    """A plain state_dict of an embedding network: contiguous float32 tensors on the CPU."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    with utils.atomic_path(path) as temporary:
+        torch.save(plain, temporary)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` in one step; neither is ever written to, only replaced."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    utils.fsync_directory(target.parent)
+
+
+def plain_options(options: Train) -> dict[str, Any]:
+    """The options as JSON and checkpoints can hold them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value if isinstance(value, bool | int | float | str | type(None)) else str(value)
+
+    return {field.name: plain(getattr(options, field.name)) for field in dataclasses.fields(options)}

@@ -1,0 +1,59 @@
+"""Learning rate and margin over time, as pure functions of the step: a restart needs no state of theirs."""
+
+import math
+
+from config import Train
+from utils import InputError
+
+# ArcFace: the published model (the paper has 0.5). CosFace: Wang et al., CVPR 2018. Combined: CM1 of Deng et al., CVPR
+# 2019, table 2 (m1, m2, m3). AdaFace: Kim et al., CVPR 2022, section 4.1.
+DEFAULT_MARGINS = {"arcface": (0.6,), "cosface": (0.35,), "combined": (1.0, 0.3, 0.2), "adaface": (0.4,)}
+
+
+def learning_rate(step: int, steps_per_epoch: int, options: Train) -> float:
+    """The rate of a step.
+
+    Warm-up is linear and starts one part above zero: step 0 of n warm-up steps has 1 / (n + 1) of the full rate.
+    `cosine` and `poly` (power 2, as in InsightFace's recipes) reach 0 at the end of the last epoch; their time begins
+    after the warm-up.
+    """
+    epoch = step / steps_per_epoch
+    if epoch < options.warmup:
+        return options.lr * (step + 1) / (options.warmup * steps_per_epoch + 1)
+    if options.schedule == "steps":
+        return options.lr * 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
+    done = min(1.0, (epoch - options.warmup) / (options.epochs - options.warmup))
+    if options.schedule == "cosine":
+        return options.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return options.lr * (1 - done) ** 2
+
+
+def full_margin(options: Train) -> tuple[float, ...]:
+    """`--margin`, or the default of the loss."""
+    margin = tuple(options.margin) if options.margin else DEFAULT_MARGINS[options.loss]
+    wanted = len(DEFAULT_MARGINS[options.loss])
+    if len(margin) != wanted:
+        raise InputError(f"--margin {' '.join(map(str, margin))}: {options.loss} takes {wanted} number(s)")
+    return margin
+
+
+def margin_at(step: int, steps_per_epoch: int, options: Train) -> float | tuple[float, ...]:
+    """The margin of a step: grows linearly from nothing over `--margin-warmup` epochs."""
+    full = full_margin(options)
+    share = min(1.0, step / (options.margin_warmup * steps_per_epoch)) if options.margin_warmup > 0 else 1.0
+    if options.loss == "combined":
+        return 1 + (full[0] - 1) * share, full[1] * share, full[2] * share
+    return full[0] * share
+
+
+def cost_of_margin(options: Train) -> float:
+    """What the full margin takes from the cosine of a crop at a right angle to its centre.
+
+    Times the scale, it is what a network that knows nothing loses on top of log(identities).
+    """
+    full = full_margin(options)
+    if options.loss == "arcface":
+        return math.sin(full[0])
+    if options.loss == "combined":
+        return full[2] - math.cos(full[0] * math.pi / 2 + full[1])
+    return full[0]
