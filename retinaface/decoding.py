@@ -10,6 +10,7 @@ order of equal scores. Equal scores are not rare: near 1 there are few float32 n
 survives moves a box by pixels.
 """
 
+import itertools
 import math
 from typing import NamedTuple, TypeAlias
 
@@ -26,7 +27,7 @@ CENTRE_VARIANCE, SIZE_VARIANCE = np.float32(0.1), np.float32(0.2)  # `variance` 
 MAX_CANDIDATES, MAX_FACES = 5000, 750  # `top_k` and `keep_top_k` in the reference's detect.py
 
 Floats: TypeAlias = NDArray[np.float32]
-Maps: TypeAlias = list[np.ndarray] | list[Tensor]
+Cells: TypeAlias = np.ndarray | Tensor
 
 
 class Candidates(NamedTuple):
@@ -39,6 +40,10 @@ class Candidates(NamedTuple):
     scores: Floats
     landmarks: Floats
     centres: Floats
+
+    def select(self, which: NDArray[np.bool_] | NDArray[np.int64] | slice) -> "Candidates":
+        """Some of them, by mask, index or slice."""
+        return Candidates(*(part[which] for part in self))
 
 
 class RawOutputs(NamedTuple):
@@ -53,48 +58,54 @@ class RawOutputs(NamedTuple):
     landmarks: Floats
 
 
-def raw_outputs(maps: Maps) -> RawOutputs:
-    """Everything the maps [1, 32, h, w] of one image say, laid out as the reference network returns it."""
-    cells = [_host(level[0]).reshape(len(level[0]), -1).T for level in maps]
-    logits, boxes, landmarks = (
-        np.concatenate([level[:, part].reshape(-1, width) for level in cells])
-        for part, width in ((LOGITS, 2), (BOXES, 4), (LANDMARKS, 10))
-    )
-    return RawOutputs(boxes, _softmax(logits), landmarks)
+def raw_outputs(cells: Cells) -> RawOutputs:
+    """Everything that the answers [1, 32, cells] of `network.forward` say, laid out as the reference network's."""
+    values = _host(cells)[0].T
+    logits, boxes, landmarks = values[:, LOGITS], values[:, BOXES], values[:, LANDMARKS]
+    return RawOutputs(boxes.reshape(-1, 4), _softmax(logits.reshape(-1, 2)), landmarks.reshape(-1, 10))
 
 
-def candidates(maps: Maps, size: tuple[int, int], threshold: float) -> list[Candidates]:
+def candidates(cells: Cells, size: tuple[int, int], threshold: float) -> list[Candidates]:
     """The anchors whose score exceeds `threshold`, for each image of a batch, in the order of `anchors`.
 
-    `maps` are those of `network.forward`, [N, 32, h, w] each, arrays or tensors on any device; `size` is the (height,
-    width) of the images.
+    `cells` [N, 32, cells] is what `network.forward` gives, on any device; `size` is the (height, width) of the images.
     """
+    background, face = cells[:, LOGITS][:, 0::2], cells[:, LOGITS][:, 1::2]
+    hot = (face - background > _logit(threshold)).swapaxes(1, 2)  # [N, cells, anchors per cell]
+    image, cell, which = hot.nonzero(as_tuple=True) if isinstance(hot, Tensor) else hot.nonzero()
+    values = _host(cells[image, :, cell])
+    image, cell, which = _host(image), _host(cell), _host(which)
+
+    each = np.arange(len(values))
+    logits, boxes, landmarks = (
+        values[:, part].reshape(-1, ANCHORS_PER_CELL, *shape)[each, which]
+        for part, shape in ((LOGITS, (2,)), (BOXES, (4,)), (LANDMARKS, (5, 2)))
+    )
     centres, sides = anchors(*size)
-    rows, anchor, logits, boxes, landmarks = _pick(maps, _logit(threshold))
-    scores = _softmax(logits)[:, 1]
+    anchor = cell * ANCHORS_PER_CELL + which
     centre, side = centres[anchor], sides[anchor, None]
     middle = centre + boxes[:, :2] * CENTRE_VARIANCE * side
     half = side * np.exp(boxes[:, 2:] * SIZE_VARIANCE) / 2
-    boxes = np.concatenate([middle - half, middle + half], axis=1)
-    landmarks = centre[:, None] + landmarks * CENTRE_VARIANCE * side[:, None]
-    found = Candidates(boxes, scores, landmarks, centre)
-    passed = scores > np.float32(threshold)
-    return [select(found, passed & (rows == row)) for row in range(len(maps[0]))]
-
-
-def select(found: Candidates, which: NDArray[np.bool_] | NDArray[np.int64]) -> Candidates:
-    """Some of the candidates, by mask or by index."""
-    return Candidates(*(part[which] for part in found))
+    found = Candidates(
+        np.concatenate([middle - half, middle + half], axis=1),
+        _softmax(logits)[:, 1],
+        centre[:, None] + landmarks * CENTRE_VARIANCE * side[:, None],
+        centre,
+    )
+    passed = found.scores > np.float32(threshold)
+    ends = np.searchsorted(image[passed], np.arange(len(cells) + 1))
+    found = found.select(passed)
+    return [found.select(slice(*span)) for span in itertools.pairwise(ends)]
 
 
 def suppress(found: Candidates, threshold: float) -> Candidates:
     """The best of each group of candidates that overlap by more than `threshold`, best first."""
-    found = select(found, _descending(found.scores)[:MAX_CANDIDATES])
+    order = _descending(found.scores)[:MAX_CANDIDATES]
     # The reference sorts again inside its suppression; both sorts put equal scores in an order of their own.
-    found = select(found, _descending(found.scores))
-    counted = torch.from_numpy(found.boxes + np.float32([0, 0, 1, 1]))
-    kept = nms(counted, torch.from_numpy(found.scores), threshold)
-    return select(found, kept[:MAX_FACES].numpy())
+    order = order[_descending(found.scores[order])]
+    counted = torch.from_numpy(found.boxes[order] + np.float32([0, 0, 1, 1]))
+    kept = nms(counted, torch.from_numpy(found.scores[order]), threshold)
+    return found.select(order[kept[:MAX_FACES].numpy()])
 
 
 def _descending(scores: Floats) -> NDArray[np.int64]:
@@ -113,25 +124,5 @@ def _softmax(logits: Floats) -> Floats:
     return torch.from_numpy(logits).softmax(dim=1).numpy()
 
 
-def _pick(maps: Maps, limit: float) -> tuple[np.ndarray, ...]:
-    """The row in the batch, the anchor's number, logits [k, 2], box [k, 4] and landmarks [k, 5, 2] of the anchors whose
-    logits differ by more than `limit`."""
-    picked, first = [], 0
-    for level in maps:
-        height, width = level.shape[2:]
-        hot = (level[:, 1:4:2] - level[:, 0:4:2] > limit).swapaxes(1, 2).swapaxes(2, 3)  # [N, h, w, anchor]
-        row, y, x, which = hot.nonzero(as_tuple=True) if isinstance(hot, Tensor) else hot.nonzero()
-        values = _host(level[row, :, y, x])
-        row, y, x, which = (_host(index) for index in (row, y, x, which))
-        each = np.arange(len(row))
-        logits, boxes, landmarks = (
-            values[:, part].reshape(-1, ANCHORS_PER_CELL, *shape)[each, which]
-            for part, shape in ((LOGITS, (2,)), (BOXES, (4,)), (LANDMARKS, (5, 2)))
-        )
-        picked.append((row, first + (y * width + x) * ANCHORS_PER_CELL + which, logits, boxes, landmarks))
-        first += height * width * ANCHORS_PER_CELL
-    return tuple(np.concatenate(parts) for parts in zip(*picked, strict=True))
-
-
-def _host(values: np.ndarray | Tensor) -> np.ndarray:
+def _host(values: Cells) -> np.ndarray:
     return values.cpu().numpy() if isinstance(values, Tensor) else values

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from retinaface.decoding import Candidates, Maps, RawOutputs, candidates, raw_outputs, select, suppress
+from retinaface.decoding import Candidates, Cells, RawOutputs, candidates, raw_outputs, suppress
 from retinaface.engines import OnnxEngine, TorchEngine
 from retinaface.tiles import Tile, tiles
 from retinaface.weights import load_weights
@@ -95,14 +95,14 @@ class RetinaFace:
         For comparison with other implementations; the photo is neither shrunk nor cut.
         """
         _check(0, image)
-        return raw_outputs(self._engine.run(image[None]))
+        return raw_outputs(self._engine.run([image]))
 
     def _ratio(self, image: np.ndarray) -> float:
         longest = max(image.shape[:2])
         return 1.0 if self.max_side is None else min(1.0, self.max_side / longest)
 
-    def _candidates(self, maps: Maps, size: tuple[int, int]) -> list[Candidates]:
-        return candidates(maps, size, self.score_threshold)
+    def _candidates(self, cells: Cells, size: tuple[int, int]) -> list[Candidates]:
+        return candidates(cells, size, self.score_threshold)
 
     def _faces(self, plan: tuple[Tile, ...], found: list[Candidates], ratio: float) -> Detections:
         faces = suppress(found[0] if len(plan) == 1 else _join(plan, found), self.nms_threshold)
@@ -153,10 +153,10 @@ def _read(image: np.ndarray, tile: Tile) -> np.ndarray:
 def _join(plan: tuple[Tile, ...], found: list[Candidates]) -> Candidates:
     """What the tiles of a photo found, each in its own part of the photo, in pixels of the photo."""
     parts = []
-    for tile, candidates_there in zip(plan, found, strict=True):
-        x, y = candidates_there.centres.T
+    for tile, there in zip(plan, found, strict=True):
+        x, y = there.centres.T
         x1, y1, x2, y2 = tile.inner
-        own = select(candidates_there, (x1 <= x) & (x < x2) & (y1 <= y) & (y < y2))
+        own = there.select((x1 <= x) & (x < x2) & (y1 <= y) & (y < y2))
         corner = np.float32([tile.left, tile.top])
         parts.append(
             Candidates(own.boxes + np.tile(corner, 2), own.scores, own.landmarks + corner, own.centres + corner)

@@ -1,16 +1,18 @@
 """What runs the network: onnxruntime on a CPU, PyTorch on everything else.
 
-On a CPU the folded network runs in onnxruntime, one photo and one core at a time, with photos side by side on as many
-threads as PyTorch would use. `benchmarks/detect.py` measures the alternatives; what decides besides speed is that a
-photo's result then depends on nothing but the photo: not on the batch, not on the number of threads, to the last bit.
-The price is that a single photo never uses more than one core unless it is large enough to be cut (`retinaface.tiles`).
+On a CPU the folded network runs in onnxruntime on one core per batch, batches side by side on as many threads as
+PyTorch would use. `benchmarks/detect.py` measures the alternatives; what decides besides speed is that a photo's result
+then depends on nothing but the photo: not on the batch, not on the number of threads, to the last bit. The price is
+that a single photo never uses more than one core unless it is large enough to be cut (`retinaface.tiles`).
 
 On a GPU equal sizes go through PyTorch in batches, channels last, float32 without TF32 (whose 10 bits of mantissa move
-landmarks by tenths of a pixel).
+landmarks by tenths of a pixel). There results may differ in the last bits with the size of the batch.
 """
 
+import math
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,56 +25,86 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from retinaface.decoding import Maps
+from retinaface.decoding import Cells
 from retinaface.network import LAYERS, MEAN_BGR, STRIDES, forward
 from retinaface.weights import Folded
 
 R = TypeVar("R")
+T = TypeVar("T")
 Size: TypeAlias = tuple[int, int]
 
 PIXELS_UNDER_WAY = 32_000_000
-"""How many pixels may be in the network at a time; the network needs about 60 bytes of memory for each."""
+"""How many pixels may be in the network at a time; the network needs about 100 bytes of memory for each."""
+
+CPU_BATCH_PIXELS = 500_000
+"""The largest batch on a CPU: eight photos of LFW. Larger ones would fall out of the caches."""
 
 _LAYER = {layer.name: layer for layer in LAYERS}
 _LANES = 16
 
 
-class OnnxEngine:
-    """The network in onnxruntime, for a CPU; one instance may be used by several threads at a time."""
+class Engine(ABC):
+    """Runs the network on photos of any sizes; one instance may be used by several threads at a time."""
 
-    def __init__(self, weights: Folded) -> None:
-        weights = _widen(weights)
-        self._sessions = {even: _session(_Graph(weights, even).serialise()) for even in (False, True)}
-        self._workers = _Workers(torch.get_num_threads())
+    def __init__(self, batch_pixels: int, threads: int) -> None:
+        self._batch_pixels = batch_pixels
+        self._workers = _Workers(threads)
         self._budget = _Budget(PIXELS_UNDER_WAY)
 
-    def map(
-        self, sizes: Sequence[Size], load: Callable[[int], np.ndarray], finish: Callable[[Maps, Size], list[R]]
-    ) -> list[R]:
-        """`finish` of the network's maps for each piece, in order.
+    @abstractmethod
+    def run(self, photos: Sequence[np.ndarray]) -> Cells:
+        """`network.forward` of some photos of one size, uint8 BGR [height, width, 3] each: [N, 32, cells]."""
 
-        `load(i)` gives piece i, uint8 BGR [height, width, 3] of `sizes[i]`; it is called when the piece's turn has
-        come. `finish(maps, size)` takes the maps of `network.forward` for some pieces of one size, [N, 32, h, w] each,
-        and gives one answer per piece.
+    def map(
+        self, sizes: Sequence[Size], load: Callable[[int], np.ndarray], finish: Callable[[Cells, Size], list[R]]
+    ) -> list[R]:
+        """`finish` of what the network says about each photo, in order.
+
+        `load(i)` gives photo i, of the (height, width) `sizes[i]`; it is called when the photo's turn has come.
+        `finish(cells, size)` takes the answers for some photos of one size, [N, 32, cells], and gives one R for each.
         """
 
-        def one(index: int) -> R:
-            height, width = sizes[index]
-            with self._budget.take(height * width):
-                return finish(self.run(load(index)[None]), sizes[index])[0]
+        def work(batch: list[int]) -> list[R]:
+            height, width = size = sizes[batch[0]]
+            with self._budget.take(len(batch) * height * width):
+                return finish(self.run([load(index) for index in batch]), size)
 
-        return self._workers.map(one, len(sizes))
+        batches = self._batches(sizes)
+        answers: dict[int, R] = {}
+        for batch, found in zip(batches, self._workers.map(work, batches), strict=True):
+            answers |= zip(batch, found, strict=True)
+        return [answers[index] for index in range(len(sizes))]
 
-    def run(self, bgr: np.ndarray) -> list[np.ndarray]:
-        """The maps of some photos of one size, uint8 BGR [N, height, width, 3]."""
-        count, height, width = bgr.shape[:3]
-        planes = np.empty((count, 3, height, width), dtype=np.float32)
-        for photo, target in zip(bgr, planes, strict=True):
-            for channel, mean, plane in zip(cv2.split(photo), MEAN_BGR, target, strict=True):
+    def _batches(self, sizes: Sequence[Size]) -> list[list[int]]:
+        """Numbers of photos of equal sizes together, in enough batches to occupy all threads."""
+        groups: dict[Size, list[int]] = defaultdict(list)
+        for index, size in enumerate(sizes):
+            groups[size].append(index)
+        batches = []
+        for (height, width), members in groups.items():
+            share = math.ceil(len(members) / self._workers.count)
+            count = max(1, min(share, self._batch_pixels // (height * width)))
+            batches += [members[start : start + count] for start in range(0, len(members), count)]
+        return batches
+
+
+class OnnxEngine(Engine):
+    """The network in onnxruntime, for a CPU."""
+
+    def __init__(self, weights: Folded) -> None:
+        super().__init__(CPU_BATCH_PIXELS, torch.get_num_threads())
+        weights = _widen(weights)
+        self._sessions = {even: _session(_Graph(weights, even).serialise()) for even in (False, True)}
+
+    def run(self, photos: Sequence[np.ndarray]) -> np.ndarray:
+        height, width = photos[0].shape[:2]
+        batch = np.empty((len(photos), 3, height, width), dtype=np.float32)
+        for photo, planes in zip(photos, batch, strict=True):
+            for channel, mean, plane in zip(cv2.split(photo), MEAN_BGR, planes, strict=True):
                 np.subtract(channel, np.float32(mean), out=plane, dtype=np.float32)
         # The height and width of the finest map.
         even = all(-(-side // STRIDES[0]) % 4 == 0 for side in (height, width))
-        return self._sessions[even].run(None, {"image": planes})
+        return self._sessions[even].run(None, {"image": batch})[0]
 
 
 def _session(model: bytes) -> Any:
@@ -118,16 +150,16 @@ class _Graph:
             "twice": np.float32([1, 1, 2, 2]),
             "origin": np.int64([0, 0]),
             "plane": np.int64([2, 3]),
+            "flat": np.int64([0, 0, -1]),
         }
 
     def serialise(self) -> bytes:
-        image = self._helper.make_tensor_value_info("image", self._float, ["count", 3, "height", "width"])
-        outputs = forward(self, "image")
+        output = forward(self, "image")
         graph = self._helper.make_graph(
             self._nodes,
             "RetinaFace",
-            [image],
-            [self._helper.make_tensor_value_info(name, self._float, None) for name in outputs],
+            [self._helper.make_tensor_value_info("image", self._float, ["count", 3, "height", "width"])],
+            [self._helper.make_tensor_value_info(output, self._float, None)],
             [self._from_array(array, name) for name, array in self._constants.items()],
         )
         # Opset 17 and IR 8 are what every onnxruntime that the requirements allow can read.
@@ -172,11 +204,15 @@ class _Graph:
     def concatenate(self, parts: list[str]) -> str:
         return self._add("Concat", parts, axis=1)
 
+    def join_cells(self, maps: list[str]) -> str:
+        return self._add("Concat", [self._add("Reshape", [level, "flat"]) for level in maps], axis=2)
 
-class TorchEngine:
+
+class TorchEngine(Engine):
     """The network in PyTorch, for a GPU (it runs on a CPU too)."""
 
     def __init__(self, weights: Folded, device: torch.device) -> None:
+        super().__init__(PIXELS_UNDER_WAY, threads=1)
         self.device = device
         self._mean = torch.tensor(MEAN_BGR, device=device, dtype=torch.float32)
         self._weights = {
@@ -187,26 +223,9 @@ class TorchEngine:
             for name, (weight, bias) in weights.items()
         }
 
-    def map(
-        self, sizes: Sequence[Size], load: Callable[[int], np.ndarray], finish: Callable[[Maps, Size], list[R]]
-    ) -> list[R]:
-        """As `OnnxEngine.map`; pieces of equal size share a batch."""
-        groups: dict[Size, list[int]] = defaultdict(list)
-        for index, size in enumerate(sizes):
-            groups[size].append(index)
-        answers: dict[int, R] = {}
-        for (height, width), members in groups.items():
-            count = max(1, PIXELS_UNDER_WAY // (height * width))
-            for start in range(0, len(members), count):
-                batch = members[start : start + count]
-                maps = self.run(np.stack([load(index) for index in batch]))
-                answers |= zip(batch, finish(maps, (height, width)), strict=True)
-        return [answers[index] for index in range(len(sizes))]
-
     @torch.inference_mode()
-    def run(self, bgr: np.ndarray) -> list[Tensor]:
-        """The maps of a batch of photos, uint8 BGR [N, height, width, 3], on the device."""
-        x = torch.from_numpy(bgr).to(self.device).float().sub_(self._mean).permute(0, 3, 1, 2)
+    def run(self, photos: Sequence[np.ndarray]) -> Tensor:
+        x = torch.from_numpy(np.stack(photos)).to(self.device).float().sub_(self._mean).permute(0, 3, 1, 2)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return forward(self, x)
 
@@ -223,12 +242,15 @@ class TorchEngine:
     def concatenate(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts, dim=1)
 
+    def join_cells(self, maps: list[Tensor]) -> Tensor:
+        return torch.cat([level.flatten(2) for level in maps], dim=2)
+
 
 class _Workers:
     """Threads shared by all callers, made when first needed, and made anew in a forked process."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         if hasattr(os, "register_at_fork"):
@@ -237,16 +259,16 @@ class _Workers:
     def _forget(self) -> None:
         self._pool, self._lock = None, threading.Lock()
 
-    def map(self, function: Callable[[int], R], count: int) -> list[R]:
-        if self._count == 1 or count <= 1:
-            return [function(index) for index in range(count)]
+    def map(self, function: Callable[[T], R], items: list[T]) -> list[R]:
+        if self.count == 1 or len(items) <= 1:
+            return [function(item) for item in items]
         with self._lock:
-            self._pool = self._pool or ThreadPoolExecutor(self._count, thread_name_prefix="retinaface")
-        return list(self._pool.map(function, range(count)))
+            self._pool = self._pool or ThreadPoolExecutor(self.count, thread_name_prefix="retinaface")
+        return list(self._pool.map(function, items))
 
 
 class _Budget:
-    """Lets work of a limited total size begin; the rest waits."""
+    """Lets work of a limited total size begin; the rest waits its turn."""
 
     def __init__(self, total: int) -> None:
         self._total = self._free = total

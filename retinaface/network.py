@@ -18,7 +18,8 @@ STRIDES = (8, 16, 32)
 ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
 ANCHORS_PER_CELL = 2
 
-# Where a cell's answers lie in the channels of a map: the first anchor's, then the second's.
+# Where a cell's answers lie in the channels: per anchor the logits of background and face, centre and size of the box,
+# and five points; in each slice the smaller anchor's answers come first.
 LOGITS, BOXES, LANDMARKS = slice(0, 4), slice(4, 12), slice(12, 32)
 
 MEAN_BGR = (104, 117, 123)
@@ -98,12 +99,15 @@ class Operations(Protocol[T]):
     def concatenate(self, parts: list[T]) -> T:
         """Along the channels."""
 
+    def join_cells(self, maps: list[T]) -> T:
+        """Maps [N, C, h, w] of any h and w as one [N, C, sum of h * w], each map's cells row by row."""
 
-def forward(ops: Operations[T], x: T) -> list[T]:
-    """From the image minus mean, [N, 3, height, width], to one map per stride in `STRIDES`.
 
-    Each map is [N, 32, ceil(height / stride), ceil(width / stride)]: per anchor two class logits (background, face),
-    then per anchor four box and ten landmark regressions: channels 0-3, 4-11 and 12-31.
+def forward(ops: Operations[T], x: T) -> T:
+    """From the image minus mean, [N, 3, height, width], to the answers of all cells, [N, 32, cells].
+
+    Cells come in the order of `STRIDES`, for each stride ceil(height / stride) rows of ceil(width / stride). `LOGITS`,
+    `BOXES` and `LANDMARKS` say which channels hold what.
     """
     x = ops.convolve("body.stage1.0.0", x, SLOPE)
     stages = []
@@ -117,7 +121,7 @@ def forward(ops: Operations[T], x: T) -> list[T]:
     fine, middle, coarse = (ops.convolve(f"fpn.output{level + 1}.0", x, SLOPE) for level, x in enumerate(stages))
     middle = ops.convolve("fpn.merge2.0", ops.add_upsampled(middle, coarse), SLOPE)
     fine = ops.convolve("fpn.merge1.0", ops.add_upsampled(fine, middle), SLOPE)
-    return [_context(ops, level, x) for level, x in enumerate((fine, middle, coarse))]
+    return ops.join_cells([_context(ops, level, x) for level, x in enumerate((fine, middle, coarse))])
 
 
 def _context(ops: Operations[T], level: int, x: T) -> T:
