@@ -236,7 +236,9 @@ def _draw_distribution(axes: Axes, angles: np.ndarray, edges: np.ndarray, label:
         axes.axvline(mean, color=colour, label=label)
         return
     x = np.linspace(edges[0], edges[-1], 400)
-    axes.plot(x, scipy.stats.norm.pdf(x, mean, deviation), color=colour, label=label)
+    axes.plot(
+        x, np.exp(-(((x - mean) / deviation) ** 2) / 2) / (deviation * np.sqrt(2 * np.pi)), color=colour, label=label
+    )
 
 
 def _headline(result: VerificationResult) -> str:
