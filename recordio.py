@@ -33,10 +33,11 @@ MAX_RECORD = (1 << 29) - 1  # the length field has 29 bits
 _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")  # mxnet/recordio.py: IRHeader(flag, label, id, id2)
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)  # cflag
-_MAX_HINT = 1 << 16  # bytes read at once before the frame's own length is known
+_MAX_HINT = 1 << 18  # a record of up to this size is fetched together with its frame, with one system call
 _INDEX_BLOCK = 1 << 20  # bytes of .idx text parsed at once
 FLOAT32_EXACT = 1 << 24  # labels are float32: larger integers are rounded
 _SAMPLES = 64  # images compared with the identity records when a set is opened
+_WINDOW = 1 << 20  # bytes read at once when the file is read in sequence
 _QUIET_SCAN = 200_000  # a scan of fewer records is over before a progress bar would be of use
 
 
@@ -293,20 +294,29 @@ class RecordReader:
     def _read(self, position: int, key: int) -> bytes:
         offset = self._offset_at[position]
         stop = self._stop(position)
-        data = self._fetch(offset, min(stop - offset, _MAX_HINT)) if stop - offset >= 8 else b""
-        if len(data) >= 8:
-            magic, length = _FRAME.unpack_from(data)
-            # Below 2^29 the flag is 0. That the frame ends where the next one starts makes further checks needless.
-            if magic == MAGIC_NUMBER and length < len(data) - 7 and 8 + length + (-length & 3) == stop - offset:
-                return data[8 : 8 + length]
+        span = stop - offset
+        if 8 <= span <= _MAX_HINT:
+            try:
+                data = os.pread(self._descriptor, span, offset)
+            except OSError:
+                data = b""  # read again below, where the reason is told
+            if len(data) == span:
+                magic, length = _FRAME.unpack_from(data)
+                # A flag would make the length exceed the span. That the frame ends where the next one starts makes all
+                # further checks needless.
+                if magic == MAGIC_NUMBER and 8 + length + (-length & 3) == span:
+                    return data[8 : 8 + length]
         return self._read_with_care(key, offset, stop)
 
     def _stop(self, position: int) -> int:
         """The next offset of the .idx in the order of the file, or the size of the file."""
         if self._stop_at is not None:
-            return min(self._stop_at[position], self.size)
-        position += 1
-        return min(self._offset_at[position], self.size) if position < len(self._offset_at) else self.size
+            stop = self._stop_at[position]
+        elif position + 1 < len(self._offset_at):
+            stop = self._offset_at[position + 1]
+        else:
+            return self.size
+        return stop if stop < self.size else self.size
 
     def _read_with_care(self, key: int, offset: int, stop: int) -> bytes:
         """Any record that is not one plain frame reaching exactly to the next: in parts, or unindexed neighbours."""
@@ -398,11 +408,14 @@ class RecordReader:
         At the end the `.idx` is compared with what was met: a file cut off exactly between two records shows only
         there. Raises `InputError` at the first frame that is damaged and at bytes after the last record.
         """
+        offsets = memoryview(np.sort(self._offsets) if self.idx_path is not None else np.empty(0, np.int64))
         at = number = listed = 0
-        offsets = np.sort(self._offsets) if self.idx_path is not None else np.empty(0, np.int64)
+        window, begins = b"", 0  # the part of the file that is in memory, and its offset
         while at < self.size:
             start = at
-            record, at = self._join(start, f"number {number}")
+            if at - begins + 8 > len(window):
+                window, begins = self._fetch(at, min(_WINDOW, self.size - at)), at
+            record, at = self._next(window, at - begins, start, f"number {number}")
             while listed < len(offsets) and offsets[listed] <= start:
                 if offsets[listed] < start:
                     self._fail_index(offsets[listed], "where no record starts")
@@ -414,6 +427,15 @@ class RecordReader:
                 offsets[listed],
                 f"but the file ends at {self.size} after {number} records ({len(offsets) - listed} of them missing)",
             )
+
+    def _next(self, window: bytes, begin: int, offset: int, name: str) -> tuple[bytes, int]:
+        """The record at `begin` of `window`, which is `offset` of the file, and the offset after it."""
+        if begin + 8 <= len(window):
+            magic, length = _FRAME.unpack_from(window, begin)
+            end = begin + 8 + length
+            if magic == MAGIC_NUMBER and end + (-length & 3) <= len(window):  # a flag would make it far longer
+                return window[begin + 8 : end], offset + 8 + length + (-length & 3)
+        return self._join(offset, name)
 
     def _fail_index(self, offset: int, reason: str) -> NoReturn:
         key = int(self.keys[np.flatnonzero(self._offsets == offset)[0]])
