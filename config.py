@@ -420,6 +420,9 @@ class LfwEval(Device):
     detector: Path | None = option(
         None, "weights of the detector (.pth); none means the embedded ones", group="data", metavar="FILE"
     )
+    max_side: int = option(
+        800, "longer photos are shrunk to this many pixels for detection, not for the crop", group="data", metavar="PX"
+    )
     folds: int = option(10, "folds that .bin sets are cut into", group="data", metavar="N")
     far: list[float] = option(
         [1e-1, 1e-2, 1e-3, 1e-4], "false accept rates at which the true accept rate is given", group="data"

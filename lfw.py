@@ -236,6 +236,7 @@ def crop_faces(
     *,
     rule: Rule = "central",
     weights: str | Path | None = None,
+    max_side: int | None = None,
     device: torch.device | str = "cpu",
     workers: int = 0,
     cache_dir: Path | None = None,
@@ -243,9 +244,10 @@ def crop_faces(
 ) -> Faces:
     """Detect, choose by `rule` and align the face of every photo; what is in `cache_dir` already is not done again.
 
-    A photo that cannot be read, or shows no face, is a row without a crop.
+    Photos longer than `max_side` pixels are shrunk for detection. A photo that cannot be read, or shows no face, is a
+    row without a crop.
     """
-    finder = _CachedFinder(rule, weights, device, cache_dir)
+    finder = _CachedFinder(rule, weights, max_side, device, cache_dir)
     crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
     rows: list[FaceRow] = []
     hashes: list[str] = []
@@ -262,9 +264,15 @@ class _CachedFinder:
     """Takes a window of photos to `Faces`, from the cache where it can; safe to call from several threads."""
 
     def __init__(
-        self, rule: Rule, weights: str | Path | None, device: torch.device | str, cache_dir: Path | None
+        self,
+        rule: Rule,
+        weights: str | Path | None,
+        max_side: int | None,
+        device: torch.device | str,
+        cache_dir: Path | None,
     ) -> None:
-        self.rule, self.weights, self.device, self.cache_dir = rule, weights, device, cache_dir
+        self.rule, self.weights, self.max_side = rule, weights, max_side
+        self.device, self.cache_dir = device, cache_dir
         self.detector = _detector_hash(weights)
         self._lock = threading.Lock()
         self._finder: FaceFinder | None = None
@@ -274,7 +282,7 @@ class _CachedFinder:
         hashes = [utils.sha256_of(file) for file in files]
         if self.cache_dir is None:
             return self._find(files, hashes)
-        key = hashlib.sha256(json.dumps([self.detector, self.rule, hashes]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.detector, self.rule, self.max_side, hashes]).encode()).hexdigest()
         path = self.cache_dir / "faces" / f"{key}.npz"
         found = _read_window(path, files, hashes, self.detector)
         if found is None:
@@ -284,7 +292,9 @@ class _CachedFinder:
 
     def _find(self, files: Sequence[Path], hashes: list[str]) -> Faces:
         with self._lock:  # made when first needed: a run from the cache needs no detector
-            self._finder = self._finder or FaceFinder(RetinaFace(self.weights, self.device), self.rule)
+            if self._finder is None:
+                detector = RetinaFace(self.weights, self.device, max_side=self.max_side)
+                self._finder = FaceFinder(detector, self.rule)
         results = self._finder([faces.as_photo(file) for file in files])
         crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
         for index, (_, bgr) in enumerate(results):

@@ -45,6 +45,7 @@ def main() -> None:
             folds=options.folds,
             rule=options.face,
             detector_weights=options.detector,
+            max_side=options.max_side,
             device=device,
             workers=options.workers,
         )
@@ -73,8 +74,12 @@ def _check(options: config.LfwEval) -> None:
     for far in options.far:
         if not 0 < far < 1:
             raise InputError(f"--far {far:g}: a rate between 0 and 1 is expected")
-    if options.sheet < 1:
-        raise InputError(f"--sheet {options.sheet}: has to be at least 1")
+    for name, value in (("sheet", options.sheet), ("max-side", options.max_side)):
+        if value < 1:
+            raise InputError(f"--{name} {value}: has to be at least 1")
+    for name, folder in (("out", options.out), ("cache", options.cache)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InputError(f"--{name} {folder}: is a file, not a folder")
 
 
 def _triple(name: str, values: list[float] | None) -> tuple[float, float, float] | None:

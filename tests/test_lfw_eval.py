@@ -201,7 +201,7 @@ class FakeDetector:
 
     photos = 0
 
-    def __init__(self, weights=None, device=None):
+    def __init__(self, weights, device, max_side=None):
         pass
 
     def detect(self, images):
@@ -258,6 +258,7 @@ def test_faces_are_found_once_and_again_when_anything_changed(tmp_path, fake_det
     assert np.array_equal(np.delete(changed.crops, 40, 0), np.delete(first.crops, 40, 0))
     assert found(rule="largest")[1] == 70
     assert found(weights="other.pth")[1] == 70
+    assert found(max_side=100)[1] == 70
 
 
 def test_damaged_files_of_the_cache_are_made_again(tmp_path, fake_detector):
@@ -410,6 +411,7 @@ def test_model_that_knows_its_threshold_is_judged_by_it(tmp_path, capsys, monkey
         (["--bin", "set.bin", "--mean", "1", "2"], "--mean: one number for all channels or three"),
         (["--bin", "set.bin", "--std", "0"], "std"),
         (["--bin", "set.bin", "--folds", "1"], "--folds 1"),
+        (["--bin", "set.bin", "--cache", "set.bin"], "--cache set.bin: is a file"),
         (["--bin", "set.bin", "--batch-size", "0"], "batch size 0"),
         (["--bin", "set.bin", "--chanels", "rgb"], "did you mean --channels"),
         (["--bin", "set.bin", "--channels", "rbg"], "not one of rgb, bgr"),
