@@ -70,7 +70,7 @@ def main() -> None:
             open_detector(options), min_overlap=options.min_overlap, retry=True, fallback=True, orient=False
         ),
         {
-            "listing": listing.digest,
+            "photos": str(listing),
             "annotations": [utils.sha256_of(path) for path in options.annotations],
             **detector_settings(options),
             "min_overlap": options.min_overlap,

@@ -29,7 +29,7 @@ def main() -> None:
         len(listing.files),
         lambda number: Photo(options.src / listing.files[number], listing.files[number]),
         lambda: FaceFinder(open_detector(options), options.rule, fallback=True),
-        {"listing": listing.digest, **detector_settings(options), "rule": options.rule},
+        {"photos": str(listing), **detector_settings(options), "rule": options.rule},
         {"companions": listing.companions},
     )
 

@@ -78,27 +78,26 @@ class Chunks:
 
     def open(self, outputs: Sequence[str]) -> bool:
         """Begin or continue; returns whether everything is finished (the report and all `outputs` are there)."""
-        found = self._recorded(self._report, "settings")
-        if found is not None:
-            self._compare(found)
-            if all((self.out / name).exists() for name in outputs):
-                shutil.rmtree(self._folder, ignore_errors=True)
-                return True
-            self._report.unlink()
-        found = self._recorded(self._folder / "settings.json", None)
-        if found is not None:
-            self._compare(found)
-            return False
-        foreign = [name for name in outputs if (self.out / name).exists()]
-        if foreign:
-            raise InputError(f"{self.out / foreign[0]}: exists, but no record of how it was made; give another folder")
-        utils.write_json(self._folder / "settings.json", self.settings)
+        finished = self._recorded(self._report, "settings")
+        begun = self._recorded(self._folder / "settings.json", None)
+        for found in (finished, begun):
+            if found is not None:
+                self._compare(found)
+        present = [name for name in outputs if (self.out / name).exists()]
+        if finished is not None and len(present) == len(outputs):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return True
+        if finished is None and begun is None and present:
+            raise InputError(f"{self.out / present[0]}: exists, but no record of how it was made; give another folder")
+        if begun is None:
+            utils.write_json(self._folder / "settings.json", self.settings)
+        self._report.unlink(missing_ok=True)  # it speaks of outputs that are gone
         return False
 
     def _recorded(self, path: Path, key: str | None) -> dict[str, Any] | None:
         try:
             value = json.loads(path.read_bytes())
-            return value if key is None else value[key]
+            return dict(value if key is None else value[key])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -107,7 +106,7 @@ class Chunks:
     def _compare(self, found: dict[str, Any]) -> None:
         names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
         if names:
-            changes = ", ".join(f"{name} {found.get(name)} is now {self.settings.get(name)}" for name in names)
+            changes = ", ".join(f"{name} was {found.get(name)} and is now {self.settings.get(name)}" for name in names)
             raise InputError(
                 f"{self.out}: holds a run with other settings ({changes}); give another folder, or remove this one"
             )
@@ -122,6 +121,8 @@ class Chunks:
 
     def missing(self) -> list[int]:
         """The chunks that are not finished."""
+        if self._report.exists():  # another process has just finished everything
+            return []
         done = {entry.name for entry in os.scandir(self._folder)} if self._folder.is_dir() else set()
         return [chunk for chunk in range(self.count) if self.path(chunk).name not in done]
 
@@ -162,10 +163,28 @@ class Chunks:
     @contextlib.contextmanager
     def merging(self) -> Iterator[bool]:
         """A section that one process at a time enters; yields False if another has merged everything meanwhile."""
-        with open(self._folder / "lock", "wb") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: merging twice gives the same files
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._lock("merge"):
+            for abandoned in self.out.glob(".*.tmp"):
+                abandoned.unlink(missing_ok=True)
             yield not self._report.exists()
+
+    def working(self, shard: Shard) -> contextlib.AbstractContextManager[None]:
+        """A section that one process per shard enters; for a second one it is an `InputError`."""
+        busy = f"{self.out}: another process is working on shard {shard} here"
+        return self._lock(f"shard-{shard.index + 1}-of-{shard.count}", busy)
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, busy: str | None = None) -> Iterator[None]:
+        """Hold a lock among processes; with `busy`, that is the error if another holds it, instead of waiting."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f"{name}.lock", "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(str(busy)) from error
+            except OSError:
+                pass  # a file system without locks: two processes doing the same write the same
+            yield
 
     def finish(self, report: dict[str, Any]) -> None:
         """Record that all outputs are written, and drop the parts."""
@@ -182,22 +201,23 @@ def process(chunks: Chunks, shard: Shard, prepare: Callable[[], Work], workers: 
 
     `prepare()` is called once, and only if there is anything to do: it may load a network.
     """
-    mine = [chunk for chunk in range(chunks.count) if shard.owns(chunk)]
-    missing = set(chunks.missing())
-    todo = [chunk for chunk in mine if chunk in missing]
-    if todo:
-        total = sum(len(chunks.numbers(chunk)) for chunk in mine)
-        left = sum(len(chunks.numbers(chunk)) for chunk in todo)
-        numbers = chain.from_iterable(chunks.numbers(chunk) for chunk in todo)
-        done = chain.from_iterable(ordered_map(prepare(), windows(numbers), workers))
-        with utils.progress(total, description, initial=total - left, unit="photo") as bar:
-            for chunk in todo:
-                results = []
-                for result in islice(done, len(chunks.numbers(chunk))):
-                    results.append(result)
-                    bar.update()
-                chunks.save(chunk, results)
-    return chunks.missing()
+    with chunks.working(shard):
+        mine = [chunk for chunk in range(chunks.count) if shard.owns(chunk)]
+        missing = set(chunks.missing())
+        todo = [chunk for chunk in mine if chunk in missing]
+        if todo:
+            total = sum(len(chunks.numbers(chunk)) for chunk in mine)
+            left = sum(len(chunks.numbers(chunk)) for chunk in todo)
+            numbers = chain.from_iterable(chunks.numbers(chunk) for chunk in todo)
+            done = chain.from_iterable(ordered_map(prepare(), windows(numbers), workers))
+            with utils.progress(total, description, initial=total - left, unit="photo") as bar:
+                for chunk in todo:
+                    results = []
+                    for result in islice(done, len(chunks.numbers(chunk))):
+                        results.append(result)
+                        bar.update()
+                    chunks.save(chunk, results)
+        return chunks.missing()
 
 
 def waiting_for(shard: Shard, missing: Sequence[int]) -> str:

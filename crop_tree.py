@@ -106,10 +106,10 @@ def crop_tree(
 ) -> None:
     """Do a shard's part of `count` photos, merge if it was the last, and print what became of them.
 
-    `settings` is everything that the result depends on besides the number of photos; `report` is added to report.json.
+    `settings` is everything that the result depends on besides the shared options; `report` is added to report.json.
     """
     shard = Shard.parse(options.shard)
-    settings = {"stage": name, "photos": count, **settings, "jpeg_quality": options.jpeg_quality}
+    settings = {"stage": name, **settings, "jpeg_quality": options.jpeg_quality}
     chunks = Chunks(options.dst, count, settings)
     if chunks.open(["faces.tsv"]):
         check_crops(options.dst, read_faces(options.dst / "faces.tsv"))

@@ -563,9 +563,12 @@ def open_detector(options: config.FaceSearch) -> RetinaFace:
     device = utils.choose_device(options.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return RetinaFace(
-        options.weights, device, options.score_threshold, options.nms_threshold, max_side=options.max_side or None
-    )
+    try:
+        return RetinaFace(
+            options.weights, device, options.score_threshold, options.nms_threshold, max_side=options.max_side or None
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def detector_settings(options: config.FaceSearch) -> dict[str, Any]:

@@ -292,6 +292,9 @@ class Listing:
     digest: str
     companions: dict[str, int]
 
+    def __str__(self) -> str:
+        return f"{len(self.files)} files with the digest {self.digest[:16]}"
+
 
 def identity_of(file: str) -> str:
     """The identity of a photo: the first folder of its relative path, "" for a photo outside of any folder."""

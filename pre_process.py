@@ -130,8 +130,7 @@ def settings_of(options: config.PreProcess, listing: Listing) -> dict[str, Any]:
         search = {"detections": utils.sha256_of(options.from_detections)}
     return {
         "stage": "pre_process",
-        "photos": len(listing.files),
-        "listing": listing.digest,
+        "photos": str(listing),
         **search,
         "min_side": options.min_side,
         "min_face": options.min_face,

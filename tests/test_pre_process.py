@@ -1,0 +1,360 @@
+"""Stage 2 as a user runs it: on real photos, on damaged ones, killed, sharded, restarted and re-aligned."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from painted_faces import PaintedFaces, paint, save
+
+import chunks
+import faces
+import pre_process
+import recordio
+from chunks import Chunks, Shard
+from faces import CROP, NO_CROP, FaceRow, read_faces, write_faces
+from photos import list_photos
+from utils import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"train.rec", "train.idx", "property", "faces.tsv", "identities.tsv", "report.json"}
+
+
+def script(name, *arguments, **environment):
+    """Run a script as a user does; returns (exit code, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, ROOT / name, *map(str, arguments)],
+        capture_output=True, text=True, env={**os.environ, **environment}, timeout=250,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    """`pre_process.main` in this process, with painted faces and small chunks."""
+    monkeypatch.setattr(chunks, "CHUNK", faces.WINDOW)
+    monkeypatch.setattr(pre_process, "open_detector", lambda options: PaintedFaces())
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pre_process.py", *map(str, arguments)])
+        return pre_process.main()
+
+    return run
+
+
+def make_photos(root, identities=6, per_identity=18):
+    """Identities with painted faces; photos without a face, broken ones, and one identity of nothing else."""
+    for identity in range(identities):
+        for number in range(per_identity):
+            path = root / f"person {identity}" / f"{number}.jpg"
+            side = 25 + (identity * 7 + number) % 20
+            save(path, paint(50 + number, 52, [] if number == 3 else [(5, 6, side)], seed=number))
+    (root / "person 0" / "broken.jpg").write_bytes(b"broken")
+    (root / "person 0" / "empty").write_bytes(b"")
+    for number in range(3):
+        save(root / "a nobody" / f"{number}.png", paint(60, 60, []))
+    return root
+
+
+def test_crops_labels_and_tables_agree(painted, tmp_path, capsys):
+    photos, out = make_photos(tmp_path / "photos"), tmp_path / "crops"
+    save(photos / "loose.png", paint(60, 60, [(5, 5, 40)]))
+    (photos / "listing.tsv").write_text("from extract.py")
+    assert painted("--photos", photos, "--out", out, "--workers", 2) == 0
+    assert set(contents(out)) == FILES
+
+    rows = read_faces(out / "faces.tsv")
+    assert [row.file for row in rows] == list_photos(photos).files
+    reasons = {row.file: row.reason for row in rows if row.status == NO_CROP}
+    assert reasons.pop("loose.png").startswith("no identity")
+    assert reasons.pop("person 0/broken.jpg").startswith("not a photo")
+    assert reasons.pop("person 0/empty") == "empty file"
+    assert set(reasons.values()) == {"no face"} and len(reasons) == 6 + 3
+
+    names = [line.split("\t") for line in (out / "identities.tsv").read_text().splitlines()]
+    assert names[0] == ["label", "identity", "crops"]
+    assert [name for _, name, _ in names[1:]] == [f"person {identity}" for identity in range(6)]
+
+    crops = recordio.open_crops(out)
+    kept = [row for row in rows if row.status == CROP]
+    assert len(crops) == len(kept) == 6 * 17 and crops.identities == 6
+    for index, row in enumerate(kept):
+        data, label = crops.read(index)
+        assert names[1 + label][1] == row.identity
+        crop = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert crop.shape == (112, 112, 3) and crop[20, 56, 0] > 200 > 90 > crop[90, 56, 0]
+
+    report = json.loads((out / "report.json").read_text())
+    assert report["photos"] == len(rows) == sum(report["statuses"].values()) == 6 * 18 + 2 + 3 + 1
+    assert report["statuses"] == {CROP: 102, NO_CROP: 12}
+    assert report["reasons"] == {NO_CROP: {"empty file": 1, "no face": 9, "no identity": 1, "not a photo": 1}}
+    assert report["identities_without_crop"] == ["a nobody"] and report["companions"] == {".tsv": 1}
+    printed = capsys.readouterr().out
+    for text in ("114 photos", "102 crop", "12 no_crop", "9 no face", "6 identities with a label", "a nobody", ".tsv"):
+        assert text in printed
+
+
+def test_every_way_of_cutting_the_work_gives_the_same_bytes(painted, tmp_path, monkeypatch, capsys):
+    photos = make_photos(tmp_path / "photos")
+    assert painted("--photos", photos, "--out", tmp_path / "whole", "--workers", 1) == 0
+    whole = contents(tmp_path / "whole")
+
+    assert painted("--photos", photos, "--out", tmp_path / "workers", "--workers", 5) == 0
+    assert contents(tmp_path / "workers") == whole
+
+    for shard in ("2/3", "3/3", "1/3"):
+        assert not (tmp_path / "shards" / "train.rec").exists()
+        assert painted("--photos", photos, "--out", tmp_path / "shards", "--shard", shard) == 0
+    assert contents(tmp_path / "shards") == whole
+
+    monkeypatch.setenv("WORLD_SIZE", "7")  # more processes than chunks
+    for rank in range(7):
+        monkeypatch.setenv("RANK", str(rank))
+        capsys.readouterr()
+        assert painted("--photos", photos, "--out", tmp_path / "ranks") == 0
+        if rank == 0:
+            assert "shard 1/7 is done; 3 chunks are left to the shards 2/7, 3/7, 4/7" in capsys.readouterr().out
+    assert contents(tmp_path / "ranks") == whole
+
+
+def test_shards_of_separate_machines_are_brought_together(painted, tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    assert painted("--photos", photos, "--out", tmp_path / "whole") == 0
+    for shard in ("1/2", "2/2"):
+        assert painted("--photos", photos, "--out", tmp_path / shard[0], "--shard", shard) == 0
+    shutil.copytree(tmp_path / "2" / ".parts", tmp_path / "1" / ".parts", dirs_exist_ok=True)
+    assert painted("--photos", photos, "--out", tmp_path / "1") == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "whole")
+
+
+def test_killed_at_every_file_operation_it_ends_the_same(tmp_path):
+    photos = make_photos(tmp_path / "photos", identities=3, per_identity=12)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "kill_everywhere.py", "pre_process", "1", tmp_path / "out",
+         "--photos", photos, "--out", "@", "--workers", "2"],
+        capture_output=True, text=True, timeout=250, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    killed, different = re.fullmatch(r"killed (\d+) different (.*)\n", done.stdout).groups()
+    assert int(killed) > 60 and different == "[]", done.stderr
+
+
+def test_a_run_killed_on_real_photos_goes_on(shared, tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for identity in sorted((shared / "lfw" / "lfw-deepfunneled").iterdir())[:250]:
+        (photos / identity.name).symlink_to(identity)
+    assert script("pre_process.py", "--photos", photos, "--out", tmp_path / "whole")[0] == 0
+    whole = contents(tmp_path / "whole")
+    rows = read_faces(tmp_path / "whole" / "faces.tsv")
+    assert len(rows) > 2 * chunks.CHUNK and {row.status for row in rows} == {CROP}
+
+    command = [sys.executable, ROOT / "pre_process.py", "--photos", photos, "--out", tmp_path / "killed"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while not list(tmp_path.glob("killed/.parts/*.zip")) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "train.rec").exists()
+    code, out, error = script("pre_process.py", "--photos", photos, "--out", tmp_path / "killed", "--workers", 1)
+    assert code == 0 and contents(tmp_path / "killed") == whole
+    assert f"{len(rows):,} crop" in out and "Traceback" not in error
+
+    table = tmp_path / "whole" / "faces.tsv"
+    command = ["pre_process.py", "--photos", photos, "--out", tmp_path / "again", "--from-detections", table]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    assert pre_process.main() == 0
+    again = contents(tmp_path / "again")
+    assert all(again[name] == whole[name] for name in FILES - {"report.json"})
+
+
+def test_a_finished_run_is_left_alone_and_lost_outputs_are_made_again(painted, tmp_path, monkeypatch, capsys):
+    photos, out = make_photos(tmp_path / "photos"), tmp_path / "crops"
+    assert painted("--photos", photos, "--out", out) == 0
+    whole = contents(out)
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(pre_process, "open_detector", None)  # must not be needed
+    assert painted("--photos", photos, "--out", out) == 0
+    assert capsys.readouterr().out == printed
+    monkeypatch.setattr(pre_process, "open_detector", lambda options: PaintedFaces())
+    for name in FILES - {"report.json"}:
+        (out / name).unlink()
+        assert painted("--photos", photos, "--out", out) == 0
+        assert contents(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("--rule", "largest"), "rule was central and is now largest"),
+        (("--min-face", "20"), "min_face was 0.0 and is now 20.0"),
+        (("--jpeg-quality", "90"), "jpeg_quality was 95 and is now 90"),
+        (("--score-threshold", "0.8"), "score_threshold was 0.9 and is now 0.8"),
+        ((), "photos was"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_not_mixed_in(painted, tmp_path, capsys, change, named, finished):
+    photos, out = make_photos(tmp_path / "photos", 2), tmp_path / "crops"
+    assert painted("--photos", photos, "--out", out, *([] if finished else ["--shard", "1/2"])) == 0
+    before = contents(out)
+    if not change:
+        save(photos / "person 0" / "one more.png", paint(60, 60, [(5, 5, 40)]))
+    assert painted("--photos", photos, "--out", out, *change) == 1
+    error = capsys.readouterr().err
+    assert named in error and str(out) in error and "give another folder" in error
+    assert contents(out) == before
+
+
+def test_realigning_changes_what_is_asked_for(painted, tmp_path, monkeypatch):
+    photos = make_photos(tmp_path / "photos")
+    assert painted("--photos", photos, "--out", tmp_path / "first") == 0
+    monkeypatch.setattr(pre_process, "open_detector", None)
+    table = tmp_path / "first" / "faces.tsv"
+    arguments = ("--photos", photos, "--from-detections", table)
+    assert painted(*arguments, "--out", tmp_path / "same") == 0
+    assert (tmp_path / "same" / "train.rec").read_bytes() == (tmp_path / "first" / "train.rec").read_bytes()
+    assert (tmp_path / "same" / "faces.tsv").read_bytes() == table.read_bytes()
+    assert painted(*arguments, "--out", tmp_path / "small", "--min-face", 40) == 0
+    few = read_faces(tmp_path / "small" / "faces.tsv")
+    small = [row for row in few if row.reason.startswith("face too small")]
+    assert small and all(min(np.subtract(row.box[2:], row.box[:2])) < 40 for row in small)
+
+    # Photos that came, photos that went and rows in any order: everything has its row.
+    save(photos / "person 0" / "new.png", paint(60, 60, [(5, 5, 40)]))
+    (photos / "person 0" / "0.jpg").unlink()
+    (photos / "person 1" / "1.jpg").write_bytes(b"broken now")
+    write_faces(tmp_path / "shuffled.tsv", read_faces(table)[::-1])
+    code = painted("--photos", photos, "--out", tmp_path / "changed", "--from-detections", tmp_path / "shuffled.tsv")
+    assert code == 0
+    rows = {row.file: row for row in read_faces(tmp_path / "changed" / "faces.tsv")}
+    assert rows["person 0/new.png"].reason == "not in the detections"
+    assert rows["person 0/0.jpg"].reason == "missing"
+    assert rows["person 1/1.jpg"].reason.startswith("not a photo")
+    assert len(rows) == len(read_faces(table)) + 1 and list(rows) == sorted(rows, key=lambda f: (f.split("/")[0], f))
+
+
+def test_realigning_refuses_options_that_would_do_nothing(painted, tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", 1)
+    write_faces(tmp_path / "faces.tsv", [FaceRow("a", "a/1", NO_CROP, "no face")])
+    arguments = ("--photos", photos, "--out", tmp_path / "out", "--from-detections", tmp_path / "faces.tsv")
+    assert painted(*arguments, "--rule", "largest") == 1
+    assert "--rule: has no effect with --from-detections" in capsys.readouterr().err
+    (tmp_path / "faces.tsv").write_text("nonsense")
+    assert painted(*arguments) == 1 and "not a table of faces" in capsys.readouterr().err
+
+
+def test_no_crop_at_all_is_an_error_that_leaves_the_reasons(painted, tmp_path, capsys):
+    for number in range(3):
+        save(tmp_path / "photos" / "a" / f"{number}.png", paint(60, 60, []))
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "out") == 1
+    assert "not one of 3 photos gave a crop" in capsys.readouterr().err
+    assert [row.reason for row in read_faces(tmp_path / "out" / "faces.tsv")] == ["no face"] * 3
+    assert not (tmp_path / "out" / "train.rec").exists() and not (tmp_path / "out" / "report.json").exists()
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "out") == 1
+
+
+def test_inputs_of_other_kinds_are_told_what_to_do(painted, shared, tmp_path, capsys):
+    def error(photos):
+        assert painted("--photos", photos, "--out", tmp_path / "out") == 1
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    record = shared / "formats" / "recordio" / "std"
+    assert f"needs no pre-processing: python train.py --data {record}" in error(record)
+    assert f"python train.py --data {record}" in error(record / "train.rec")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a/1.jpg", b"")
+    assert "python extract.py" in error(tmp_path / "photos.zip")
+    assert "no such folder" in error(tmp_path / "nothing")
+    save(tmp_path / "flat" / "1.png", paint(60, 60, []))
+    assert "no folders of identities" in error(tmp_path / "flat")
+
+
+def test_outputs_of_others_are_not_overwritten(painted, tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.rec").write_bytes(b"precious")
+    assert painted("--photos", photos, "--out", tmp_path / "out") == 1
+    assert "no record of how it was made" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == {"train.rec": b"precious"}
+    assert painted("--photos", photos, "--out", photos / "crops") == 1
+    assert "inside of --photos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--jpeg-quality", "0"), "between 1 and 100"),
+        (("--workers", "-1"), "must not be negative"),
+        (("--shard", "0/3"), "expected K/N"),
+        (("--shard", "4/3"), "expected K/N"),
+        (("--shard", "two"), "expected K/N"),
+    ],
+)
+def test_values_that_make_no_sense(painted, tmp_path, capsys, arguments, complaint):
+    make_photos(tmp_path / "photos", 1, 1)
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "out", *arguments) == 1
+    assert complaint in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_shards(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Shard.parse(None) == Shard(0, 1) and Shard.parse("3/16") == Shard(2, 16) and str(Shard(2, 16)) == "3/16"
+    owners = [[chunk for chunk in range(50) if Shard(index, 16).owns(chunk)] for index in range(16)]
+    assert sorted(itertools.chain.from_iterable(owners)) == list(range(50)) and {len(owned) for owned in owners} == {
+        3,
+        4,
+    }
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert Shard.parse(None) == Shard(2, 16) and Shard.parse("1/2") == Shard(0, 2)
+    monkeypatch.setenv("RANK", "16")
+    with pytest.raises(InputError, match="RANK=16"):
+        Shard.parse(None)
+
+
+def test_damaged_parts_are_named(painted, tmp_path, capsys):
+    photos, out = make_photos(tmp_path / "photos"), tmp_path / "out"
+    assert painted("--photos", photos, "--out", out, "--shard", "1/2") == 0
+    part = sorted((out / ".parts").glob("*.zip"))[0]
+    good = part.read_bytes()
+    for bad in (good[:-9], good[: len(good) // 2], good.replace(b"person 0", b"person 7", 1), b""):
+        part.write_bytes(bad)
+        assert painted("--photos", photos, "--out", out) == 1
+        error = capsys.readouterr().err
+        assert f"{part}: damaged" in error and "run the same command again" in error
+        assert not (out / "report.json").exists()
+    part.unlink()
+    assert painted("--photos", photos, "--out", out) == 0
+    (out / "report.json").write_text("{")
+    assert painted("--photos", photos, "--out", out) == 1 and "not a record of a run" in capsys.readouterr().err
+
+
+def test_one_process_per_shard(tmp_path):
+    runs = [Chunks(tmp_path, 100, {"a": 1}) for _ in range(2)]
+    assert not any(run.open(["x"]) for run in runs)
+    with runs[0].working(Shard(0, 2)):
+        with pytest.raises(InputError, match="another process is working on shard 1/2"), runs[1].working(Shard(0, 2)):
+            pass
+        with runs[1].working(Shard(1, 2)):
+            pass
+    with runs[1].working(Shard(0, 2)):
+        pass
