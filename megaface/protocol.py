@@ -220,9 +220,11 @@ class _Game:
         better = (half > high).cpu().numpy()
         unsure = flat_nonzero(((half >= low) & (half <= high)).contiguous())
         row, column = unsure // len(gallery), unsure % len(gallery)
-        exact = scores.pair_scores(
-            self.probes, self.probes, rows[row], images[column], self.squares, self.squares
-        ).cpu().numpy()
+        exact = (
+            scores.pair_scores(self.probes, self.probes, rows[row], images[column], self.squares, self.squares)
+            .cpu()
+            .numpy()
+        )
         row, column = row.cpu().numpy(), column.cpu().numpy()
         tie = (exact == score[row]) & (gallery[column] > mate[row])
         better[row, column] = (exact > score[row]) | tie
@@ -311,7 +313,9 @@ def _groups(ids: Sequence[str]) -> list[np.ndarray]:
     members: dict[str, list[int]] = {}
     for probe, identity in enumerate(ids):
         members.setdefault(identity, []).append(probe)
-    return [np.array(members[name]) for name in sorted(members, key=lambda name: name.encode("utf-8", "surrogateescape"))]
+    return [
+        np.array(members[name]) for name in sorted(members, key=lambda name: name.encode("utf-8", "surrogateescape"))
+    ]
 
 
 def _ordered_pairs(members: np.ndarray) -> np.ndarray:

@@ -36,9 +36,9 @@ from utils import InputError
 
 BEST = 5  # the devkit lists five distractors a probe
 DENSE_SHARE = 0.2  # from this share of uncertain scores on, scoring whole rows is cheaper than gathering pairs
-CPU_BLOCK = 256, 4096  # probes x distractors of one product: 4 MB of scores, in reach of the third-level cache
+CPU_BLOCK = 512, 2048  # probes x distractors of one product: 4 MB of scores, in reach of the third-level cache
 GPU_BLOCK = 4096, 1 << 16
-TABLE_ROWS = 32  # rows that go through the table together, 512 KB
+TABLE_SCORES = 1 << 17  # scores that go through the table together: 512 KB, in reach of the second-level cache
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,12 @@ class _Scan:
             total.histogram += segment.histogram
             total.accepted += segment.accepted
             total.recomputed += segment.recomputed
-            keep_best(total.best_index, total.best_score, everyone, segment.best_index.ravel(), segment.best_score.ravel())
+            keep_best(
+                total.best_index, total.best_score, everyone, segment.best_index.ravel(), segment.best_score.ravel()
+            )
             above = total.histogram[:, :0:-1].cumsum(axis=1)[:, ::-1]
             answers.append(
-                Tally(
-                    above, total.best_index.copy(), total.best_score.copy(), total.accepted.copy(), total.recomputed
-                )
+                Tally(above, total.best_index.copy(), total.best_score.copy(), total.accepted.copy(), total.recomputed)
             )
         return answers
 
@@ -292,66 +292,74 @@ class _Work:
         scan, size = self.scan, rows.stop - rows.start
         half = scores.half_scores(scan.probes[rows], self.gallery, self.squares, self.out[:size], self.scratch[:size])
         top = half.amax(dim=1)
-        active = flat_nonzero(top >= self.windows.lowest[rows])
-        for part in active.split(TABLE_ROWS if scan.device.type == "cpu" else len(active) or 1):
-            self.count(rows, part, half)
+        self.count(rows, half, flat_nonzero(top >= self.windows.lowest[rows]))
         self.find_best(rows, half, top)
         first, last = np.searchsorted(scan.questions.impostor_rows, [rows.start, rows.stop])
         if last > first and len(scan.genuine):
             some = torch.from_numpy(scan.questions.impostor_rows[first:last]).to(scan.device)
             self.count_impostors(some, half[some - rows.start])
 
-    def count(self, rows: slice, local: Tensor, half: Tensor) -> None:
-        """Sort the half scores of probes `rows.start + local` into the gaps between their thresholds."""
-        windows, size, codes = self.windows, rows.stop - rows.start, self.windows.count + 1
-        which = local + rows.start
-        values = half if len(local) == size else half[local]
+    def count(self, rows: slice, half: Tensor, active: Tensor) -> None:
+        """Sort the half scores of the `active` among probes `rows` into the gaps between their thresholds."""
+        if not len(active):
+            return
+        windows, width, codes = self.windows, half.shape[1], self.windows.count + 1
         with self.kind.lock:
             table = windows.table(rows)
-        code = table.index_select(0, windows.to_bins(values, which, local).view(-1))
-        unsure = flat_nonzero(code >= size * codes)
-        weights = None if self.weights is None else self.weights.double().expand(len(local), -1).reshape(-1)
-        histogram = torch.bincount(code, weights, minlength=2 * size * codes)[: size * codes]
-        if len(unsure):
-            row, column = unsure // values.shape[1], unsure % values.shape[1]
-            above = code[unsure] - size * codes - local[row] * codes
-            above = self.resolve(which, values, row, column, above)
+        histogram = torch.zeros(len(half), codes, dtype=torch.int64, device=half.device)
+        marked = []
+        for part in active.split(max(1, TABLE_SCORES // width) if half.device.type == "cpu" else len(active)):
+            values = half.index_select(0, part)
+            code = table.index_select(0, windows.to_bins(values, part + rows.start, part).view(-1))
+            unsure = flat_nonzero(code >= codes)
+            marked.append((part[unsure // width], unsure % width, values.view(-1)[unsure], code[unsure].long() - codes))
+            histogram[part] = self.bincount(code, 2 * codes, len(part))[:, :codes]
+        row, column, value, above = (torch.cat(some) for some in zip(*marked, strict=True))
+        if len(row):
+            above = self.resolve(row + rows.start, column, value, above, len(active))
             weights = None if self.weights is None else self.weights[column].double()
-            histogram = histogram + torch.bincount(local[row] * codes + above, weights, minlength=size * codes)
+            counts = torch.bincount(row * codes + above, weights, minlength=histogram.numel())
+            histogram += counts.long().view(histogram.shape)
         with self.segment.lock:
-            self.segment.histogram[rows] += histogram.view(size, codes).cpu().numpy().astype(np.int64)
+            self.segment.histogram[rows] += histogram.cpu().numpy()
 
-    def resolve(self, which: Tensor, values: Tensor, row: Tensor, column: Tensor, above: Tensor) -> Tensor:
-        """How many thresholds each marked half score (row, column of `values`) exceeds, starting from `above`.
+    def bincount(self, code: Tensor, codes: int, rows: int) -> Tensor:
+        """Histogram int64 [rows, codes] of each row of codes, with the distractors' multiplicities."""
+        code = code.to(torch.int32).view(rows, -1)
+        code += codes * torch.arange(rows, dtype=torch.int32, device=code.device)[:, None]
+        weights = None if self.weights is None else self.weights.double().expand(rows, -1).reshape(-1)
+        return torch.bincount(code.view(-1), weights, minlength=rows * codes).long().view(rows, codes)
 
-        The table's bins are wider than the windows: most marked scores are outside of the window itself.
+    def resolve(self, probe: Tensor, column: Tensor, value: Tensor, above: Tensor, height: int) -> Tensor:
+        """How many thresholds each marked half score exceeds, int64, starting from `above` that it surely does.
+
+        The table's bins are wider than the windows: many marked scores are outside of the window itself.
         """
-        windows = self.windows
-        probe, value = which[row], values[row, column]
-        above = above.long()
-        pending = torch.arange(len(row), device=value.device)
+        low, high, stride = self.windows.low.view(-1), self.windows.high.view(-1), self.windows.count + 1
+        pending = torch.arange(len(probe), device=value.device)
         unsure = []
         while len(pending):
-            at = probe[pending], above[pending]
-            over, under = value[pending] > windows.high[at], value[pending] < windows.low[at]
-            unsure.append(pending[~over & ~under])
+            at, some = probe[pending] * stride + above[pending], value[pending]
+            over = some > high[at]
+            unsure.append(pending[~over & (some >= low[at])])
             pending = pending[over]
             above[pending] += 1
         again = torch.cat(unsure)
         if len(again):
-            exact = self.exact(which, row[again], column[again], len(values))
+            exact = self.exact(probe[again], column[again], height)
             above[again] = (self.scan.thresholds[probe[again]] < exact[:, None]).sum(dim=1)
         return above
 
-    def exact(self, which: Tensor, row: Tensor, column: Tensor, height: int) -> Tensor:
-        """Devkit scores of probes `which[row]` and columns `column`; whole rows at once when most are wanted."""
+    def exact(self, probe: Tensor, column: Tensor, height: int) -> Tensor:
+        """Devkit scores float32 [N] of pairs that lie in `height` rows; whole rows at once when most are wanted."""
         scan = self.scan
         with self.segment.lock:
-            self.segment.recomputed += len(row)
-        if len(row) < DENSE_SHARE * height * len(self.gallery):
-            return scores.pair_scores(scan.probes, self.gallery, which[row], column, scan.squares, self.squares)
-        block = scores.block_scores(scan.probes[which], self.gallery, scan.squares[which], self.squares)
-        return block[row, column]
+            self.segment.recomputed += len(probe)
+        if len(probe) < DENSE_SHARE * height * len(self.gallery):
+            return scores.pair_scores(scan.probes, self.gallery, probe, column, scan.squares, self.squares)
+        rows, local = probe.unique(return_inverse=True)
+        block = scores.block_scores(scan.probes[rows], self.gallery, scan.squares[rows], self.squares)
+        return block[local, column]
 
     def find_best(self, rows: slice, half: Tensor, top: Tensor) -> None:
         """Update the five best of probes `rows`."""
@@ -374,7 +382,7 @@ class _Work:
         if scan.bounds.exact:
             score = 2 * values[row, column] - scan.squares[which[row]]
         else:
-            score = self.exact(which, row, column, len(values))
+            score = self.exact(which[row], column, len(values))
         self.add_best(which[row].cpu().numpy(), self.block.columns[column.cpu().numpy()], score.cpu().numpy())
 
     def add_best(self, probe: np.ndarray, index: np.ndarray, score: np.ndarray) -> None:
@@ -396,7 +404,7 @@ class _Work:
         near = flat_nonzero(windows.near.index_select(0, windows.to_bins(value)))
         if len(near):
             row, column = kept[near] // half.shape[1], kept[near] % half.shape[1]
-            value[near] = self.exact(which, row, column, len(half))
+            value[near] = self.exact(which[row], column, len(half))
         accepted = self.exceeding(value, None if self.weights is None else self.weights[kept % half.shape[1]])
         with self.segment.lock:
             self.segment.accepted += accepted.cpu().numpy()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megaface.scores import UNIT, Bounds, GalleryClass
 
-TABLE_ENTRIES = 1 << 25  # int32 entries for the tables of all probes together: 128 MB
-LARGEST_TABLE = 8192  # bins a probe: more would not fit into a core's first-level cache
+TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
+LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
 IMPOSTOR_BINS = 1 << 16
 
 
@@ -85,8 +85,8 @@ class Windows:
         return bins.to(torch.int32)
 
     def table(self, rows: slice) -> Tensor:
-        """int32 [r * bins]: for every row and bin `row (K + 1) + thresholds surely below`, and r (K + 1) on top of it
-        where the window of the next threshold touches the bin. Call from one thread at a time."""
+        """[r * bins] for probes `rows`: how many thresholds are surely below a bin, plus K + 1 where the window of the
+        next threshold touches it. Call from one thread at a time."""
         if rows.start not in self._tables:
             self._tables[rows.start] = self._make_table(rows)
         return self._tables[rows.start]
@@ -104,12 +104,12 @@ class Windows:
             for edge in (torch.minimum(low, high), torch.maximum(low, high))
         )
         length = size * (self.bins + 1)
-        ends = np.bincount(last + 1, minlength=length).reshape(size, -1)
         starts = np.bincount(first, minlength=length).reshape(size, -1)
+        ends = np.bincount(last + 1, minlength=length).reshape(size, -1)
         below = ends.cumsum(axis=1)[:, : self.bins]
-        touched = (starts.cumsum(axis=1)[:, : self.bins] - below) > 0
-        table = below + codes * shift + touched * (size * codes)
-        return torch.from_numpy(table.astype(np.int32).ravel()).to(self.device)
+        touched = starts.cumsum(axis=1)[:, : self.bins] > below
+        smallest = next(kind for kind in (np.uint8, np.int16, np.int32) if 2 * codes <= np.iinfo(kind).max)
+        return torch.from_numpy((below + codes * touched).astype(smallest).ravel()).to(self.device)
 
 
 class ImpostorWindows:
@@ -120,7 +120,9 @@ class ImpostorWindows:
     ) -> None:
         """`rows` int64 [r] the probes whose scores are impostors, `genuine` float32 [U] ascending."""
         largest = bounds.squares[rows].max(initial=0.0) + gallery.largest_square
-        width = float(bounds.half_width(gallery)[rows].max(initial=0.0)) + 4 * UNIT * largest  # 2 D - |p|^2 rounds again
+        width = (
+            float(bounds.half_width(gallery)[rows].max(initial=0.0)) + 4 * UNIT * largest
+        )  # 2 D - |p|^2 rounds again
         exact = np.array(genuine, np.float64)
         low, high = outward(exact - width, exact + width)
         self.lowest = float(genuine[0] if bounds.exact else low[0])
