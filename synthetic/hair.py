@@ -137,61 +137,63 @@ def _cut(identity: Identity, azimuth: np.ndarray, elevation: np.ndarray, normal:
     down = vector(0.25 * side, -1.0, -0.15)
     back = vector(0.0, 0.1, -1.0)
     forward = vector(0.15 * side, -0.1, 1.0)
-    parted = vector(across, 0.0, -0.25)
+    parted = vector(across, 0.1, -0.25 - 0.45 * front)
+    # From the brow up: how long a strand at this height may be to end above the eyes.
+    to_brow = np.clip(0.165 * (elevation - 21), 2.0, 11.0) / size
     random = rng.normal(size=(count, 3))
     blend = top[:, None]
     none = np.zeros(count, bool)
     mild = 0.08 + 0.5 * hair["curl"] ** 2
 
     def cut(length: Any, comb: np.ndarray, lift: Any, fall: Any, layer: float, curl: float = 0.0, pitch: float = 0.2,
-            width: float = 0.55, segments: int = 6, bangs: np.ndarray = none, roots: int = 1200) -> Cut:  # fmt: skip
+            width: float = 0.55, segments: int = 6, bangs: np.ndarray = none, roots: int = 800) -> Cut:  # fmt: skip
         return Cut(length * ones * size, comb, lift * ones, fall * ones, layer * volume, curl, pitch, width, segments,
                    bangs, roots)  # fmt: skip
 
     sides = 1 - top
     if style == "crop":
         return cut(1.2 + 2.2 * top, forward * blend + down * (1 - blend), 0.35 + 0.3 * top, 0.15, 0.7, 0.1,
-                   width=0.45, segments=4, bangs=front > 0, roots=1700)  # fmt: skip
+                   width=0.22, segments=3, bangs=front > 0, roots=1700)  # fmt: skip
     if style == "horseshoe":
-        return cut(1.8, down, 0.25, 0.3, 0.6, 0.1, width=0.4, segments=4, roots=1300)
+        return cut(1.4, down, 0.2, 0.3, 0.4, 0.05, width=0.2, segments=3, roots=1200)
     if style == "side_part":
         return cut(2.2 + 5.5 * top, parted * blend + down * (1 - blend), 0.25 + 0.2 * top, 0.3, 1.3, mild,
-                   segments=6, roots=1400)  # fmt: skip
+                   segments=6, roots=800)  # fmt: skip
     if style == "slick_back":
         return cut(4.5 + 6 * top, back * (0.3 + blend) + down * 0.3 * (1 - blend), 0.1, 0.25, 0.9, 0.05,
-                   segments=7, roots=1300)  # fmt: skip
+                   segments=7, roots=800)  # fmt: skip
     if style == "quiff":
         rise = front * top
         return cut(1.8 + 5.5 * top, vector(0.3 * across, 0.5 + 0.8 * rise, 0.5 * rise - 0.6) * blend + down * (1 - blend),
-                   0.3 + 0.5 * rise, 0.15, 1.8, mild * 0.6, segments=6, roots=1500)  # fmt: skip
+                   0.3 + 0.5 * rise, 0.15, 1.8, mild * 0.6, segments=6, roots=850)  # fmt: skip
     if style == "curly_short":
         return cut(4.0 + 2 * top, random + 0.6 * down, 0.7, 0.25, 2.2, 0.5 + 0.3 * hair["curl"], 0.35, 0.5, 7,
-                   roots=1300)  # fmt: skip
+                   roots=800)  # fmt: skip
     if style == "afro":
-        return cut(5.5 + 2.0 * top, random * 0.8, 1.0, 0.02, 5.5, 0.45, 0.5, 0.7, 5, roots=1700)
+        return cut(5.5 + 2.0 * top, random * 0.8, 1.0, 0.02, 5.5, 0.45, 0.5, 0.7, 5, roots=950)
     if style == "fringe":
-        return cut(6.0 + 3.5 * top + 1.5 * front, forward * blend + down * (1 - blend), 0.2, 0.5, 1.4, mild * 0.5,
-                   segments=7, bangs=front > 0.1, roots=1400)  # fmt: skip
+        return cut(np.where(front > 0.1, to_brow, 7.0), forward * blend + down * (1 - blend), 0.2, 0.5, 1.4, mild * 0.5,
+                   segments=7, bangs=front > 0.1, roots=800)  # fmt: skip
     if style == "bob":
         return cut(15 + 4 * top, parted * blend + down * (1 - blend), 0.15, 0.75, 1.7, mild * 0.5,
-                   width=0.8, segments=11, roots=1000)  # fmt: skip
+                   width=0.8, segments=11, roots=560)  # fmt: skip
     if style == "bangs_long":
         bangs = (front > 0.15) & (elevation > 45)
         comb = np.where(bangs[:, None], forward, parted * blend + down * (1 - blend))
-        return cut(np.where(bangs, 9.5, 30), comb, 0.12, 0.8, 1.6, mild * 0.5, width=0.85, segments=13, bangs=bangs,
-                   roots=1000)  # fmt: skip
+        return cut(np.where(bangs, to_brow, 30), comb, 0.12, 0.8, 1.6, mild * 0.5, width=0.85, segments=13, bangs=bangs,
+                   roots=560)  # fmt: skip
     if style.startswith("long"):
         curl, pitch = {"long_straight": (0.1, 0.1), "long_wavy": (0.75, 0.11), "long_curly": (1.0, 0.24)}[style]
         return cut(30 + 6 * top, parted * blend + down * (1 - blend), 0.15 + 0.15 * (curl > 0.5), 0.75, 1.6 + curl,
-                   curl, pitch, 0.9, 14, roots=950)  # fmt: skip
+                   curl, pitch, 0.9, 12, roots=560)  # fmt: skip
     if style in ("ponytail", "bun"):
         knot = np.array([0.0, 4.5 if style == "ponytail" else 8.0, -16.5])
         root = CENTRE + normal * 10
         return cut(np.linalg.norm(knot - root, axis=-1) * 1.02, knot - root, 0.02, 0.0, 0.5, 0.04, width=0.9,
-                   segments=8, roots=1000)  # fmt: skip
+                   segments=8, roots=560)  # fmt: skip
     if style == "dreads":
         return cut(14 + 4 * top, random * 0.35 + parted * blend + down * (1 - blend) + 0.3 * back, 0.35, 0.7, 2.2, 0.25,
-                   0.25, 0.75, 10, roots=700)  # fmt: skip
+                   0.25, 0.75, 10, roots=420)  # fmt: skip
     raise ValueError(f"no such hair style: {style}")
 
 
@@ -263,7 +265,7 @@ def grow_hair(identity: Identity, head: HeadModel, vertices: np.ndarray, field: 
     length = cut.length * rng.uniform(0.75, 1.12, count) * (0.55 + 0.45 * edge)
     if hair["style"] in ("ponytail", "bun"):
         length = cut.length
-    comb = _tangent(cut.comb + rng.normal(0, 0.12 + 0.25 * hair["messy"], (count, 3)), normal)
+    comb = _tangent(cut.comb + rng.normal(0, 0.08 + 0.16 * hair["messy"], (count, 3)), normal)
     if hair["style"] in ("ponytail", "bun"):
         comb = _tangent(cut.comb, normal)
     step = (length / cut.segments)[:, None]
@@ -320,7 +322,9 @@ def _settle(place: np.ndarray, field: RadiusField, above: np.ndarray, cut: Cut, 
     away = np.abs(azimuth)
     edge = np.interp(np.degrees(away), skin.HAIRLINE_THETA, skin.HAIRLINE_PHI) - 3
     over_face = (np.degrees(elevation) < edge) & (away < limit) & ~cut.bangs
-    away = np.where(over_face, np.minimum(limit, away + 0.35), away)
+    short = cut.length < 12
+    away = np.where(over_face & ~short, np.minimum(limit, away + 0.3), away)
+    elevation = np.where(over_face & short, np.radians(edge), elevation)
     azimuth = np.where(azimuth < 0, -away, away)
     direction = skin.unit(azimuth, elevation)
     radius = np.maximum(radius, field(direction) + above)
@@ -374,6 +378,8 @@ def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Rib
     above_lip = (roots["place"][repeat][:, 1] > -6.4) & (np.abs(start[:, 0]) < 3)
     length = base * beard["length"] * rng.uniform(0.6, 1.2, len(repeat))
     length = np.where(above_lip, np.minimum(length, 0.75), length)
+    # Beards are trimmed towards the ears.
+    length *= np.clip(1.25 - 0.14 * np.abs(start[:, 0]), 0.3, 1.0)
     count, segments = len(repeat), 3
     normal = start - np.array([0, -4.5, -4.0])
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)

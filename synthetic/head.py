@@ -265,6 +265,11 @@ def load_head() -> HeadModel:
     units = sorted((folder / "faceunits01" / "targets" / "faceunits").glob("*.target"))
     expression = np.stack([read(path) for path in units])
 
+    # MakeHuman's lower teeth come through the chin when the jaw is wide open.
+    teeth = np.unique(index[quads[groups == "helper-lower-teeth"]])
+    base = (vertices[kept] * CENTIMETRES).astype(np.float32)
+    base[teeth] = base[teeth] * np.float32([0.9, 1.0, 1.0]) + np.float32([0.0, 0.0, -0.45])
+
     eyes = tuple(
         np.unique(index[quads[groups == f"helper-{side}-eye"]]).astype(np.int64) for side in ("r", "l")
     )
@@ -273,7 +278,7 @@ def load_head() -> HeadModel:
     model = HeadModel(
         canonical=empty,
         origin=np.zeros(3, np.float32),
-        base=(vertices[kept] * CENTIMETRES).astype(np.float32),
+        base=base,
         faces=faces,
         material=np.tile(material, 2).astype(np.int32),
         uv=uv,

@@ -12,8 +12,15 @@ that bounces between surfaces; the gain is about two rays per pixel.
 
 import warp as wp
 
-wp.config.quiet = True
+wp.config.log_level = wp.LOG_ERROR
 wp.config.enable_backward = False  # no gradients are wanted; halves the compilation
+# A quarter faster than warp's defaults; infinities stay infinities, which the slab tests of the bounding tree need.
+wp.set_module_options(
+    {
+        "cpu_compiler_flags": "-march=native -ffp-contract=fast -mreassociate -freciprocal-math -fno-signed-zeros "
+        "-fapprox-func -mllvm=-inline-threshold=9000"
+    }
+)
 
 # Materials of faces; the first six are head.SKIN ... head.LASH.
 SKIN = wp.constant(0)
@@ -32,7 +39,7 @@ CENTRE_Y = -3.0
 CENTRE_Z = -6.0
 PHI_TOP = 1.5707963
 PHI_RANGE = 2.9670597
-FAR = 200.0
+FAR = 1000.0
 
 
 @wp.struct
@@ -73,8 +80,10 @@ class Uniforms:
     hair_tip: wp.vec3
     hair_shine: float
     hair_grey: float
+    beard_grey: float
     beard: wp.vec3
     lash: wp.vec3
+    lash_amount: float
     teeth: wp.vec3
     lip: wp.vec3
     lip_amount: float
@@ -99,15 +108,26 @@ class Uniforms:
 
 
 @wp.struct
-class Surface:
-    """What one ray saw."""
+class Hit:
+    """Where a ray ended: enough to shade it later."""
 
-    hit: int
+    material: int  # -1: nothing
+    depth: float
+    normal: wp.vec3
+    flat: wp.vec3
+    place: wp.vec3  # canonical position; for hair the strand's direction
+    detail: wp.vec4  # hair: across, along, seed; worn and held things: reflectance and a code of pattern and gloss
+    sky: float
+
+
+@wp.struct
+class Surface:
+    """Light that leaves a point: irradiance (blurred if `scatter`) times albedo, plus `extra`."""
+
     irradiance: wp.vec3
     albedo: wp.vec3
     extra: wp.vec3
     scatter: float
-    depth: float
     material: int
 
 
@@ -296,111 +316,172 @@ def prop_pattern(q: wp.vec3, kind: float) -> float:
     return 0.45 + 1.1 * step(0.35, 0.65, noise2(q[0] * 0.9 + 5.0, q[1] * 0.9))
 
 
+@wp.struct
+class Scene:
+    """The meshes of a batch and what hangs on their vertices; per photo `body`, `props`, `lenses` and their flags."""
+
+    body: wp.array(dtype=wp.uint64)
+    props: wp.array(dtype=wp.uint64)
+    lenses: wp.array(dtype=wp.uint64)
+    flags: wp.array2d(dtype=wp.int32)
+    materials: wp.array(dtype=wp.int32)
+    aux: wp.array(dtype=wp.vec3)
+    strand: wp.array(dtype=wp.vec3)
+    occlusion: wp.array(dtype=float)
+    prop_faces: wp.array(dtype=wp.int32)
+    prop_start: wp.array(dtype=wp.int32)
+    prop_normals: wp.array(dtype=wp.vec3)
+    prop_colours: wp.array(dtype=wp.vec3)
+    prop_info: wp.array(dtype=wp.vec3)
+
+
 @wp.func
-def see(
+def trace(
     b: int,
-    body: wp.uint64,
-    props: wp.uint64,
-    lenses: wp.uint64,
-    has_props: int,
-    has_lens: int,
+    scene: Scene,
     faces: wp.array(dtype=wp.int32),
-    materials: wp.array(dtype=wp.int32),
     normals: wp.array2d(dtype=wp.vec3),
-    aux: wp.array(dtype=wp.vec3),
-    strand: wp.array(dtype=wp.vec3),
-    occlusion: wp.array(dtype=float),
-    prop_faces: wp.array(dtype=wp.int32),
-    prop_start: wp.array(dtype=wp.int32),
-    prop_normals: wp.array(dtype=wp.vec3),
-    prop_colours: wp.array(dtype=wp.vec3),
-    prop_info: wp.array(dtype=wp.vec3),
-    paint: wp.array3d(dtype=wp.uint8),
-    masks: wp.array3d(dtype=wp.uint8),
     u: Uniforms,
-    px: float,
-    py: float,
-    state: wp.uint32,
-) -> Surface:
-    """Trace one ray through image position (px, py) in pixels and shade what it meets."""
-    out = Surface()
-    out.hit = 0
-    direction = wp.normalize(
-        u.forward + u.right * ((px - u.centre_x) / u.focal) + u.up * ((u.centre_y - py) / u.focal)
-    )
-    v = -direction
+    direction: wp.vec3,
+) -> Hit:
+    """The nearest thing along a ray from the camera: head, hair (through the gaps between strands), worn things."""
+    out = Hit()
+    out.material = -1
+    out.depth = FAR
+    out.sky = 1.0
+    body = scene.body[b]
     o = u.origin
     distance = float(0.0)
-    face = int(-1)
-    n = wp.vec3(0.0, 0.0, 0.0)
-    q = wp.vec3(0.0, 0.0, 0.0)
-    st = wp.vec3(0.0, 0.0, 0.0)
-    open_sky = float(1.0)
-    material = int(-1)
-    flat = wp.vec3(0.0, 0.0, 0.0)
     for _pass in range(6):
         r = wp.mesh_query_ray(body, o, direction, FAR)
         if not r.result:
             break
         distance += r.t
-        m = materials[r.face]
+        m = scene.materials[r.face]
         i0 = faces[3 * r.face]
         i1 = faces[3 * r.face + 1]
         i2 = faces[3 * r.face + 2]
         w0 = r.u
         w1 = r.v
         w2 = 1.0 - w0 - w1
-        s3 = strand[i0] * w0 + strand[i1] * w1 + strand[i2] * w2
         seen = int(1)
-        if m == HAIR or m == BEARD:
-            seen = strand_cut(s3[0], s3[1], strand[i0][2], 7.0)
-        elif m == LASH:
-            if hash1(wp.floor(s3[0] * 40.0), 3.0) < 0.45 + 0.5 * s3[1]:
-                seen = 0
+        st = wp.vec3(0.0, 0.0, 0.0)
+        if m >= LASH:
+            st = scene.strand[i0] * w0 + scene.strand[i1] * w1 + scene.strand[i2] * w2
+            if m == LASH:
+                keep = u.lash_amount * (1.0 - st[1])
+                if st[0] < 0.0:  # the lower lid's are few and short
+                    keep = 0.35 * u.lash_amount * (1.0 - 2.0 * st[1])
+                if hash1(wp.floor(st[0] * 60.0), 3.0) > keep:
+                    seen = 0
+            else:
+                seen = strand_cut(st[0], st[1], st[2], 7.0)
         if seen == 1:
-            face = r.face
-            material = m
-            n = wp.normalize(normals[b, i0] * w0 + normals[b, i1] * w1 + normals[b, i2] * w2)
-            q = aux[i0] * w0 + aux[i1] * w1 + aux[i2] * w2
-            st = wp.vec3(s3[0], s3[1], strand[i0][2])
-            open_sky = occlusion[i0] * w0 + occlusion[i1] * w1 + occlusion[i2] * w2
-            flat = r.normal
+            out.material = m
+            out.depth = distance
+            out.normal = wp.normalize(normals[b, i0] * w0 + normals[b, i1] * w1 + normals[b, i2] * w2)
+            out.flat = r.normal
+            out.place = scene.aux[i0] * w0 + scene.aux[i1] * w1 + scene.aux[i2] * w2
+            out.detail = wp.vec4(st[0], st[1], st[2], 0.0)
+            out.sky = scene.occlusion[i0] * w0 + scene.occlusion[i1] * w1 + scene.occlusion[i2] * w2
             break
         o = o + direction * (r.t + 0.002)
         distance += 0.002
-    body_depth = FAR
-    if face >= 0:
-        body_depth = distance
-    kind = float(0.0)
-    gloss = float(0.0)
-    prop_albedo = wp.vec3(0.0, 0.0, 0.0)
-    if has_props == 1:
-        r = wp.mesh_query_ray(props, u.origin, direction, body_depth)
+    if scene.flags[b, 0] == 1:
+        r = wp.mesh_query_ray(scene.props[b], u.origin, direction, out.depth)
         if r.result:
-            base = prop_start[b]
-            offset = base * 3 + 3 * r.face
-            i0 = prop_faces[offset]
-            i1 = prop_faces[offset + 1]
-            i2 = prop_faces[offset + 2]
+            offset = 3 * (scene.prop_start[b] + r.face)
+            i0 = scene.prop_faces[offset]
+            i1 = scene.prop_faces[offset + 1]
+            i2 = scene.prop_faces[offset + 2]
             w0 = r.u
             w1 = r.v
             w2 = 1.0 - w0 - w1
-            n = wp.normalize(prop_normals[i0] * w0 + prop_normals[i1] * w1 + prop_normals[i2] * w2)
-            prop_albedo = prop_colours[i0] * w0 + prop_colours[i1] * w1 + prop_colours[i2] * w2
-            info = prop_info[i0]
-            kind = info[0]
-            gloss = info[1]
-            material = PROP
+            out.normal = wp.normalize(
+                scene.prop_normals[i0] * w0 + scene.prop_normals[i1] * w1 + scene.prop_normals[i2] * w2
+            )
+            colour = scene.prop_colours[i0] * w0 + scene.prop_colours[i1] * w1 + scene.prop_colours[i2] * w2
+            info = scene.prop_info[i0]
+            out.detail = wp.vec4(colour[0], colour[1], colour[2], 2.0 * info[0] + 0.9 * info[1])
+            out.material = PROP
             if info[2] > 0.5:
-                material = HAND
-            face = r.face
-            body_depth = r.t
-            flat = r.normal
-            open_sky = 0.85
-    if face < 0:
-        if has_lens == 1:
-            r = wp.mesh_query_ray(lenses, u.origin, direction, FAR)
-        return out
+                out.material = HAND
+            out.depth = r.t
+            out.flat = r.normal
+            out.sky = 0.85
+    return out
+
+
+@wp.func
+def camera_ray(u: Uniforms, x: float, y: float) -> wp.vec3:
+    """Direction through image position (x, y) in pixels."""
+    return wp.normalize(u.forward + u.right * ((x - u.centre_x) / u.focal) + u.up * ((u.centre_y - y) / u.focal))
+
+
+@wp.func
+def visible(
+    b: int, scene: Scene, u: Uniforms, hit: Hit, direction: wp.vec3, x: int, y: int, state: wp.uint32
+) -> wp.vec3:
+    """Which of the three lights reach a point: one jittered shadow ray each, none for lights behind the surface.
+
+    The jitter is stratified over 4 x 4 neighbours (interleaved sampling, Keller and Heidrich 2001): `soften` averages
+    them, so that a soft light is sampled 16 times for the price of one.
+    """
+    out = wp.vec3(0.0, 0.0, 0.0)
+    p = u.origin + direction * hit.depth
+    hairy = int(0)
+    if hit.material == HAIR or hit.material == BEARD:
+        hairy = 1
+    start = hit.flat * 0.03
+    if wp.dot(hit.flat, direction) > 0.0:
+        start = -start
+    for l in range(3):
+        light = u.light0
+        colour = u.colour0
+        spread = u.spread0
+        if l == 1:
+            light = u.light1
+            colour = u.colour1
+            spread = u.spread1
+        if l == 2:
+            light = u.light2
+            colour = u.colour2
+            spread = u.spread2
+        jitter = wp.vec2(
+            (float((x + l) % 4) + wp.randf(state)) * 0.25, (float((y + 2 * l) % 4) + wp.randf(state)) * 0.25
+        )
+        if colour[0] + colour[1] + colour[2] < 0.001:
+            continue
+        if hairy == 0 and wp.dot(hit.normal, light) < -0.28:
+            continue
+        from_here = p + start
+        if hairy == 1:
+            from_here = p + light * 0.35
+        out[l] = lit(scene.body[b], scene.props[b], scene.flags[b, 0], from_here, light, spread, jitter)
+    return out
+
+
+@wp.func
+def shade(
+    b: int,
+    scene: Scene,
+    paint: wp.array3d(dtype=wp.uint8),
+    masks: wp.array3d(dtype=wp.uint8),
+    u: Uniforms,
+    hit: Hit,
+    free: wp.vec3,
+    direction: wp.vec3,
+) -> Surface:
+    """The light that leaves a hit towards the camera, given which lights reach it."""
+    out = Surface()
+    v = -direction
+    material = hit.material
+    n = hit.normal
+    q = hit.place
+    st = hit.detail
+    open_sky = hit.sky
+    flat = hit.flat
+    body_depth = hit.depth
     p = u.origin + direction * body_depth
     if wp.dot(n, v) < 0.0 and (material >= HAIR or wp.dot(flat, v) < 0.0):
         n = -n
@@ -408,10 +489,7 @@ def see(
     nv = wp.dot(n, v)
     if nv < 0.05:
         n = wp.normalize(n + v * (0.05 - nv))
-    out.hit = 1
-    out.depth = body_depth
     out.material = material
-
     albedo = wp.vec3(0.5, 0.5, 0.5)
     roughness = float(0.5)
     f0 = float(0.028)
@@ -440,7 +518,7 @@ def see(
         albedo = mixed(albedo, wp.cw_mul(albedo, u.blush), mask[2] * u.blush_amount)
         wrap = wp.vec3(0.28, 0.11, 0.05)
         roughness = 0.46 - 0.10 * u.shine - 0.14 * mask[0] * u.lip_gloss
-        spec = (0.5 + 0.9 * u.shine) * (0.6 + 0.8 * mask[3]) * (1.0 + 1.5 * mask[0] * u.lip_gloss)
+        spec = (0.35 + 0.75 * u.shine) * (0.6 + 0.8 * mask[3]) * (1.0 + 1.5 * mask[0] * u.lip_gloss)
         scatter = 1.0
         shiny = n
         neck = u.neckline - u.neck_depth * (1.0 - step(0.0, u.neck_width, wp.abs(q[0])))
@@ -494,18 +572,17 @@ def see(
         scatter = 0.5
         open_sky = open_sky * 0.85
     elif material == TEETH:
-        gum = step(0.0, 1.0, 0.0)
         tooth = wp.abs(fract(wp.atan2(q[0], q[2] + 3.5) * 4.2 + 0.5) - 0.5)
-        albedo = u.teeth * (0.7 + 0.3 * step(0.0, 0.06, tooth - 0.02)) + wp.vec3(gum, gum, gum) * 0.0
+        albedo = u.teeth * (0.75 + 0.25 * step(0.02, 0.08, tooth))
         roughness = 0.3
         f0 = 0.04
         scatter = 0.5
-        open_sky = open_sky * 0.8
+        open_sky = 0.35 + 0.65 * open_sky  # light that came through lips and from tooth to tooth
         wrap = wp.vec3(0.3, 0.3, 0.3)
     elif material == CAVITY:
         albedo = wp.vec3(0.16, 0.035, 0.03)
         spec = 0.2
-        open_sky = open_sky * 0.5
+        open_sky = open_sky * 0.6
     elif material == TONGUE:
         albedo = wp.vec3(0.42, 0.13, 0.12)
         roughness = 0.35
@@ -516,64 +593,58 @@ def see(
         spec = 0.0
     elif material == HAIR or material == BEARD:
         tangent = wp.normalize(q)
-        strand_tone = 0.55 + 0.9 * hash1(wp.floor(st[0] * 7.0), st[2] + 11.0)
-        clump = 0.75 + 0.5 * hash1(st[2], 5.0)
+        strand_tone = 0.7 + 0.6 * hash1(wp.floor(st[0] * 7.0), st[2] + 11.0)
+        clump = 0.8 + 0.4 * hash1(st[2], 5.0)
         if material == HAIR:
             albedo = mixed(u.hair_root, u.hair_tip, st[1]) * (strand_tone * clump)
-            if hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]) < u.hair_grey:
-                albedo = wp.vec3(0.5, 0.5, 0.5) * (0.5 + 0.5 * strand_tone)
+            aged = step(0.0, 0.5, u.hair_grey - 0.7 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
+            albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
         else:
             albedo = u.beard * (strand_tone * clump)
-            if hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]) < u.hair_grey:
-                albedo = wp.vec3(0.45, 0.45, 0.45) * (0.5 + 0.5 * strand_tone)
+            aged = step(0.0, 0.5, u.beard_grey - 0.7 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
+            albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
         open_sky = open_sky * (0.35 + 0.65 * st[1])
     elif material == HAND:
-        albedo = wp.cw_mul(u.skin_tone, prop_albedo)
+        albedo = wp.cw_mul(u.skin_tone, wp.vec3(st[0], st[1], st[2]))
         wrap = wp.vec3(0.28, 0.11, 0.05)
         scatter = 1.0
         spec = 0.6
     else:
-        albedo = prop_albedo * prop_pattern(p, kind)
+        kind = wp.floor(st[3] * 0.5)
+        gloss = (st[3] - 2.0 * kind) / 0.9
+        albedo = wp.vec3(st[0], st[1], st[2]) * prop_pattern(p, kind)
         roughness = 0.75 - 0.6 * gloss
         f0 = 0.04
         spec = 0.3 + 1.2 * gloss
     irradiance = ambient_light(u, n) * open_sky
     extra = wp.vec3(0.0, 0.0, 0.0)
-    start = p + flat * 0.03
-    if wp.dot(flat, v) < 0.0:
-        start = p - flat * 0.03
     for l in range(3):
         light = u.light0
         colour = u.colour0
-        spread = u.spread0
         if l == 1:
             light = u.light1
             colour = u.colour1
-            spread = u.spread1
         if l == 2:
             light = u.light2
             colour = u.colour2
-            spread = u.spread2
         if colour[0] + colour[1] + colour[2] < 0.001:
             continue
         nl = wp.dot(n, light)
-        jitter = wp.vec2(wp.randf(state), wp.randf(state))
         if material == HAIR or material == BEARD:
-            free = lit(body, props, has_props, p + light * 0.35, light, spread, jitter)
             kk = hair_light(tangent, v, light, u.hair_shine)
             facing = wp.clamp(0.45 + 0.55 * nl, 0.0, 1.0)
-            through = 0.15 + 0.85 * free
+            through = 0.15 + 0.85 * free[l]
             irradiance += colour * (kk[0] * facing * through)
-            extra += wp.cw_mul(colour, mixed(albedo, wp.vec3(1.0, 1.0, 1.0), 0.25)) * (kk[1] * facing * free * 0.9)
+            extra += wp.cw_mul(colour, mixed(albedo, wp.vec3(1.0, 1.0, 1.0), 0.25)) * (kk[1] * facing * free[l] * 0.9)
             continue
         if nl < -0.28:
             continue
-        free = lit(body, props, has_props, start, light, spread, jitter)
-        if free > 0.0:
+        reach = free[l]
+        if reach > 0.0:
             for c in range(3):
                 w = wrap[c]
-                irradiance[c] = irradiance[c] + colour[c] * wp.max((nl + w) / ((1.0 + w) * (1.0 + w)), 0.0)
-            extra += colour * (highlight(shiny, v, light, roughness, f0) * spec)
+                irradiance[c] = irradiance[c] + colour[c] * reach * wp.max((nl + w) / ((1.0 + w) * (1.0 + w)), 0.0)
+            extra += colour * (highlight(shiny, v, light, roughness, f0) * spec * reach)
     # Sheen: the surroundings mirrored at grazing angles.
     if material != HAIR and material != BEARD and material != LASH and material != CAVITY:
         nv = wp.max(wp.dot(shiny, v), 0.0)
@@ -581,8 +652,8 @@ def see(
         mirrored = shiny * (2.0 * nv) - v
         extra += ambient_light(u, mirrored) * (fresnel * spec * open_sky * 0.7)
     # Glasses: the lens tints what is behind it and mirrors the ambient light.
-    if has_lens == 1:
-        r = wp.mesh_query_ray(lenses, u.origin, direction, body_depth)
+    if scene.flags[b, 1] == 1:
+        r = wp.mesh_query_ray(scene.lenses[b], u.origin, direction, body_depth)
         if r.result:
             albedo = wp.cw_mul(albedo, u.lens)
             extra = wp.cw_mul(extra, u.lens)
@@ -602,47 +673,219 @@ def see(
     return out
 
 
+@wp.struct
+class Buffers:
+    """What is known of every pixel after tracing, [B, H, W] each."""
+
+    normal: wp.array3d(dtype=wp.vec4)  # and open sky
+    place: wp.array3d(dtype=wp.vec4)  # and depth
+    flat: wp.array3d(dtype=wp.vec4)  # and material
+    detail: wp.array3d(dtype=wp.vec4)
+    free: wp.array3d(dtype=wp.vec3)  # which lights arrive
+    raw: wp.array3d(dtype=wp.vec3)  # the same before `soften`, grid pixels only
+
+
+@wp.func
+def store(buffers: Buffers, b: int, y: int, x: int, hit: Hit, free: wp.vec3):
+    buffers.normal[b, y, x] = wp.vec4(hit.normal[0], hit.normal[1], hit.normal[2], hit.sky)
+    buffers.place[b, y, x] = wp.vec4(hit.place[0], hit.place[1], hit.place[2], hit.depth)
+    buffers.flat[b, y, x] = wp.vec4(hit.flat[0], hit.flat[1], hit.flat[2], float(hit.material))
+    buffers.detail[b, y, x] = hit.detail
+    buffers.free[b, y, x] = free
+
+
+@wp.func
+def load(buffers: Buffers, b: int, y: int, x: int) -> Hit:
+    out = Hit()
+    n = buffers.normal[b, y, x]
+    p = buffers.place[b, y, x]
+    f = buffers.flat[b, y, x]
+    out.normal = wp.vec3(n[0], n[1], n[2])
+    out.sky = n[3]
+    out.place = wp.vec3(p[0], p[1], p[2])
+    out.depth = p[3]
+    out.flat = wp.vec3(f[0], f[1], f[2])
+    out.material = int(f[3])
+    out.detail = buffers.detail[b, y, x]
+    return out
+
+
 @wp.kernel(enable_backward=False)
-def render(
-    body: wp.array(dtype=wp.uint64),
-    props: wp.array(dtype=wp.uint64),
-    lenses: wp.array(dtype=wp.uint64),
-    flags: wp.array2d(dtype=wp.int32),
+def trace_grid(
+    scene: Scene,
     faces: wp.array(dtype=wp.int32),
-    materials: wp.array(dtype=wp.int32),
     normals: wp.array2d(dtype=wp.vec3),
-    aux: wp.array(dtype=wp.vec3),
-    strand: wp.array(dtype=wp.vec3),
-    occlusion: wp.array(dtype=float),
-    prop_faces: wp.array(dtype=wp.int32),
-    prop_start: wp.array(dtype=wp.int32),
-    prop_normals: wp.array(dtype=wp.vec3),
-    prop_colours: wp.array(dtype=wp.vec3),
-    prop_info: wp.array(dtype=wp.vec3),
+    uniforms: wp.array(dtype=Uniforms),
+    buffers: Buffers,
+):
+    """Trace every second pixel of every second row, with shadow rays."""
+    b, gy, gx = wp.tid()
+    y = 2 * gy
+    x = 2 * gx
+    u = uniforms[b]
+    direction = camera_ray(u, float(x) + 0.5, float(y) + 0.5)
+    hit = trace(b, scene, faces, normals, u, direction)
+    free = wp.vec3(0.0, 0.0, 0.0)
+    if hit.material >= 0:
+        free = visible(b, scene, u, hit, direction, gx, gy, wp.rand_init(u.seed, y * 4096 + x))
+    store(buffers, b, y, x, hit, free)
+    buffers.raw[b, gy, gx] = free
+
+
+@wp.kernel(enable_backward=False)
+def soften(uniforms: wp.array(dtype=Uniforms), buffers: Buffers):
+    """Average the shadow rays of up to 4 x 4 grid neighbours on the same surface; fewer for a small source."""
+    b, gy, gx = wp.tid()
+    here = buffers.place[b, 2 * gy, 2 * gx]
+    material = buffers.flat[b, 2 * gy, 2 * gx][3]
+    if material < 0.0:
+        return
+    u = uniforms[b]
+    total = wp.vec3(0.0, 0.0, 0.0)
+    counts = wp.vec3(0.0, 0.0, 0.0)
+    for k in range(16):
+        dy = k // 4 - 2
+        dx = k % 4 - 2
+        yy = wp.clamp(gy + dy, 0, buffers.raw.shape[1] - 1)
+        xx = wp.clamp(gx + dx, 0, buffers.raw.shape[2] - 1)
+        there = buffers.place[b, 2 * yy, 2 * xx]
+        if buffers.flat[b, 2 * yy, 2 * xx][3] == material and wp.abs(there[3] - here[3]) < 0.8:
+            f = buffers.raw[b, yy, xx]
+            reach = wp.max(wp.abs(float(dx) + 0.0), wp.abs(float(dy) + 0.0))
+            for l in range(3):
+                spread = u.spread0
+                if l == 1:
+                    spread = u.spread1
+                if l == 2:
+                    spread = u.spread2
+                if reach <= 0.5 + 20.0 * spread:
+                    total[l] = total[l] + f[l]
+                    counts[l] = counts[l] + 1.0
+    buffers.free[b, 2 * gy, 2 * gx] = wp.vec3(total[0] / counts[0], total[1] / counts[1], total[2] / counts[2])
+
+
+@wp.func
+def delicate(q: wp.vec3) -> int:
+    """1 around eyes and mouth, where parts are thinner than the grid."""
+    if q[2] < -3.0:
+        return 0
+    x = (wp.abs(q[0]) - 2.9) / 2.3
+    y = q[1] / 1.5
+    if x * x + y * y < 1.0:
+        return 1
+    x = q[0] / 3.4
+    y = (q[1] + 6.8) / 1.9
+    if x * x + y * y < 1.0:
+        return 1
+    return 0
+
+
+@wp.kernel(enable_backward=False)
+def trace_rest(
+    scene: Scene,
+    faces: wp.array(dtype=wp.int32),
+    normals: wp.array2d(dtype=wp.vec3),
+    uniforms: wp.array(dtype=Uniforms),
+    buffers: Buffers,
+):
+    """The pixels between the grid's: interpolated where all their neighbours saw the same smooth skin, else traced.
+
+    Shadows are the neighbours' of the same material wherever there are any, so a quarter of the pixels pays for shadow
+    rays; the blur of `scatter_light` hides the difference.
+    """
+    b, y, x = wp.tid()
+    if x % 2 == 0 and y % 2 == 0:
+        return
+    u = uniforms[b]
+    height = buffers.free.shape[1]
+    width = buffers.free.shape[2]
+    x0 = x - x % 2
+    y0 = y - y % 2
+    x1 = wp.min(x + x % 2, width - 1 - (width - 1) % 2)
+    y1 = wp.min(y + y % 2, height - 1 - (height - 1) % 2)
+    direction = camera_ray(u, float(x) + 0.5, float(y) + 0.5)
+    first = load(buffers, b, y0, x0)
+    near = first.depth
+    far = first.depth
+    same = int(1)
+    normal = wp.vec3(0.0, 0.0, 0.0)
+    place = wp.vec3(0.0, 0.0, 0.0)
+    flat = wp.vec3(0.0, 0.0, 0.0)
+    sky = float(0.0)
+    free = wp.vec3(0.0, 0.0, 0.0)
+    depth = float(0.0)
+    for k in range(4):
+        hit = load(buffers, b, wp.where(k < 2, y0, y1), wp.where(k % 2 == 0, x0, x1))
+        if hit.material != first.material or wp.dot(hit.normal, first.normal) < 0.88:
+            same = 0
+        near = wp.min(near, hit.depth)
+        far = wp.max(far, hit.depth)
+        normal += hit.normal
+        place += hit.place
+        flat += hit.flat
+        sky += 0.25 * hit.sky
+        depth += 0.25 * hit.depth
+        free += 0.25 * buffers.free[b, wp.where(k < 2, y0, y1), wp.where(k % 2 == 0, x0, x1)]
+    smooth = int(0)
+    if first.material == -1:
+        smooth = same
+    elif first.material == SKIN and same == 1 and far - near < 0.4:
+        smooth = 1 - delicate(place * 0.25)
+    if smooth == 1 and scene.flags[b, 0] == 1:
+        r = wp.mesh_query_ray(scene.props[b], u.origin, direction, depth)
+        if r.result:
+            smooth = 0
+    if smooth == 1:
+        if first.material >= 0:
+            first.normal = wp.normalize(normal)
+            first.place = place * 0.25
+            first.flat = wp.normalize(flat)
+            first.sky = sky
+            first.depth = depth
+        store(buffers, b, y, x, first, free)
+        return
+    hit = trace(b, scene, faces, normals, u, direction)
+    total = wp.vec3(0.0, 0.0, 0.0)
+    count = float(0.0)
+    if hit.material >= 0:
+        for k in range(4):
+            yy = wp.where(k < 2, y0, y1)
+            xx = wp.where(k % 2 == 0, x0, x1)
+            if int(buffers.flat[b, yy, xx][3]) == hit.material and wp.abs(buffers.place[b, yy, xx][3] - hit.depth) < 1.0:
+                total += buffers.free[b, yy, xx]
+                count += 1.0
+        if count > 0.0:
+            total = total / count
+        else:
+            total = visible(b, scene, u, hit, direction, x, y, wp.rand_init(u.seed, y * 4096 + x))
+    store(buffers, b, y, x, hit, total)
+
+
+@wp.kernel(enable_backward=False)
+def light_up(
+    scene: Scene,
     paint: wp.array3d(dtype=wp.uint8),
     masks: wp.array3d(dtype=wp.uint8),
     uniforms: wp.array(dtype=Uniforms),
+    buffers: Buffers,
     irradiance: wp.array3d(dtype=wp.vec4),
     albedo: wp.array3d(dtype=wp.vec4),
     extra: wp.array3d(dtype=wp.vec4),
 ):
-    """First sample of every pixel: (irradiance, scatter), (albedo, coverage), (extra radiance, depth)."""
+    """Shade every pixel: (irradiance, scatter), (albedo, 1 + material or 0), (extra radiance, depth)."""
     b, y, x = wp.tid()
-    u = uniforms[b]
-    state = wp.rand_init(u.seed, y * 4096 + x)
-    s = see(
-        b, body[b], props[b], lenses[b], flags[b, 0], flags[b, 1], faces, materials, normals, aux, strand, occlusion,
-        prop_faces, prop_start, prop_normals, prop_colours, prop_info, paint, masks, u,
-        float(x) + 0.5, float(y) + 0.5, state,
-    )  # fmt: skip
-    if s.hit == 0:
+    hit = load(buffers, b, y, x)
+    if hit.material < 0:
         irradiance[b, y, x] = wp.vec4(0.0, 0.0, 0.0, 0.0)
         albedo[b, y, x] = wp.vec4(0.0, 0.0, 0.0, 0.0)
         extra[b, y, x] = wp.vec4(0.0, 0.0, 0.0, FAR)
         return
+    u = uniforms[b]
+    direction = camera_ray(u, float(x) + 0.5, float(y) + 0.5)
+    s = shade(b, scene, paint, masks, u, hit, buffers.free[b, y, x], direction)
     irradiance[b, y, x] = wp.vec4(s.irradiance[0], s.irradiance[1], s.irradiance[2], s.scatter)
     albedo[b, y, x] = wp.vec4(s.albedo[0], s.albedo[1], s.albedo[2], 1.0 + float(s.material))
-    extra[b, y, x] = wp.vec4(s.extra[0], s.extra[1], s.extra[2], s.depth)
+    extra[b, y, x] = wp.vec4(s.extra[0], s.extra[1], s.extra[2], hit.depth)
 
 
 @wp.kernel(enable_backward=False)
@@ -694,24 +937,13 @@ def scatter_light(
 
 @wp.kernel(enable_backward=False)
 def compose(
-    body: wp.array(dtype=wp.uint64),
-    props: wp.array(dtype=wp.uint64),
-    lenses: wp.array(dtype=wp.uint64),
-    flags: wp.array2d(dtype=wp.int32),
+    scene: Scene,
     faces: wp.array(dtype=wp.int32),
-    materials: wp.array(dtype=wp.int32),
     normals: wp.array2d(dtype=wp.vec3),
-    aux: wp.array(dtype=wp.vec3),
-    strand: wp.array(dtype=wp.vec3),
-    occlusion: wp.array(dtype=float),
-    prop_faces: wp.array(dtype=wp.int32),
-    prop_start: wp.array(dtype=wp.int32),
-    prop_normals: wp.array(dtype=wp.vec3),
-    prop_colours: wp.array(dtype=wp.vec3),
-    prop_info: wp.array(dtype=wp.vec3),
     paint: wp.array3d(dtype=wp.uint8),
     masks: wp.array3d(dtype=wp.uint8),
     uniforms: wp.array(dtype=Uniforms),
+    buffers: Buffers,
     irradiance: wp.array3d(dtype=wp.vec4),
     albedo: wp.array3d(dtype=wp.vec4),
     extra: wp.array3d(dtype=wp.vec4),
@@ -719,7 +951,7 @@ def compose(
     more: int,
     image: wp.array3d(dtype=wp.vec3),
 ):
-    """Linear RGB of every pixel; pixels on an edge of depth or material get `more` further rays."""
+    """Linear RGB of every pixel; pixels on an edge of depth or material get up to `more` further rays."""
     b, y, x = wp.tid()
     behind = background[b, y, x]
     a = albedo[b, y, x]
@@ -734,26 +966,23 @@ def compose(
         yy = wp.clamp(y + wp.where(k == 2, 1, wp.where(k == 3, -1, 0)), 0, image.shape[1] - 1)
         if albedo[b, yy, xx][3] != a[3] or wp.abs(extra[b, yy, xx][3] - e[3]) > 0.8:
             edge = 1
-    hairy = wp.abs(a[3] - 7.0) < 1.5
-    if edge == 0 and not hairy:
+    if edge == 0:
         image[b, y, x] = colour
         return
     u = uniforms[b]
-    state = wp.rand_init(u.seed + 1, y * 4096 + x)
     total = colour
     rays = more
-    if edge == 0:
+    if wp.abs(a[3] - 7.5) < 1.0:  # within hair one more is enough
         rays = 1
+    free = buffers.free[b, y, x]
     for k in range(rays):
         # Points of a rotated grid around the centre that the first ray took.
-        ox = wp.where(k == 0, 0.27, wp.where(k == 1, 0.83, 0.37))
-        oy = wp.where(k == 0, 0.17, wp.where(k == 1, 0.33, 0.87))
-        s = see(
-            b, body[b], props[b], lenses[b], flags[b, 0], flags[b, 1], faces, materials, normals, aux, strand,
-            occlusion, prop_faces, prop_start, prop_normals, prop_colours, prop_info, paint, masks, u,
-            float(x) + ox, float(y) + oy, state + wp.uint32(k * 7919),
-        )  # fmt: skip
-        if s.hit == 1:
+        direction = camera_ray(u, float(x) + wp.where(k == 0, 0.23, 0.81), float(y) + wp.where(k == 0, 0.19, 0.83))
+        hit = trace(b, scene, faces, normals, u, direction)
+        if hit.material >= 0:
+            if a[3] == 0.0:
+                free = wp.vec3(0.7, 0.7, 0.7)
+            s = shade(b, scene, paint, masks, u, hit, free, direction)
             total += wp.cw_mul(s.albedo, s.irradiance) + s.extra
         else:
             total += behind

@@ -89,6 +89,7 @@ class Identity:
     lip_colour: float
     iris: str
     iris_size: float
+    lids: float  # how wide the eyes are open at rest, in units of the expression eyeWide
     teeth: float
     brow: dict[str, float]
     hair: dict[str, Any]
@@ -182,6 +183,13 @@ GENTLE = {
     "measure-neck": 0.5,
     "mouth-trans-forward": 0.6,
     "ear-wing": 0.8,
+    "mouth-scale": 0.8,
+    "mouth-lowerlip": 0.8,
+    "mouth-upperlip": 0.8,
+    "nose-scale": 0.85,
+    "nose-volume": 0.8,
+    "head-scale": 0.8,
+    "head-fat": 0.7,
 }
 
 
@@ -204,7 +212,7 @@ def _local_changes(rng: np.random.Generator, head: HeadModel, who: dict[str, flo
     for label, name in zip(labels, bare, strict=True):
         scale = next((share for prefix, share in GENTLE.items() if name.startswith(prefix)), 1.0)
         side = {"l-": 1.0, "r-": -1.0}.get(label[:2], 0.0)
-        value = (drawn[name] + side * asymmetry[name]) * 0.42 * scale
+        value = (drawn[name] + side * asymmetry[name]) * 0.33 * scale
         if name.startswith(("head-", "chin-triangle")) and name.removeprefix("head-") in (
             "diamond",
             "invertedtriangular",
@@ -215,7 +223,7 @@ def _local_changes(rng: np.random.Generator, head: HeadModel, who: dict[str, flo
             "triangular",
         ):
             value = max(value, 0.0) * 0.8
-        result.append(float(np.clip(value, -1.1, 1.1)))
+        result.append(float(np.clip(value, -1.0, 1.0)))
     return result
 
 
@@ -325,6 +333,7 @@ def draw_identity(seed: int, number: int, head: HeadModel, off: frozenset[str] =
         lip_colour=float(rng.normal(0, 1)),
         iris=iris,
         iris_size=float(rng.normal(1.0, 0.04)),
+        lids=float(rng.normal(0.3, 0.2)),
         teeth=float(np.clip(rng.normal(0.6, 0.15), 0.2, 0.95)),
         brow=brow,
         hair=hair,
@@ -511,7 +520,7 @@ def _makeup(rng: np.random.Generator, identity: Identity) -> dict[str, Any]:
         "shadow_amount": float(rng.uniform(0.2, 0.85)) if wears and rng.random() < 0.5 else 0.0,
         "blush": (1.0, float(rng.uniform(0.6, 0.85)), float(rng.uniform(0.6, 0.88))),
         "blush_amount": float(rng.uniform(0.2, 0.9)) if rng.random() < 0.3 else 0.0,
-        "liner": float(rng.uniform(0.3, 1.0)) if wears and rng.random() < 0.5 else 0.0,
+        "mascara": float(rng.uniform(0.3, 1.0)) if wears and rng.random() < 0.5 else 0.0,
     }
 
 

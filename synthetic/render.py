@@ -100,7 +100,7 @@ class Renderer:
         face &= np.isin(np.arange(len(place)), skin_vertices) & (np.abs(place[:, 0]) < 7.2)
         self.face_vertices = np.nonzero(face)[0]
         self.eye_vertex = np.unique(head.faces[head.material == EYE])
-        self.last_buffers: dict[str, Any] = {}
+        self._kept: tuple[Any, Any, Any] = (None, None, None)
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
@@ -113,6 +113,7 @@ class Renderer:
         units = np.array(
             [[photo.expression.get(label, 0.0) for label in head.expression_labels] for photo in photos], np.float32
         )
+        units[:, [head.expression_labels.index(f"eyeWide{side}") for side in ("Left", "Right")]] += person.identity.lids
         # Products are taken photo by photo: a matrix product's rounding may depend on how many rows it has.
         rows = []
         fixed = self.base + torch.from_numpy(person.local).to(device)
@@ -230,13 +231,14 @@ class Renderer:
             "iris_inner": inner, "iris_outer": outer, "sclera": (0.62, 0.60, 0.58),
             "eye_seed": float(identity.number % 997) * 1.37,
             "hair_root": hair_root, "hair_tip": look["tip"], "hair_shine": look["shine"] * 0.6,
-            "hair_grey": look["grey"], "beard": identity.beard["colour"],
+            "hair_grey": look["grey"], "beard_grey": identity.beard["grey"], "beard": identity.beard["colour"],
             "lash": np.minimum(hair_root * 0.3, 0.02),
+            "lash_amount": 0.35 + 0.25 * float(identity.who["gender"] < 0.5) + 0.6 * makeup["mascara"],
             "teeth": np.array([0.66, 0.60, 0.48]) * (0.6 + 0.5 * identity.teeth),
             "lip": makeup["lip"], "lip_amount": makeup["lip_amount"], "lip_gloss": makeup["lip_gloss"],
             "shadow": makeup["shadow"], "shadow_amount": makeup["shadow_amount"],
             "blush": makeup["blush"], "blush_amount": makeup["blush_amount"],
-            "shine": photo.skin_shine, "bump": 2.2, "skin_tone": skin.skin_tone(identity),
+            "shine": photo.skin_shine, "bump": 1.6, "skin_tone": skin.skin_tone(identity),
             "cloth_a": clothes["a"], "cloth_b": clothes["b"], "cloth_pattern": clothes["pattern"],
             "cloth_scale": clothes["scale"], "neckline": clothes["neckline"], "neck_depth": clothes["depth"],
             "neck_width": clothes["width"], "lens": lens,
@@ -279,7 +281,7 @@ class Renderer:
         mesh = wp.Mesh(self._array(vertices, wp.vec3), arrays["faces"])
         occlusion = self._array(np.ones(len(vertices), np.float32), float)
         normals = wp.from_torch(self._normals(rest)[0].contiguous(), dtype=wp.vec3)
-        wp.launch(kernels.occlude, count, [mesh.id, mesh.points, normals, count, 20, 7.0, occlusion], device=self.warp)
+        wp.launch(kernels.occlude, count, [mesh.id, mesh.points, normals, count, 12, 7.0, occlusion], device=self.warp)
         values = occlusion.numpy()
         values[count:] = person.ribbons.open_sky
         arrays["occlusion"] = self._array(values, float)
@@ -310,43 +312,60 @@ class Renderer:
                     self._array(points[i].cpu().numpy(), wp.vec3), arrays["faces"]))  # fmt: skip
             wp.copy(meshes[i].points, wp.from_torch(points[i].contiguous(), dtype=wp.vec3))
             meshes[i].refit()
-        table = np.zeros(count, dtype=kernels.Uniforms.numpy_dtype())
-        for i, row in enumerate(rows):
-            for name, value in row.items():
-                table[name][i] = value
+        uniforms = self._table(rows)
         prop = self._prop_arrays([extra[0] for extra in extras])
         lens_meshes = [self._mesh(extra[1], extra[2]) if extra[1] is not None else None for extra in extras]
-        behind = np.stack([background(photo, size) for photo in photos])
-
-        def buffer(dtype: Any) -> wp.array:
-            return wp.empty((count, size, size), dtype=dtype, device=self.warp)
-
-        irradiance, albedo, extra_light, half = (buffer(wp.vec4) for _ in range(4))
-        image = buffer(wp.vec3)
-        flags = np.array([[mesh is not None, lens is not None] for mesh, lens in zip(prop["meshes"], lens_meshes, strict=True)])  # fmt: skip
-        scene = [
-            self._array(np.array([mesh.id for mesh in meshes[:count]], np.uint64), wp.uint64),
-            self._ids(prop["meshes"]),
-            self._ids(lens_meshes),
-            self._array(flags.astype(np.int32), wp.int32),
-            arrays["faces"], arrays["materials"], wp.from_torch(all_normals, dtype=wp.vec3), arrays["aux"],
-            arrays["strand"], arrays["occlusion"], prop["faces"], prop["start"], prop["normals"], prop["colours"],
-            prop["info"], arrays["paint"], self.masks, wp.array(table, dtype=kernels.Uniforms, device=self.warp),
-        ]  # fmt: skip
-        uniforms = scene[-1]
-        shape = (count, size, size)
-        wp.launch(kernels.render, shape, [*scene, irradiance, albedo, extra_light], device=self.warp)
-        wp.launch(kernels.scatter_light, shape, [irradiance, extra_light, uniforms, 0, half], device=self.warp)
-        wp.launch(kernels.scatter_light, shape, [half, extra_light, uniforms, 1, irradiance], device=self.warp)
+        worn = np.array([[mesh is not None, lens is not None] for mesh, lens in zip(prop["meshes"], lens_meshes, strict=True)])  # fmt: skip
+        scene = kernels.Scene()
+        scene.body = self._array(np.array([mesh.id for mesh in meshes[:count]], np.uint64), wp.uint64)
+        scene.props, scene.lenses = self._ids(prop["meshes"]), self._ids(lens_meshes)
+        scene.flags = self._array(worn.astype(np.int32), wp.int32)
+        for name in ("materials", "aux", "strand", "occlusion"):
+            setattr(scene, name, arrays[name])
+        for name in ("faces", "start", "normals", "colours", "info"):
+            setattr(scene, f"prop_{name}", prop[name])
+        buffers, (irradiance, albedo, extra_light, half, image) = self._buffers(count, size)
+        geometry = [scene, arrays["faces"], wp.from_torch(all_normals, dtype=wp.vec3)]
+        colours = [arrays["paint"], self.masks]
+        behind = self._array(np.stack([background(photo, size) for photo in photos]), wp.vec3)
+        whole, grid = (count, size, size), (count, (size + 1) // 2, (size + 1) // 2)
+        light = [irradiance, albedo, extra_light]
+        wp.launch(kernels.trace_grid, grid, [*geometry, uniforms, buffers], device=self.warp)
+        wp.launch(kernels.soften, grid, [uniforms, buffers], device=self.warp)
+        wp.launch(kernels.trace_rest, whole, [*geometry, uniforms, buffers], device=self.warp)
+        wp.launch(kernels.light_up, whole, [scene, *colours, uniforms, buffers, *light], device=self.warp)
+        wp.launch(kernels.scatter_light, whole, [irradiance, extra_light, uniforms, 0, half], device=self.warp)
+        wp.launch(kernels.scatter_light, whole, [half, extra_light, uniforms, 1, irradiance], device=self.warp)
         wp.launch(
-            kernels.compose,
-            shape,
-            [*scene, irradiance, albedo, extra_light, self._array(behind, wp.vec3), 3, image],
-            device=self.warp,
+            kernels.compose, whole, [*geometry, *colours, uniforms, buffers, *light, behind, 2, image], device=self.warp
         )
-        light, coverage = irradiance.numpy(), albedo.numpy()[..., 3]
-        exposure = np.array([_exposure(light[i], coverage[i]) for i in range(count)])
+        fallen, coverage = irradiance.numpy(), albedo.numpy()[..., 3]
+        exposure = np.array([_exposure(fallen[i], coverage[i]) for i in range(count)])
         return image.numpy(), exposure, truths
+
+    def _table(self, rows: list[dict[str, Any]]) -> wp.array:
+        """The photos' uniforms on the device, filled in place on the host."""
+        host = wp.zeros(len(rows), dtype=kernels.Uniforms, device="cpu")
+        view = host.numpy()
+        for i, row in enumerate(rows):
+            for name, value in row.items():
+                view[name][i] = value
+        return host.to(self.warp)
+
+    def _buffers(self, count: int, size: int) -> tuple[Any, list[wp.array]]:
+        """Per-pixel arrays of a batch, kept for the next batch of the same shape."""
+        if self._kept[0] != (count, size):
+            def empty(dtype: Any) -> wp.array:
+                return wp.empty((count, size, size), dtype=dtype, device=self.warp)
+
+            buffers = kernels.Buffers()
+            for name in ("normal", "place", "flat", "detail"):
+                setattr(buffers, name, empty(wp.vec4))
+            buffers.free = empty(wp.vec3)
+            half = (size + 1) // 2
+            buffers.raw = wp.empty((count, half, half), dtype=wp.vec3, device=self.warp)
+            self._kept = ((count, size), buffers, [*(empty(wp.vec4) for _ in range(4)), empty(wp.vec3)])
+        return self._kept[1], self._kept[2]
 
     def _mesh(self, points: np.ndarray, faces: np.ndarray) -> wp.Mesh:
         return wp.Mesh(self._array(points, wp.vec3), self._array(faces.reshape(-1).astype(np.int32), wp.int32))

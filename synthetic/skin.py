@@ -303,11 +303,14 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     fine, medium, coarse = (
         np.roll(tile, tuple(rng.integers(0, (HEIGHT, WIDTH))), (0, 1)) for tile in canvas.tiles
     )
-    blotch = identity.blotches
-    melanin = identity.melanin * (1 + 0.05 * coarse + 0.03 * medium + blotch * 0.11 * _noise(rng, 30))
+    # Below the chin the sphere sees skin at a grazing angle: noise would be stretched to streaks.
+    level = np.clip((canvas.phi + 58) / 20, 0.05, 1)
+    fine, medium, coarse = fine * level, medium * level, coarse * level
+    blotch = identity.blotches * level
+    melanin = identity.melanin * (1 + 0.03 * coarse + 0.015 * medium + blotch * 0.11 * _noise(rng, 30))
     tanned = np.clip((y - 1) / 8, -0.6, 0.8) + 0.5 * np.exp(-((side / 2) ** 2) - ((y + 2) / 2) ** 2)
     melanin += 0.04 * identity.tan * tanned * (0.3 + identity.melanin)
-    blood = 0.12 + 0.30 * identity.haemoglobin + 0.035 * coarse + blotch * 0.10 * _noise(rng, 26) + 0.02 * fine
+    blood = 0.12 + 0.30 * identity.haemoglobin + 0.02 * coarse + blotch * 0.10 * _noise(rng, 26) + 0.02 * fine
     flush = 0.8 * np.exp(-(((side - 4.2) / 2.2) ** 2) - ((y + 3.3) / 2.0) ** 2)
     flush += 0.7 * np.exp(-((side / 1.5) ** 2) - ((y + 3.3) / 1.4) ** 2) + 0.6 * canvas.ears
     blood += flush * rng.uniform(0.05, 0.38) * (0.4 + identity.haemoglobin)
@@ -332,8 +335,8 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     age_spots = np.clip(coarse - 2.1 + 0.8 * identity.wrinkles, 0, 1) * max(0.0, identity.wrinkles - 0.45)
     melanin += 0.25 * age_spots
     relief = _wrinkles(identity, canvas, rng)
-    blood += -0.12 * relief
-    melanin += -0.05 * relief * (0.3 + identity.melanin)
+    blood += -0.10 * relief
+    melanin += -0.03 * relief * (0.3 + identity.melanin)
     if identity.marks:  # one scar or birthmark
         start = np.array([rng.uniform(-4, 4), rng.uniform(-8, 5)])
         line = start + np.linspace(0, 1, 6)[:, None] * rng.normal(0, 1.0, 2)
@@ -351,7 +354,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     bare = {"bald": 0.0, "buzz": 0.78}.get(hair["style"], 0.93)
     if hair["style"] == "bald" and "hair" not in off:
         bare = 0.30 * identity.beard["shadow"]
-    strand = np.clip(0.75 + 0.35 * fine, 0.2, 1)
+    strand = np.clip(0.9 + 0.16 * fine, 0.2, 1)
     opacity = (cover * bare * strand)[..., None]
     colour = colour * (1 - opacity) + np.minimum(root, 0.25) * opacity
 
@@ -371,8 +374,8 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     colour = colour * (1 - opacity) + brow_colour * opacity
 
     # Eyelid margins: lashes' roots darken the rim of the eye.
-    pores = 0.05 * fine + 0.05 * medium
-    relief = relief * 0.8 + pores * (0.5 + 0.5 * np.exp(-((side / 4) ** 2))) + lips * 0.10 * medium
+    pores = 0.05 * fine + 0.015 * medium
+    relief = relief * 1.1 + pores * (0.5 + 0.5 * np.exp(-((side / 4) ** 2))) + lips * 0.08 * medium
     return _encode(colour, relief)
 
 
