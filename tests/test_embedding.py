@@ -361,7 +361,7 @@ FEATURES = hnp.arrays(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(FEATURES, st.integers(-8, 8))
 def test_embeddings_have_length_one_whatever_the_scale(features, power):
     embeddings = embedding.normalise(features)

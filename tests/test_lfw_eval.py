@@ -117,7 +117,7 @@ NAMES = st.text(
 ).filter(lambda name: name == name.strip() and name not in (".", ".."))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(1, 3), st.integers(1, 4))
 def test_written_pairs_are_read_back(tmp_path_factory, data, folds, size):
     names = data.draw(
@@ -139,6 +139,20 @@ def test_written_pairs_are_read_back(tmp_path_factory, data, folds, size):
     assert pairs.same.tolist() == [same for *_, same in expected]
     assert len(set(pairs.photos)) == len(pairs.photos)
     assert [lines[line - 1].startswith(("", photo[0])) for line, photo in zip(pairs.lines, pairs.photos, strict=True)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from(["1", "2", "A", "B", "\t", "\n", " ", "..", "\r\n", "\x85", "\u2028", "x/y"]), max_size=24)
+)
+def test_any_other_text_is_an_error_of_the_file(tmp_path_factory, parts):
+    path = write_pairs(tmp_path_factory.getbasetemp() / "any.txt", "".join(parts))
+    try:
+        pairs = lfw.read_pairs(path)
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    else:
+        assert pairs.same.sum() * 2 == len(pairs.same) > 0
 
 
 # --- photos ---------------------------------------------------------------------------------------------------------
