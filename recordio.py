@@ -162,11 +162,22 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 class _Keys:
     """Ascending keys, int64 [n]. Those that count upwards by one, as in almost every set, take no memory."""
 
+    @classmethod
+    def counting(cls, first: int, end: int) -> "_Keys":
+        """The keys first .. end-1."""
+        keys = cls(np.empty(0, np.int64))
+        keys.first, keys.count = first, end - first
+        return keys
+
     def __init__(self, keys: np.ndarray) -> None:
         self.first = int(keys[0]) if len(keys) else 0
         self.count = len(keys)
         counts_up = self.count == 0 or int(keys[-1]) - self.first == self.count - 1
         self._stored = None if counts_up else keys
+
+    @property
+    def gapless(self) -> bool:
+        return self._stored is None
 
     def __len__(self) -> int:
         return self.count
@@ -267,6 +278,11 @@ class RecordReader:
     def keys(self) -> np.ndarray:
         """All keys, int64 [n], ascending (whatever the order of the lines)."""
         return self._keys.array()
+
+    @property
+    def keys_count_from(self) -> int | None:
+        """The first key if the keys count upwards by one from it, else None."""
+        return self._keys.first if self._keys.gapless else None
 
     @property
     def offsets(self) -> np.ndarray:
@@ -505,9 +521,9 @@ class RecordReader:
 
 
 class _Layout(NamedTuple):
-    """Which keys are images, and their labels, both int64 [n]."""
+    """Which keys are images, and their labels, int64 [n]."""
 
-    keys: np.ndarray
+    keys: _Keys
     labels: np.ndarray
 
 
@@ -546,8 +562,8 @@ class CropSet:
         self.reader.check_index()
         if len(self.reader) == 0:
             raise InputError(f"{self.path}: holds no records")
-        layout = self._from_header() or self._from_images(self.reader.keys)
-        self._keys, self.labels = _Keys(layout.keys), layout.labels
+        layout = self._from_header() or self._from_images(_Keys(self.reader.keys))
+        self._keys, self.labels = layout
         self.identities = self._count_identities()
         self._ids_are_keys = self._compare_ids()
         if self.reader.unlisted:
@@ -608,19 +624,15 @@ class CropSet:
         first, end = bounds
         if end >= FLOAT32_EXACT:
             return self._from_frame_sizes(end)
-        keys = self.reader.keys
-        gap = np.flatnonzero(keys != np.arange(len(keys)))
-        if len(gap) or len(keys) < end:
-            missing = int(gap[0]) if len(gap) else len(keys)
-            self._fail(
-                0, f"the header announces the keys 0 .. {end - 1}, but {self.reader.idx_path} has no key {missing}"
-            )
-        if len(keys) > end:
+        count = len(self.reader)
+        if self.reader.keys_count_from != 0 or count < end:
+            missing = np.setdiff1d(np.arange(max(count, end)), self.reader.keys)[0]
+            reason = f"the header announces the keys 0 .. {end - 1}, but {self.reader.idx_path} has no key {missing}"
+            self._fail(0, reason)
+        if count > end:
             # Writers that took b for the last identity instead of one past it exist; the ranges must still fit.
-            self.notes.append(
-                f"the header ends the identities before key {end}, the .idx goes on to key {len(keys) - 1}"
-            )
-        return self._from_identities(first, len(keys))
+            self.notes.append(f"the header ends the identities before key {end}, the .idx goes on to key {count - 1}")
+        return self._from_identities(first, count)
 
     def _from_identities(self, first: int, end: int) -> _Layout:
         ranges = np.empty((end - first, 2), np.int64)
@@ -642,16 +654,14 @@ class CropSet:
                 first + int(order[at]),
                 f"the identity's range {ranges[order[at]].tolist()} overlaps another or leaves images without identity",
             )
-        keys = np.arange(1, first)
-        labels = np.repeat(order, ends - starts)
-        return self._confirm(_Layout(keys, labels))
+        return self._confirm(_Layout(_Keys.counting(1, first), np.repeat(order, ends - starts)))
 
     def _confirm(self, layout: _Layout) -> _Layout:
         """Compare a sample of the images with their identity records."""
         sample = _sample(len(layout.keys))
         wrong = []
         for index in sample:
-            key = int(layout.keys[index])
+            key = layout.keys[index]
             label = self._peek(key)[0]
             if label != layout.labels[index]:
                 wrong.append((key, label, int(layout.labels[index])))
@@ -674,17 +684,17 @@ class CropSet:
         sizes[order] = np.diff(offsets[order], append=self.reader.size)
         self.notes.append("more than 2^24 records: labels were read from the images, since ranges are rounded float32")
         empty = 8 + _HEADER.size + 8
-        return self._from_images(self.reader.keys[sizes != empty])
+        return self._from_images(_Keys(self.reader.keys[sizes != empty]))
 
-    def _from_images(self, keys: np.ndarray) -> _Layout:
+    def _from_images(self, keys: _Keys) -> _Layout:
         """Read the label of every image, in the order of the file."""
         labels = np.empty(len(keys), np.int64)
-        positions = np.searchsorted(self.reader.keys, keys)
+        positions = np.searchsorted(self.reader.keys, keys.array())
         order = np.argsort(self.reader.offsets[positions], kind="stable")
         quiet = len(keys) < _QUIET_SCAN
         bar = None if quiet else utils.progress(len(keys), f"labels of {self.name}", unit="record")
-        for done, index in enumerate(order.tolist(), 1):
-            key = int(keys[index])
+        for done, index in enumerate(memoryview(order), 1):
+            key = keys[index]
             label = self._peek(key)[0]
             if not 0 <= label < FLOAT32_EXACT or label != int(label):
                 self._fail(key, f"its label {label:g} is not the number of an identity")
@@ -700,7 +710,7 @@ class CropSet:
         if highest >= len(self.labels):
             index = int(np.argmax(self.labels))
             self._fail(
-                int(self.keys[index]),
+                self._keys[index],
                 f"its label {highest} is out of range: {len(self)} images cannot have so many identities",
             )
         counts = np.bincount(self.labels)

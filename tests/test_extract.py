@@ -438,7 +438,7 @@ def test_unsafe_characters_lengths_and_our_own_names(tmp_path):
 
 
 @given(st.text(min_size=1, max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_name_becomes_a_safe_one(name):
     safe = extract.safe_name(name)
     assert 0 < len(safe.encode()) <= extract._MAX_NAME
@@ -447,7 +447,7 @@ def test_every_name_becomes_a_safe_one(name):
 
 
 @given(st.lists(st.sampled_from("abAB\u00e9\u00df/.\\"), min_size=1, max_size=12).map("".join))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_path_leads_out(name):
     try:
         identity, file = archives.place(name, 1, "root")

@@ -257,7 +257,7 @@ def scratch(tmp_path_factory):
 
 @given(st.lists(magics, max_size=8))
 @example([MAGIC * 3, b"", MAGIC + b"x", b"abc" + MAGIC, b"abcd" + MAGIC])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_records_round_trip(scratch, records):
     path = scratch / "any.rec"
     write_records(path, records)
@@ -272,7 +272,7 @@ def test_any_records_round_trip(scratch, records):
 
 
 @given(magics)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_frame_never_shows_the_magic_at_an_aligned_place_of_its_payload(record):
     data = frame(record)
     at = 0
@@ -317,7 +317,7 @@ def test_any_set_round_trips(scratch, groups):
 
 
 @given(st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_damaged_bytes_are_noticed_or_harmless(scratch, data):
     records = [
         pack(RecordHeader(0, np.array([k], np.float32), k), JPEG + bytes(5 * k) + MAGIC * (k == 3)) for k in range(5)

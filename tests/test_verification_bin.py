@@ -207,7 +207,7 @@ def test_write_checks_the_counts(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_damaged_bytes_are_read_or_refused(tmp_path_factory, data):
     images = [JPEG + bytes([index]) * 5 for index in range(4)]
     arrays = [np.frombuffer(image, np.uint8) for image in images]
