@@ -311,6 +311,8 @@ def _evaluation_mode(network: nn.Module) -> Iterator[None]:
 def _load_network(path: Path) -> nn.Module:
     content = utils.load_checkpoint(path, mmap=True)  # most of a training checkpoint is of no interest here
     state = content["model"] if "format" in content else content
+    if all(key.startswith("module.") for key in state):  # saved through DataParallel
+        state = {key.removeprefix("module."): value for key, value in state.items()}
     try:
         return network_from_state(state)
     except ValueError as error:

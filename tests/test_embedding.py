@@ -56,8 +56,9 @@ def network():
 def test_state_dict_and_training_checkpoint_give_the_features_by_hand(tmp_path, network):
     crops = random_crops()
     expected = by_hand(network, crops)
-    plain, training = tmp_path / "embedding.pt", tmp_path / "last.pt"
+    plain, training, parallel = (tmp_path / name for name in ("embedding.pt", "last.pt", "parallel.pt"))
     torch.save(network.state_dict(), plain)
+    torch.save(torch.nn.DataParallel(network).state_dict(), parallel)
     content = {
         "network": {"name": "mfn", "use_se": True, "embedding_size": 24},
         "model": network.state_dict(),
@@ -65,7 +66,7 @@ def test_state_dict_and_training_checkpoint_give_the_features_by_hand(tmp_path, 
         "epoch": 1,
     }
     utils.save_checkpoint(training, content)
-    for path in (plain, training):
+    for path in (plain, training, parallel):
         embedder = load_embedder(path, batch_size=2)
         assert np.allclose(embedder.features(crops), expected, atol=1e-5)
         assert embedder.features(crops).dtype == np.float32
