@@ -491,3 +491,84 @@ class AlignFacescrub(FaceSearch):
         group="detector",
         metavar="IOU",
     )
+
+
+@dataclass
+class Export:
+    """export.py: checkpoints to ONNX."""
+
+    checkpoint: str = option(
+        REQUIRED, "a checkpoint, an address, or released for the published network", group="model", metavar="FILE"
+    )
+    variants: list[str] = option(
+        ["fp32"], "arithmetic of the files to write", group="model", choices=("fp32", "fp16", "int8")
+    )
+    normalise_inside: bool = option(
+        False, "put mean and std into the graph, which then takes RGB pixels from 0 to 255", group="model"
+    )
+    mirror_inside: bool = option(False, "let the graph add the features of the mirror image", group="model")
+    calibration: Path | None = option(
+        None, "training crops whose ranges int8 takes; also what the variants are compared on", group="data"
+    )
+    lfw: Path | None = option(None, "measure on this folder of photos with its pairs", group="data", metavar="DIR")
+    pairs: Path | None = option(
+        None, "pairs of these photos; none means pairs.txt in --lfw", group="data", metavar="FILE"
+    )
+    bin: list[Path] = option([], "measure on these verification sets", group="data", metavar="FILE")
+    far: float = option(1e-3, "false accept rate of the threshold that goes into the files", group="data")
+    detector: bool = option(False, "export the face detector too", group="detector")
+    detector_weights: Path | None = option(
+        None, "weights of the detector (.pth); none means the embedded ones", group="detector", metavar="FILE"
+    )
+    out: Path = option(REQUIRED, "folder for the .onnx files and export.json", group="results", metavar="DIR")
+
+
+@dataclass
+class Demo(Device):
+    """demo.py: a first look."""
+
+    photos: list[Path] = option(
+        REQUIRED, "one photo: draw its faces; two: one person or not", group="input", metavar="PHOTO", positional=True
+    )
+    gallery: Path | None = option(
+        None,
+        "known people, a folder of photos each or one photo each: name the faces in PHOTO ...",
+        group="input",
+        metavar="DIR",
+    )
+    checkpoint: str | None = option(
+        None,
+        "a network, an .onnx model or released; none takes the released one if it is there, else that of make demo",
+        group="model",
+        metavar="FILE",
+    )
+    figures: Path | None = option(
+        None,
+        "results.json of train.py or lfw_eval.py to take the threshold from; none looks beside --checkpoint",
+        group="model",
+        metavar="FILE",
+    )
+    threshold: float | None = option(
+        None, "angle in degrees up to which two faces are one person; none takes the measured one", group="model"
+    )
+    nearest: int = option(5, "people of the gallery listed for each face", group="output", metavar="N")
+    out: Path = option(Path("results/demo"), "folder for the pictures", group="output", metavar="DIR")
+
+
+@dataclass
+class Doctor(Device):
+    """doctor.py: why is my accuracy wrong?"""
+
+    checkpoint: str = option(
+        REQUIRED, "a checkpoint, an .onnx model, an address or released", group="model", metavar="FILE"
+    )
+    mean: list[float] | None = option(None, "how you feed it now: mean of the channels", group="model", metavar="X")
+    std: list[float] | None = option(None, "how you feed it now: their deviation", group="model", metavar="X")
+    channels: str | None = option(None, "how you feed it now: order of channels", group="model", choices=("rgb", "bgr"))
+    lfw: Path | None = option(None, "folder of photos with its pairs", group="data", metavar="DIR")
+    pairs: Path | None = option(
+        None, "pairs of these photos; none means pairs.txt in --lfw", group="data", metavar="FILE"
+    )
+    bin: Path | None = option(None, "a verification set", group="data", metavar="FILE")
+    most: int = option(600, "pairs to try on, spread over the set", group="data", metavar="N")
+    out: Path | None = option(None, "folder for doctor.json and cached crops", group="results", metavar="DIR")
