@@ -68,6 +68,7 @@ class Identification:
     distractors: int  # as used: m = min(size, number of distractors)
     ids: tuple[str, ...]  # identity of each probe
     pairs: np.ndarray  # int64 [P, 2]: all ordered genuine pairs (a, b), by b, then a
+    scores: np.ndarray  # float32 [P]: S(a, b); -inf where one of them is absent
     ranks: np.ndarray  # int64 [P]: distractors of a that beat b
     cmc: np.ndarray  # float32 [m + 1]: share of pairs with rank <= r
     roc: Roc
@@ -114,7 +115,8 @@ def identification(
         probes, distractors, game.questions, used, ignored=ignored, absent=absent, device=device, advance=advance
     )
     by_columns = dict(zip(used, answers, strict=True))
-    return [game.result(size, min(size, len(distractors)), by_columns[min(size, len(distractors))]) for size in sizes]
+    columns = [min(size, len(distractors)) for size in sizes]
+    return [game.result(size, m, by_columns[m]) for size, m in zip(sizes, columns, strict=True)]
 
 
 def subsample(values: np.ndarray) -> list[int]:
@@ -157,7 +159,8 @@ class _Game:
     def __init__(self, probes: np.ndarray, ids: tuple[str, ...], absent: np.ndarray, device: torch.device) -> None:
         self.ids, self.absent = ids, absent
         self.survey = survey(probes, "probe")
-        check_range(self.survey, self.survey)
+        largest = float(self.survey.squares.max())
+        check_range(largest, largest)
         self.probes = torch.from_numpy(np.ascontiguousarray(probes)).to(device)
         self.squares = torch.from_numpy(self.survey.squares).to(device)
         self.groups = _groups(ids)
@@ -168,7 +171,7 @@ class _Game:
     # ------------------------------------------------------------------------------------------ genuine pairs
 
     def _genuine(self) -> tuple[np.ndarray, np.ndarray]:
-        """All ordered pairs (a, b) int64 [P, 2] by b, then a, and their scores float32 [P]; -inf where one is absent."""
+        """All ordered pairs (a, b) int64 [P, 2] by b, then a; their scores float32 [P], -inf where one is absent."""
         columns = [_ordered_pairs(members) for members in self.groups]
         pairs = np.concatenate([pair for pair in columns if len(pair)])
         pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
@@ -270,6 +273,7 @@ class _Game:
             distractors=columns,
             ids=self.ids,
             pairs=self.pairs,
+            scores=self.pair_scores,
             ranks=ranks,
             cmc=cmc,
             roc=self._roc(answer.accepted, impostor_probes * columns),

@@ -34,6 +34,7 @@ When all features are multiples of one power of two, few enough of them to fit i
 usual source of exact ties), every operation above is exact in every order and W = 0: see `is_exact`.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def gamma(k: float) -> float:
 def dimension_chunks(dimensions: int) -> list[tuple[int, int]]:
     """At most `CHUNKS` consecutive ranges that cover the dimensions."""
     edges = np.unique(np.linspace(0, dimensions, min(CHUNKS, dimensions) + 1).astype(int))
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    return list(itertools.pairwise(edges.tolist()))
 
 
 # ---------------------------------------------------------------------------------------------- exact scores
@@ -193,7 +194,8 @@ def survey_ranges(count: int) -> Iterator[slice]:
 
 def quantum(values: np.ndarray) -> float:
     """The largest power of two of which all float32 `values` are multiples; infinity when all are zero."""
-    mantissa, exponent = np.frexp(np.asarray(values, np.float32)[np.asarray(values, np.float32) != 0])
+    values = np.asarray(values, np.float32)
+    mantissa, exponent = np.frexp(values[values != 0])
     if not len(mantissa):
         return float("inf")
     whole = np.abs(mantissa.astype(np.float64) * 2.0**24).astype(np.int64)
@@ -315,7 +317,7 @@ def product_pieces(dimensions: int) -> list[tuple[int, int]]:
     """The ranges of dimensions that go through one matrix product each."""
     count = -(-dimensions // PIECE)
     edges = np.linspace(0, dimensions, count + 1).astype(int).tolist()
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def half_scores(left: Tensor, right: Tensor, right_squares: Tensor, out: Tensor, scratch: Tensor) -> Tensor:

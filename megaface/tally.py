@@ -109,12 +109,13 @@ def strict_products(workers: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def survey(values: np.ndarray, name: str, workers: int = 1) -> Survey:
-    """Survey all features [n, d] in parallel; `InputError` for one that is not finite."""
+def survey(values: np.ndarray, name: str, workers: int = 1, usable: np.ndarray | None = None) -> Survey:
+    """Survey all features [n, d] in parallel; `InputError` for a usable one that is not finite."""
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values))))
     whole = scores.join_surveys(parts)
-    bad = np.flatnonzero(~np.isfinite(whole.squares))
+    finite = np.isfinite(whole.squares)
+    bad = np.flatnonzero(~finite if usable is None else ~finite & usable)
     if len(bad):
         reason = "is too large for float32" if np.isfinite(values[bad[0]]).all() else "has a value that is not finite"
         raise InputError(f"{name} {bad[0]}: the feature {reason} ({len(bad)} such of {len(values)} {name}s)")
@@ -135,12 +136,13 @@ def tally(
     """Answer `questions` for the first m distractors, for every m of `sizes` (ascending, the last at most M).
 
     `probes` [n, d] and `distractors` [M, d] are float32 or float64 arrays (memory-mapped ones are read in blocks).
-    `ignored` bool [M] marks distractors that can match nothing, `absent` bool [n] probes without a feature: their
-    rows count nothing and have no best distractors. `advance` is called with the number of distractors that each
-    finished block covered. Raises `InputError` for features that are not finite or too large.
+    `ignored` bool [M] marks distractors that can match nothing, whatever is in their rows, `absent` bool [n] probes
+    without a feature: their rows, zeros, count nothing and have no best distractors. `advance` is called with the
+    number of distractors that each finished block covered. Raises `InputError` for features that are not finite or
+    too large.
     """
-    scan = _Scan(probes, distractors[: sizes[-1]], questions, sizes, absent, torch.device(device))
-    usable = np.ones(sizes[-1], bool) if ignored is None else ~ignored[: sizes[-1]]
+    usable = np.ones(sizes[-1], bool) if ignored is None else ~np.asarray(ignored[: sizes[-1]], bool)
+    scan = _Scan(probes, distractors[: sizes[-1]], questions, sizes, usable, absent, torch.device(device))
     scan.plan(usable)
     advance(int((~usable).sum()))
     pool = ThreadPoolExecutor(scan.workers)
@@ -162,6 +164,7 @@ class _Scan:
         distractors: np.ndarray,
         questions: Questions,
         sizes: Sequence[int],
+        usable: np.ndarray,
         absent: np.ndarray | None,
         device: torch.device,
     ) -> None:
@@ -172,9 +175,10 @@ class _Scan:
         self.absent = np.zeros(len(probes), bool) if absent is None else absent
         values = np.ascontiguousarray(probes, np.float32)
         of_probes = survey(values, "probe", self.workers)
-        self.survey = survey(distractors, "distractor", self.workers)
-        check_range(of_probes, self.survey)
-        self.bounds = Bounds(of_probes, rounds_nowhere(values, distractors, of_probes, self.survey))
+        self.survey = survey(distractors, "distractor", self.workers, usable)
+        tops = float(of_probes.squares.max()), float(self.survey.squares[usable].max(initial=0))
+        check_range(*tops)
+        self.bounds = Bounds(of_probes, rounds_nowhere(values, distractors, usable, tops))
         self.probes = torch.from_numpy(values).to(device)
         self.squares = torch.from_numpy(of_probes.squares).to(device)
         self.thresholds = torch.from_numpy(questions.thresholds).to(device)
@@ -435,21 +439,21 @@ def ascending(values: Tensor) -> Tensor:
     return values.sort().values
 
 
-def check_range(probes: Survey, distractors: Survey) -> None:
-    """`InputError` when a score could overflow float32 (squared norms near 1e38)."""
-    largest = float(probes.squares.max(initial=0)) + float(distractors.squares.max(initial=0))
-    if largest > scores.LARGEST:
-        raise InputError(f"squared norms add up to {largest:.3g}, beyond what a float32 score can hold")
+def check_range(left_square: float, right_square: float) -> None:
+    """`InputError` when a score of features with these largest |x|^2 could overflow float32."""
+    if left_square + right_square > scores.LARGEST:
+        raise InputError(f"squared norms of {left_square:.3g} and {right_square:.3g} make scores overflow float32")
 
 
-def rounds_nowhere(probes: np.ndarray, distractors: np.ndarray, of_probes: Survey, of_distractors: Survey) -> bool:
+def rounds_nowhere(
+    probes: np.ndarray, distractors: np.ndarray, usable: np.ndarray, largest_squares: tuple[float, float]
+) -> bool:
     """Whether all features are multiples of one power of two, coarse enough for every score to be exact."""
-    tops = float(of_probes.squares.max(initial=0)), float(of_distractors.squares.max(initial=0))
     step = float("inf")
-    for values in (probes, distractors):
+    for values, wanted in ((probes, np.ones(len(probes), bool)), (distractors, usable)):
         for rows in scores.survey_ranges(len(values)):
-            step = min(step, scores.quantum(values[rows]))
-            if not scores.is_exact(step, *tops):
+            step = min(step, scores.quantum(values[rows][wanted[rows]]))
+            if not scores.is_exact(step, *largest_squares):
                 return False
     return True
 

@@ -1,8 +1,8 @@
-"""Where rounding could decide: windows around thresholds, and tables that find the scores inside them at memory speed.
+"""Where rounding could decide: windows around thresholds, and tables that find the scores inside them quickly.
 
-The matrix product yields half scores D, with `2 D - |p|^2` within W of the devkit's score (`scores`, equation 3). Around
-every threshold s of probe a lies a window in units of D: above `high` a score surely exceeds s, below `low` it surely
-does not, and between the two it has to be computed again in the devkit's order.
+The matrix product yields half scores D, with `2 D - |p|^2` within W of the devkit's score (`scores`, equation 3).
+Around every threshold s of probe a lies a window in units of D: above `high` a score surely exceeds s, below `low` it
+surely does not, and between the two it has to be computed again in the devkit's order.
 
 To sort millions of scores into the gaps between some fifty thresholds a row, the range of the thresholds is cut into
 bins, and a table says for each bin how many thresholds lie below it, or that a window touches it. The map from values
@@ -113,7 +113,7 @@ class Windows:
 
 
 class ImpostorWindows:
-    """Windows of all genuine scores at once, in units of the score: the ROC compares every impostor with all of them."""
+    """Windows of all genuine scores, in units of the score: the ROC compares every impostor with all of them."""
 
     def __init__(
         self, bounds: Bounds, gallery: GalleryClass, rows: np.ndarray, genuine: np.ndarray, device: torch.device
