@@ -411,7 +411,7 @@ def _load_onnx(path: Path, device: torch.device, given: dict[str, Any], batch_si
 
 def _read_metadata(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     """Metadata with its JSON decoded and checked; keys that are none of ours stay texts."""
-    metadata: dict[str, Any] = dict(texts)
+    metadata: dict[str, Any] = dict(sorted(texts.items()))
     for key in sorted(_JSON_KEYS & texts.keys()):
         try:
             metadata[key] = json.loads(texts[key], parse_constant=_refuse_constant)
