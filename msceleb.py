@@ -6,7 +6,6 @@ quotes, which a CSV reader would take for quoting. A row that is not right is an
 is only decoded when it is asked for, so that a restart passes over finished rows at the speed of the disk.
 """
 
-import base64
 import binascii
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class FaceLine:
 
 def _decode(column: bytes, what: str) -> bytes:
     try:
-        return base64.b64decode(column.strip(), validate=True)
+        return binascii.a2b_base64(column.strip(), strict_mode=True)
     except binascii.Error as error:
         raise ValueError(f"{what} is not base64: {error}") from error
 
