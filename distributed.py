@@ -143,27 +143,56 @@ def average_statistics(network: nn.Module, world: World) -> None:
             world.sum(buffer).div_(world.size)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks of a tensor that all of them use afterwards; so is the gradient."""
+class _NormaliseOverRanks(torch.autograd.Function):
+    """Batch norm with the statistics of all ranks' batches; sums are accumulated in float64, as torch does on CPU."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        return tensor
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`input` [N, C, ...]; `count` values per channel over all ranks. Returns output, mean [C], variance [C]."""
+        dims = _all_but_channels(input)
+        mean = input.sum(dims, dtype=torch.float64)
+        dist.all_reduce(mean)
+        mean = (mean / count).to(input.dtype)
+        centred = input - _as_channels(mean, input)
+        variance = centred.square().sum(dims, dtype=torch.float64)
+        dist.all_reduce(variance)
+        variance = (variance / count).to(input.dtype)
+        inverse = torch.rsqrt(variance + eps)
+        normal = centred.mul_(_as_channels(inverse, input))
+        ctx.save_for_backward(normal, inverse, weight)
+        ctx.count = count
+        ctx.mark_non_differentiable(mean, variance)
+        return torch.addcmul(_as_channels(bias, input), normal, _as_channels(weight, input)), mean, variance
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        normal, inverse, weight = ctx.saved_tensors
+        dims = _all_but_channels(gradient)
+        own = torch.stack([gradient.sum(dims, dtype=torch.float64), (gradient * normal).sum(dims, dtype=torch.float64)])
+        total = own.clone()
+        dist.all_reduce(total)
+        mean, slope = (total / ctx.count).to(gradient.dtype)
+        result = gradient - _as_channels(mean, gradient)
+        result = torch.addcmul(result, normal, _as_channels(slope, gradient), value=-1)
+        own = own.to(gradient.dtype)
+        return result.mul_(_as_channels(inverse * weight, gradient)), own[1], own[0], None, None
+
+
+def _all_but_channels(tensor: Tensor) -> list[int]:
+    return [0, *range(2, tensor.dim())]
+
+
+def _as_channels(values: Tensor, like: Tensor) -> Tensor:
+    """[C] so that it goes with [N, C, ...]."""
+    return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
 class CrossRankBatchNorm(_BatchNorm):
     """Batch norm over the batches of all ranks, for CPU, where torch.nn.SyncBatchNorm does not run.
 
-    [N, C, ...] -> the same; every rank brings the same N. Written for exactness (mean first, then squared deviations)
-    in plain operations, not for speed.
+    [N, C, ...] -> the same; every rank brings the same N. Two collectives forward, one backward.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -174,20 +203,14 @@ class CrossRankBatchNorm(_BatchNorm):
         """See the class."""
         if not self.training:
             return super().forward(input)
-        dims = [0, *range(2, input.dim())]
-        shape = [1, -1, *[1] * (input.dim() - 2)]
         count = input.numel() // input.shape[1] * dist.get_world_size()
-        values = input.float()
-        mean = _SumOverRanks.apply(values.sum(dims)) / count
-        centred = values - mean.view(shape)
-        variance = _SumOverRanks.apply(centred.square().sum(dims)) / count
+        values = input.to(self.weight.dtype)  # float32 also under autocast
+        output, mean, variance = _NormaliseOverRanks.apply(values, self.weight, self.bias, self.eps, count)
         if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+        return output.to(input.dtype)
 
 
 def synchronise_batch_norm(network: nn.Module, world: World) -> nn.Module:
