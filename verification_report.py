@@ -265,12 +265,16 @@ def draw_roc(path: Path, result: VerificationResult, model: str) -> None:
         if resolved:
             rates = [point.far for point in resolved], [point.tar for point in resolved]
             axes.plot(*rates, "o", color=figures.RED, label="TAR at FAR " + ", ".join(f"{p.far:g}" for p in resolved))
-        for point in resolved:
-            axes.annotate(_percent(point.tar), (point.far, point.tar), (6, -14), textcoords="offset points", fontsize=9)
         axes.plot(result.eer, 1 - result.eer, "s", color=figures.ORANGE, label="EER")
         visible = counts.tar[np.maximum(counts.far, lowest) >= finest]
         bottom = figures.rate_floor(float(visible.min()))
         axes.set_ylim(bottom, 1 + (1 - bottom) / 50)
+        for point in resolved:
+            # The curve only rises: there is room above it on the left and, near the top, below it on the right.
+            below = point.tar > bottom + 0.8 * (1 - bottom)
+            offset, side = ((6, -14), "left") if below else ((-6, 6), "right")
+            place = (point.far, point.tar)
+            axes.annotate(_percent(point.tar), place, offset, textcoords="offset points", ha=side, fontsize=9)
         figures.title(axes, f"{result.set_name}, {model}", f"AUC {result.auc:.4f}, EER {_percent(result.eer)}")
         figure.legend(loc="outside lower center", ncols=3)
 
