@@ -19,6 +19,7 @@ from megaface.scores import UNIT, Bounds, GalleryClass
 TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
 LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
 IMPOSTOR_BINS = 1 << 16
+STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
 
 
 def outward(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +36,7 @@ def line(least: np.ndarray, most: np.ndarray, bins: int) -> tuple[np.ndarray, np
     Bin 0 and the last stay free of window edges: whatever is clamped into them is surely below or above everything.
     """
     # A range of a few roundings would overflow the map; a wider range is always right.
-    span = np.maximum(most - least, np.maximum(np.abs(least), 1e-30) * 1e-5)
+    span = np.maximum(most - least, np.maximum(np.abs(least) * 1e-5, bins / STEEPEST))
     scale = (bins - 5) / span
     return scale.astype(np.float32), (2 - least * scale).astype(np.float32)
 
