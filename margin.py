@@ -76,14 +76,15 @@ def margin_cosine(
     for it to stay monotonic. A negative m2 (AdaFace) is cut where the sum leaves [0, pi] at its lower end: the value
     is 1 - m3, the derivative 0, as in AdaFace's code.
     """
-    smallest = torch.finfo(cosine.dtype).eps / 2
     c = cosine.double().clamp(-1.0, 1.0)
-    sine = ((1 - c) * (1 + c)).clamp_min(smallest * (2 - smallest)).sqrt()
-    m1, m2, m3 = (
-        torch.as_tensor(m, dtype=torch.float64, device=c.device) for m in (scale_angle, add_angle, add_cosine)
-    )
-    angle = m1 * torch.atan2(sine, c) + m2
-    value, derivative = angle.cos() - m3, m1 * angle.sin() / sine
+    m1, m2, m3 = (_double(m, c.device) for m in (scale_angle, add_angle, add_cosine))
+    angle = m1 * torch.atan2(((1 - c) * (1 + c)).sqrt(), c) + m2
+    value = angle.cos() - m3
+    # The derivative is taken off the poles, by as much as cosine's dtype can tell.
+    edge = 1 - torch.finfo(cosine.dtype).eps / 2
+    near = c.clamp(-edge, edge)
+    sine = ((1 - near) * (1 + near)).sqrt()
+    derivative = m1 * (m1 * torch.atan2(sine, near) + m2).sin() / sine
     turn = ((math.pi - m2) / m1).clamp(0.0, math.pi)  # theta at which the angle reaches pi
     drop = torch.maximum(m2 * m2.sin(), 1 + turn.cos())
     beyond, below = angle > math.pi, angle < 0
@@ -240,16 +241,17 @@ class MarginHead(nn.Module):
         full head too (its parameter belongs to the common optimiser; the step is only counted).
         """
         self.steps += 1
-        if not self._drawn:
+        leaves = [(rows, leaf.grad) for rows, leaf in self._drawn if leaf.grad is not None]
+        self._drawn.clear()
+        if not leaves:
             return
-        rows, gradient = self._drawn_gradient()
+        rows, gradient = leaves[0] if len(leaves) == 1 else self._summed(leaves)
         values = self._rows[rows]
         gradient.add_(values, alpha=weight_decay)
         velocity = self._velocity[rows].mul_(momentum).add_(gradient)
         self._velocity.index_copy_(0, rows, velocity)
         update = gradient.add_(velocity, alpha=momentum) if nesterov else velocity
         self._rows.index_copy_(0, rows, values.add_(update, alpha=-lr))
-        self._drawn.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and, without a `step`, the rows drawn for it."""
@@ -352,11 +354,8 @@ class MarginHead(nn.Module):
         columns = slot[local.clamp(0, size - 1)]
         return leaf, torch.where(here & (columns < slots), columns, -1), empty
 
-    def _drawn_gradient(self) -> tuple[Tensor, Tensor]:
-        """Rows drawn since the last step, each once (repeats point at the spare row), and their summed gradients."""
-        leaves = [(rows, leaf.grad) for rows, leaf in self._drawn if leaf.grad is not None]
-        if len(leaves) == 1:
-            return leaves[0]
+    def _summed(self, leaves: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Rows of several draws, each once (repeats point at the spare row), and their summed gradients."""
         rows = torch.cat([rows for rows, _ in leaves])
         gradients = torch.cat([gradient for _, gradient in leaves])
         index = torch.arange(len(rows), device=rows.device)
@@ -401,7 +400,7 @@ class _MarginSoftmax(torch.autograd.Function):
             cosines.append(block)
             new_top = torch.maximum(top, block.amax(1).to(unit.dtype))
             total = total * ((top - new_top) * scale).exp()
-            total += torch.exp_((block.to(unit.dtype) - new_top[:, None]).mul_(scale)).sum(1)
+            total += block.to(unit.dtype, copy=True).sub_(new_top[:, None]).mul_(scale).exp_().sum(1)
             top = new_top
         parts = torch.stack([top, total, torch.where(here, target, -math.inf)])
         parts = _all_gather(parts[None], head.group, head.world_size)
@@ -420,12 +419,11 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx.save_for_backward(unit, weight, inverse, columns, entropy + logit, coefficient, pull, *cosines)
         ctx.step, ctx.scale, ctx.product_dtype = step, scale, product_dtype
         ctx.mark_non_differentiable(target, top)
-        ctx.set_materialize_grads(False)
         return loss, target, top
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """This rank's share of the features' gradient (its centres' part) and the whole gradient of its centres."""
         unit, weight, inverse, columns, log_sum, coefficient, pull, *cosines = ctx.saved_tensors
         with torch.autocast(unit.device.type, enabled=False):
@@ -435,7 +433,7 @@ class _MarginSoftmax(torch.autograd.Function):
             for start, cosine in zip(range(0, len(weight), ctx.step), cosines, strict=True):
                 stop = start + cosine.shape[1]
                 block = _unit_block(weight, inverse, start, stop, ctx.product_dtype)
-                share = torch.exp_(cosine.to(unit.dtype).mul_(ctx.scale).sub_(log_sum[:, None]))
+                share = cosine.to(unit.dtype, copy=True).mul_(ctx.scale).sub_(log_sum[:, None]).exp_()
                 share = share.mul_(coefficient[:, None]).to(ctx.product_dtype)
                 unit_gradient += share @ block
                 part = (share.T @ low).to(weight.dtype)

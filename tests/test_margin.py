@@ -1,0 +1,584 @@
+"""The margin head in one process: margins and gradients against high precision, memory, sampling, state."""
+
+import itertools
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import margin
+from margin import MarginHead, identity_range, margin_cosine
+
+MARGINS = {"arcface": 0.5, "cosface": 0.35, "combined": (1.1, 0.3, 0.2), "adaface": 0.4}
+
+
+def triple(head, norms):
+    """(m1, m2, m3) by the papers' definitions, for features of these norms."""
+    if head.loss == "adaface":
+        quality = ((norms.clamp(1e-3, 100) - head.norm_mean) / (head.norm_std + 1e-3) * 0.333).clamp(-1, 1)
+        return 1.0, -head.margin * quality, head.margin * (1 + quality)
+    if head.loss == "combined":
+        return head.margin
+    return (1.0, head.margin, 0.0) if head.loss == "arcface" else (1.0, 0.0, head.margin)
+
+
+def plain_loss(head, features, labels, weight):
+    """The loss as a textbook would write it: one-hot matrix, acos, cross entropy; differentiated by autograd."""
+    cosine = F.normalize(features) @ F.normalize(weight).T
+    m1, m2, m3 = (torch.as_tensor(m, dtype=cosine.dtype) for m in triple(head, features.detach().norm(dim=1)))
+    angle = m1 * cosine.acos() + m2[..., None]
+    drop = torch.maximum(m2 * m2.sin(), 1 + ((math.pi - m2) / m1).clamp(0, math.pi).cos())[..., None]
+    inside = torch.where(angle < 0, torch.ones_like(angle), angle.cos())
+    shifted = torch.where(angle > math.pi, cosine - drop, inside) - m3[..., None]
+    one_hot = F.one_hot(labels, len(weight)).to(cosine.dtype)
+    logits = head.scale * (one_hot * shifted + (1 - one_hot) * cosine)
+    entropy = F.cross_entropy(logits, labels, reduction="none")
+    return ((1 - torch.exp(-entropy)) ** head.focal_gamma * entropy).mean()
+
+
+# --- the margin itself ------------------------------------------------------------------------------------------
+
+
+def exact_margin(cosine, m1, m2, m3):
+    """Value and derivative by 60-digit arithmetic, without the branches' shortcuts."""
+    with mpmath.workdps(60):
+        cosine, m1, m2, m3 = (mpmath.mpf(float(x)) for x in (cosine, m1, m2, m3))
+        angle = mpmath.acos(cosine)
+        total = m1 * angle + m2
+        if total > mpmath.pi:
+            turn = min(max((mpmath.pi - m2) / m1, 0), mpmath.pi)
+            return float(cosine - max(m2 * mpmath.sin(m2), 1 + mpmath.cos(turn)) - m3), 1.0
+        if total < 0:
+            return float(1 - m3), 0.0
+        value = mpmath.cos(total) - m3
+        return float(value), float(m1 * mpmath.sin(total) / mpmath.sin(angle)) if abs(cosine) < 1 else None
+
+
+floats32 = st.floats(-1, 1, width=32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(floats32, st.floats(0, 1.5))
+def test_arcface_is_exact_for_every_float32(cosine, m):
+    value, derivative = margin_cosine(torch.tensor([cosine], dtype=torch.float32), 1.0, m, 0.0)
+    expected, slope = exact_margin(cosine, 1, m, 0)
+    if abs(math.acos(cosine) + m - math.pi) < 1e-12:
+        return  # which branch is a matter of the last bit
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+    if slope is not None:
+        assert derivative.item() == pytest.approx(slope, rel=1e-9, abs=1e-9)
+    assert math.isfinite(derivative.item())
+
+
+@settings(max_examples=200, deadline=None)
+@given(floats32, st.floats(0.5, 3), st.floats(-1.5, 1.5), st.floats(0, 1))
+def test_any_margins_are_exact(cosine, m1, m2, m3):
+    value, derivative = margin_cosine(torch.tensor([cosine], dtype=torch.float32), m1, m2, m3)
+    angle = m1 * math.acos(cosine) + m2
+    if min(abs(angle - math.pi), abs(angle)) < 1e-12:
+        return
+    expected, slope = exact_margin(cosine, m1, m2, m3)
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+    if slope is not None:
+        assert derivative.item() == pytest.approx(slope, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("m", [0.0, 0.3, 0.5, 0.6, 1.0])
+def test_ends_of_the_range(dtype, m):
+    """cos = +-1 exactly, and a little beyond by rounding: the value is right, the derivative finite."""
+    ends = torch.tensor([1.0, -1.0, 1 + 2**-7, -1 - 2**-7], dtype=dtype)
+    value, derivative = margin_cosine(ends, 1.0, m, 0.0)
+    nearest = torch.nextafter(torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype))
+    below = margin_cosine(nearest, 1.0, m, 0.0)[1].item()
+    beyond = -1 - m * math.sin(m)
+    assert value.tolist() == pytest.approx([math.cos(m), beyond, math.cos(m), beyond], abs=1e-12)
+    assert derivative[[0, 2]].tolist() == pytest.approx([below] * 2, rel=0.02)
+    assert derivative[[1, 3]].tolist() == pytest.approx([1.0, 1.0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(floats32, min_size=2, max_size=2, unique=True), st.floats(0.5, 4), st.floats(0, 1.5))
+def test_a_larger_cosine_never_gives_a_smaller_logit(pair, m1, m2):
+    value, derivative = margin_cosine(torch.tensor(sorted(pair), dtype=torch.float64), m1, m2, 0.0)
+    assert value[1] >= value[0] - 1e-12
+    assert (derivative >= 0).all()
+
+
+def test_zero_margin_is_the_cosine():
+    cosine = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    value, derivative = margin_cosine(cosine, 1.0, 0.0, 0.0)
+    assert torch.allclose(value, cosine, atol=1e-15)
+    assert torch.allclose(derivative, torch.ones_like(cosine), atol=1e-7)
+
+
+def test_adaface_agrees_with_its_official_formula():
+    """Official code: cos(clip(theta - m z, eps, pi - eps)) - m (1 + z), with cosines clipped at 1 - 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    cosine = torch.rand(500, generator=generator, dtype=torch.float64) * 1.9 - 0.95
+    z = torch.rand(500, generator=generator, dtype=torch.float64) * 2 - 1
+    m = 0.4
+    official = (cosine.acos() - m * z).clamp(1e-3, math.pi - 1e-3)
+    inside = cosine.acos() - m * z < math.pi
+    value, _ = margin_cosine(cosine, 1.0, -m * z, m + m * z)
+    assert torch.allclose(value[inside], (official.cos() - m - m * z)[inside], atol=1e-6)
+    assert (value[~inside] <= (official.cos() - m - m * z)[~inside] + 1e-6).all()
+
+
+# --- the loss and its gradients ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of centres even for tiny heads."""
+    monkeypatch.setitem(margin._BLOCK_ELEMENTS, "cpu", 64)
+
+
+@pytest.mark.parametrize("loss", MARGINS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_loss_and_gradients_are_the_plain_ones(small_blocks, loss, gamma):
+    generator = torch.Generator().manual_seed(1)
+    head = MarginHead(6, 37, loss=loss, margin=MARGINS[loss], scale=12.0, focal_gamma=gamma, seed=4).double()
+    features = (torch.randn(10, 6, generator=generator, dtype=torch.float64) * 8).requires_grad_()
+    labels = torch.randint(37, (10,), generator=generator)
+    value, stats = head(features, labels)
+    gradients = torch.autograd.grad(value * 3, [features, head.weight])
+    weight = head.weight.detach().clone().requires_grad_()
+    expected = plain_loss(head, features, labels, weight)
+    expected_gradients = torch.autograd.grad(expected * 3, [features, weight])
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    for gradient, plain in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - plain).abs().max() < 1e-11 * plain.abs().max()
+    cosine = (F.normalize(features) @ F.normalize(weight).T).detach()
+    target = cosine.gather(1, labels[:, None])[:, 0]
+    other = cosine.scatter(1, labels[:, None], -2.0).amax(1)
+    assert torch.allclose(stats["target_angle"], target.acos().rad2deg())
+    assert torch.allclose(stats["other_angle"], other.acos().rad2deg())
+    assert stats["top1"].item() == pytest.approx((target > other).double().mean().item())
+    assert torch.allclose(stats["feature_norm"], features.detach().norm(dim=1))
+    assert not any(tensor.requires_grad for tensor in stats.values())
+
+
+@pytest.mark.parametrize("loss", MARGINS)
+def test_gradcheck(small_blocks, loss):
+    head = MarginHead(4, 11, loss=loss, margin=MARGINS[loss], scale=4.0, focal_gamma=2.0).double().eval()
+    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([0, 10, 3, 3, 7])
+    if loss == "adaface":  # no gradient flows through the norm there: only changes of direction may be checked
+        direction = features.detach() / features.detach().norm(dim=1, keepdim=True)
+        features = (direction * 20).requires_grad_()
+        head.norm_std.fill_(1e30)
+    assert torch.autograd.gradcheck(lambda x, w: head(x, labels)[0], (features, head.weight), atol=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(list(MARGINS)),
+    st.sampled_from([0.0, 0.3, 2.0]),
+    st.sampled_from([1.0, 30.0, 64.0, 512.0]),
+    st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e18]),
+    st.sampled_from(["same", "opposite", "orthogonal", "zero"]),
+)
+def test_extreme_inputs_stay_finite(loss, gamma, scale, length, place):
+    """Crops exactly on, opposite to, or across from their centre, of any length: loss and gradients are finite."""
+    head = MarginHead(4, 9, loss=loss, margin=MARGINS[loss], scale=scale, focal_gamma=gamma)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(4).repeat(3, 1)[:9] * torch.arange(1, 10)[:, None])
+    factor = {"same": 1.0, "opposite": -1.0, "orthogonal": 0.0, "zero": 0.0}[place]
+    features = torch.eye(4)[:3] * factor
+    if place == "orthogonal":
+        features[:, 3] = 1.0
+    features = (features * length).requires_grad_()
+    value, _ = head(features, torch.tensor([0, 1, 2]))
+    value.backward()
+    assert math.isfinite(value.item())
+    assert value.item() >= 0
+    if length >= 1e-6:
+        assert features.grad.isfinite().all()
+    assert head.weight.grad.isfinite().all()
+
+
+def test_loss_keeps_its_precision_when_a_crop_is_nearly_certain():
+    """The cross entropy of a sure crop is far below float32's step at the logits' size, and right all the same."""
+    head = MarginHead(3, 3, loss="cosface", margin=0.0, scale=20.0)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3))
+    value, _ = head(torch.eye(3)[:1] * 5, torch.tensor([0]))
+    assert value.item() == pytest.approx(2 * math.exp(-20), rel=1e-5)
+
+
+def test_a_label_outside_gives_an_infinite_loss():
+    """Not a plausible number: the trainer's check for finite losses then stops the run."""
+    head = MarginHead(4, 5, loss="arcface", margin=0.5, scale=16.0)
+    for label in (5, -1):
+        assert head(torch.ones(2, 4), torch.tensor([0, label]))[0].item() == math.inf
+
+
+# --- precision and memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", MARGINS)
+def test_autocast_keeps_the_target_in_float32(loss):
+    """With bfloat16 products the target's angle is exact; loss and gradients differ by bfloat16's rounding only."""
+    generator = torch.Generator().manual_seed(3)
+    head = MarginHead(64, 300, loss=loss, margin=MARGINS[loss], scale=30.0)
+    features = (torch.randn(32, 64, generator=generator) * 4).requires_grad_()
+    labels = torch.randint(300, (32,), generator=generator)
+    state = head.state_dict()
+    full, full_stats = head(features, labels)
+    full_gradients = torch.autograd.grad(full, [features, head.weight])
+    head.load_state_dict(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, low_stats = head(features, labels)
+    low_gradients = torch.autograd.grad(low, [features, head.weight])
+    assert low.dtype == torch.float32
+    assert torch.equal(full_stats["target_angle"], low_stats["target_angle"])
+    assert not torch.equal(full_stats["other_angle"], low_stats["other_angle"])
+    assert low.item() == pytest.approx(full.item(), rel=2e-3)
+    for exact, rounded in zip(full_gradients, low_gradients, strict=True):
+        assert rounded.dtype == torch.float32
+        assert F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.9999
+
+
+def test_bfloat16_features_are_taken_in_float32():
+    head = MarginHead(8, 20, loss="arcface", margin=0.5, scale=16.0)
+    features = torch.randn(4, 8).bfloat16().requires_grad_()
+    value, _ = head(features, torch.arange(4))
+    value.backward()
+    assert value.dtype == torch.float32
+    assert features.grad.dtype == torch.bfloat16
+    assert value.item() == pytest.approx(head(features.detach().float(), torch.arange(4))[0].item(), rel=1e-6)
+
+
+class _LargeTensors(TorchDispatchMode):
+    """Counts the distinct storages of at least `elements` elements that operations return."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.storages, self.keep = elements, set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.elements:
+                self.storages.add(tensor.untyped_storage().data_ptr())
+                self.keep.append(tensor)
+        return result
+
+
+def test_no_second_matrix_of_all_crops_and_identities(monkeypatch):
+    """Blocks are the only things of many columns: together the kept cosines are one [N, classes] in bfloat16."""
+    crops, identities, block = 32, 3000, 1 << 13
+    monkeypatch.setitem(margin._BLOCK_ELEMENTS, "cpu", block)
+    head = MarginHead(8, identities, loss="arcface", margin=0.5, scale=32.0)
+    features = torch.randn(crops, 8, requires_grad=True)
+    kept = []
+    with (
+        _LargeTensors(block + 1) as large,
+        torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        value, _ = head(features, torch.randint(identities, (crops,)))
+        value.backward()
+    shapes = {tuple(tensor.shape) for tensor in large.keep}
+    assert shapes <= {(identities, 8)}, "only the centres' own gradient may be larger than a block"
+    cosines = [tensor for tensor in kept if tensor.dtype == torch.bfloat16]
+    assert sum(tensor.numel() for tensor in cosines) == crops * identities
+
+
+def test_backward_frees_the_cosines_while_the_loss_is_still_held():
+    head = MarginHead(8, 50, loss="arcface", margin=0.5, scale=32.0)
+    value, _ = head(torch.randn(4, 8), torch.arange(4))
+    value.backward()
+    with pytest.raises(RuntimeError, match="freed"):
+        value.backward()
+
+
+def test_many_steps_learn_separable_identities():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.nn.Parameter(torch.randn(60, 16, generator=generator))
+    labels = torch.arange(60) % 20
+    for loss, value in MARGINS.items():
+        head = MarginHead(16, 20, loss=loss, margin=value, scale=16.0)
+        features = points.detach().clone().requires_grad_()
+        optimizer = torch.optim.SGD([features, *head.parameters()], lr=1.0, momentum=0.9)
+        for _ in range(100):
+            optimizer.zero_grad()
+            result, stats = head(features, labels)
+            result.backward()
+            optimizer.step()
+        assert stats["top1"] == 1
+        assert stats["target_angle"].mean() < 25
+
+
+# --- AdaFace's statistics ---------------------------------------------------------------------------------------
+
+
+def test_adaface_statistics_follow_the_norms_in_training_only():
+    head = MarginHead(4, 8, loss="adaface", margin=0.4, scale=16.0)
+    features = torch.randn(6, 4) * torch.tensor([1.0, 5, 20, 80, 300, 1e-9])[:, None]
+    norms = features.norm(dim=1).clamp(1e-3, 100)
+    head(features, torch.arange(6))
+    assert head.norm_mean.item() == pytest.approx(0.99 * 20 + 0.01 * norms.mean().item(), rel=1e-5)
+    assert head.norm_std.item() == pytest.approx(0.99 * 100 + 0.01 * norms.std().item(), rel=1e-5)
+    before = head.norm_mean.item()
+    head.eval()(features, torch.arange(6))
+    assert head.norm_mean.item() == before
+    head.train()(features[:1], torch.arange(1))  # one crop has no deviation
+    assert math.isfinite(head.norm_std.item())
+
+
+def test_adaface_gives_blurred_crops_another_margin():
+    """Weak features (low norm): margin on the angle, easy first. Strong: margin on the cosine, hard first."""
+    head = MarginHead(4, 8, loss="adaface", margin=0.4, scale=16.0)
+    head.norm_mean.fill_(20), head.norm_std.fill_(5)
+    m1, m2, m3 = head.eval()._margins(torch.tensor([1.0, 20.0, 100.0]))
+    assert m1 == 1
+    assert m2.tolist() == pytest.approx([0.4, 0.0, -0.4], abs=1e-3)
+    assert m3.tolist() == pytest.approx([0.0, 0.4, 0.8], abs=1e-3)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+
+
+def sampled_head(rate, identities=400, **settings):
+    settings = {"loss": "arcface", "margin": 0.3, "scale": 16.0, "seed": 5} | settings
+    return MarginHead(8, identities, sample_rate=rate, **settings)
+
+
+def batch(identities, crops=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(crops, 8, generator=generator), torch.randint(identities, (crops,), generator=generator)
+
+
+def drawn_rows(head):
+    (rows, _leaf), *others = head._drawn
+    assert not others
+    return rows[rows < head.last - head.first]
+
+
+def test_a_step_draws_the_positives_and_a_share_of_the_rest():
+    head = sampled_head(0.1, 5000)
+    features, labels = batch(5000)
+    seen = []
+    for _ in range(20):
+        head(features, labels)
+        rows = drawn_rows(head)
+        assert len(rows.unique()) == len(rows)
+        assert set(labels.tolist()) <= set(rows.tolist())
+        assert 0.08 * 5000 < len(rows) < 0.12 * 5000 + 12
+        seen.append(frozenset(rows.tolist()))
+        head.step(0.1)
+    assert len(set(seen)) == 20
+    # Independent draws: in 20 steps nearly (1 - 0.9^20 = 88 %) all are seen, and pairs of steps overlap by chance.
+    assert 0.85 < len(frozenset.union(*seen)) / 5000 < 0.91
+    assert np.mean([len(seen[i] & seen[i + 1]) for i in range(19)]) == pytest.approx(50 + 12, abs=12)
+
+
+def test_the_draw_is_a_function_of_seed_and_step():
+    features, labels = batch(400)
+    one, same, other = sampled_head(0.2), sampled_head(0.2), sampled_head(0.2, seed=6)
+    for _ in range(3):
+        for head in (one, same, other):
+            head(features, labels)
+        assert torch.equal(drawn_rows(one), drawn_rows(same))
+        assert not torch.equal(drawn_rows(one), drawn_rows(other))
+        for head in (one, same, other):
+            head.step(0.1)
+
+
+@pytest.mark.parametrize("loss", MARGINS)
+def test_a_sampled_step_is_sgd_on_the_drawn_rows(loss):
+    """Loss, gradients, momentum and decay: those of a plain head that consists of the drawn rows; others untouched."""
+    head = sampled_head(0.2, loss=loss, margin=MARGINS[loss], focal_gamma=1.0)
+    plain = torch.nn.Parameter(head.centres.clone())
+    velocity = torch.zeros_like(plain)
+    for step in range(4):
+        features, labels = batch(400, seed=step)
+        features.requires_grad_()
+        before = head.centres.clone()
+        value, _ = head(features, labels)
+        value.backward()
+        rows = drawn_rows(head)
+        gradient = features.grad
+        copy = features.detach().double().requires_grad_()
+        leaf = plain.detach()[rows].double().requires_grad_()
+        columns = (rows == labels[:, None]).int().argmax(1)
+        expected = plain_loss(head, copy, columns, leaf)
+        expected.backward()
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert torch.allclose(gradient, copy.grad.float(), atol=1e-6)
+        head.step(0.5, momentum=0.9, weight_decay=0.01, nesterov=True)
+        with torch.no_grad():
+            slope = (leaf.grad + 0.01 * leaf).float()
+            velocity[rows] = 0.9 * velocity[rows] + slope
+            plain[rows] -= 0.5 * (slope + 0.9 * velocity[rows])
+        assert torch.allclose(head.centres, plain, atol=1e-5)
+        changed = (head.centres != before).any(1).nonzero()[:, 0]
+        assert set(changed.tolist()) <= set(rows.tolist())
+        assert not head.sampled_leaves()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_drawing_everything_is_the_full_head_under_torch_sgd(nesterov):
+    full = sampled_head(1.0)
+    everything = sampled_head(1 - 2**-40)  # every hash is below the threshold
+    settings = {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": nesterov}
+    optimizer = torch.optim.SGD(full.parameters(), lr=0.3, **settings)
+    assert not list(everything.parameters())
+    for step in range(4):
+        features, labels = batch(400, seed=step)
+        losses = [head(features, labels)[0] for head in (full, everything)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        full.step(0.3, **settings)
+        everything.step(0.3, **settings)
+        assert len(everything.centres) == 400
+        assert torch.allclose(full.centres, everything.centres, atol=1e-6)
+
+
+def test_accumulated_passes_update_each_drawn_row_once():
+    """Two backward passes before a step: gradients of a row drawn by both add up, momentum and decay count once."""
+    head = sampled_head(0.3)
+    reference = head.centres.clone()
+    total = torch.zeros_like(reference)
+    rows = set()
+    for seed in (0, 1):
+        features, labels = batch(400, seed=seed)
+        (head(features, labels)[0] / 2).backward()
+    assert len(head.sampled_leaves()) == 2
+    for drawn, leaf in head._drawn:
+        real = drawn < 400
+        total.index_add_(0, drawn[real], leaf.grad[real])
+        rows |= set(drawn[real].tolist())
+    head.step(0.1, momentum=0.9, weight_decay=0.05, nesterov=False)
+    index = torch.tensor(sorted(rows))
+    reference[index] -= 0.1 * (total[index] + 0.05 * reference[index])
+    assert torch.allclose(head.centres, reference, atol=1e-6)
+
+
+def test_gradients_of_a_sampled_head_can_be_clipped_or_dropped():
+    head = sampled_head(0.2)
+    features, labels = batch(400)
+    head(features, labels)[0].backward()
+    torch.nn.utils.clip_grad_value_(head.sampled_leaves(), 1e-6)
+    assert max(leaf.grad.abs().max().item() for leaf in head.sampled_leaves()) <= 1e-6
+    before = head.centres.clone()
+    head.zero_grad()
+    head.step(0.1)
+    assert torch.equal(head.centres, before)
+    with torch.no_grad():
+        head(features, labels)
+    assert not head.sampled_leaves()
+
+
+def test_a_sampled_head_keeps_one_momentum_row_per_centre_and_no_gradient():
+    head = sampled_head(0.1, 1000)
+    features, labels = batch(1000)
+    head(features, labels)[0].backward()
+    sizes = sorted(buffer.numel() for buffer in head.buffers())
+    assert sizes == [8 * 1001] * 2
+    assert all(buffer.grad is None for buffer in head.buffers())
+    assert sum(leaf.grad.numel() for leaf in head.sampled_leaves()) < 0.25 * 8 * 1000
+
+
+# --- construction and state -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "sphereface"}, "no loss named"),
+        ({"margin": (1.0, 0.3)}, "one number"),
+        ({"margin": -0.1}, r"\[0, pi\)"),
+        ({"margin": math.nan}, r"\[0, pi\)"),
+        ({"loss": "combined", "margin": 0.5}, "three numbers"),
+        ({"loss": "combined", "margin": (0.0, 0.5, 0.0)}, "three numbers"),
+        ({"sample_rate": 0.0}, "sample rate"),
+        ({"sample_rate": 1.5}, "sample rate"),
+        ({"focal_gamma": -1.0}, "gamma"),
+        ({"world_size": 11}, "cannot be split over 11 ranks"),
+        ({"rank": 1}, "cannot be split"),
+    ],
+)
+def test_values_out_of_range_are_refused(change, message):
+    settings = {"loss": "arcface", "margin": 0.5, "scale": 64.0} | change
+    with pytest.raises(ValueError, match=message):
+        MarginHead(8, 10, **settings)
+
+
+@given(st.integers(1, 5000), st.integers(1, 64))
+def test_identities_are_split_evenly_and_completely(identities, world_size):
+    ranges = [identity_range(identities, rank, world_size) for rank in range(world_size)]
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == identities
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(ranges))
+    sizes = {last - first for first, last in ranges}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_initial_centres_do_not_depend_on_the_split():
+    settings = {"loss": "arcface", "margin": 0.5, "scale": 64.0, "seed": 9}
+    whole = MarginHead(4, 2500, **settings).centres
+    parts = [MarginHead(4, 2500, rank=rank, world_size=3, **settings).centres for rank in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert whole.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not torch.equal(whole[:1024], whole[1024:2048])
+    other = MarginHead(4, 2500, **(settings | {"seed": 10})).centres
+    assert not torch.equal(whole, other)
+
+
+@pytest.mark.parametrize("loss", ["arcface", "adaface"])
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_state_goes_on_where_it_stopped(loss, rate):
+    def steps(head, first, last):
+        for step in range(first, last):
+            features, labels = batch(400, seed=step)
+            value, _ = head(features, labels)
+            value.backward()
+            if not head.sampled:
+                with torch.no_grad():
+                    head.weight -= 0.1 * head.weight.grad
+            head.step(0.1)
+            head.zero_grad()
+        return value
+
+    unbroken = sampled_head(rate, loss=loss)
+    steps(unbroken, 0, 6)
+    stopped = sampled_head(rate, loss=loss)
+    steps(stopped, 0, 3)
+    state = stopped.full_state()
+    assert state["centres"].shape == (400, 8)
+    resumed = sampled_head(rate, loss=loss, seed=5)
+    with torch.no_grad():
+        resumed.centres.zero_()
+    resumed.load_full_state(state)
+    steps(resumed, 3, 6)
+    assert torch.equal(resumed.centres, unbroken.centres)
+    assert resumed.steps == 6
+    if loss == "adaface":
+        assert torch.equal(resumed.norm_mean, unbroken.norm_mean)
+        assert torch.equal(resumed.norm_std, unbroken.norm_std)
+
+
+def test_state_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"\(400, 8\), not \(300, 8\)"):
+        sampled_head(1.0, 300).load_full_state(sampled_head(1.0).full_state())
+
+
+def test_full_state_does_not_alias_the_head():
+    head = sampled_head(0.5)
+    state = head.full_state()
+    features, labels = batch(400)
+    head(features, labels)[0].backward()
+    head.step(1.0)
+    assert not torch.equal(state["centres"], head.centres)
