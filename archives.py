@@ -450,10 +450,13 @@ class ZipSource:
         for position, info in enumerate(self._zip.infolist(), 1):
             if info.filename.endswith("/"):
                 continue
-            read_bytes += info.file_size
+            read_bytes += 0 if self._is_absurd(info) else info.file_size
             if read_bytes > max(_RATIO_FROM, self._limits.ratio * self.path.stat().st_size):
                 raise Broken(f"expands to more than {self._limits.ratio:g} times its size; no photos do")
             yield _placed(info.filename, self._level, root, lambda info=info: self._read(info), position)
+
+    def _is_absurd(self, info: zipfile.ZipInfo) -> bool:
+        return info.file_size > max(_RATIO_FROM, self._limits.ratio * info.compress_size)
 
     def _read(self, info: zipfile.ZipInfo) -> bytes:
         kind = stat.S_IFMT(info.external_attr >> 16)
@@ -461,7 +464,7 @@ class ZipSource:
             raise NotTaken("refused", "a symbolic link" if kind == stat.S_IFLNK else "not a regular file")
         if info.flag_bits & 1:
             raise NotTaken("refused", "encrypted")
-        if info.file_size > max(_RATIO_FROM, self._limits.ratio * info.compress_size):
+        if self._is_absurd(info):
             raise NotTaken("refused", f"{info.file_size} bytes out of {info.compress_size}; no photo expands so far")
         assert self._zip is not None
         try:

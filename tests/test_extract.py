@@ -323,8 +323,24 @@ def test_a_bomb_is_given_up_and_what_came_before_is_kept(tmp_path, capsys):
     assert json.loads((tmp_path / "tar" / "listing.json").read_text())["sources"][0]["broken"]
 
     source = make_zip(tmp_path / "s.zip", dict(entries))
-    run(tmp_path / "zip", source)
-    assert set(tree(tmp_path / "zip")) == {"A/1.jpg"}
+    assert run(tmp_path / "zip", source) == 0  # a zip can step over it
+    assert tree(tmp_path / "zip") == {"A/1.jpg": photo(1), "A/2.jpg": photo(2)}
+    refused = [row for row in check_listing(tmp_path / "zip") if row["status"] == "refused"]
+    assert [row["member"] for row in refused] == ["A/bomb.bmp"] and "no photo expands so far" in refused[0]["reason"]
+
+
+def test_many_members_that_share_their_data_are_given_up(tmp_path, capsys):
+    # A bomb of the kind where every entry of the directory points to the same compressed data.
+    entry = b"BM" + bytes(1 << 20)
+    source = make_zip(tmp_path / "s.zip", {"A/0.bmp": entry})
+    data = source.read_bytes()
+    start, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    directory = data[start:end] * 1000
+    tail = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1000, 1000, len(directory), start, 0)
+    source.write_bytes(data[:start] + directory + tail)
+    assert run(tmp_path / "raw", source) == 1
+    assert "expands to more than 200 times its size" in capsys.readouterr().err
+    assert sum(map(len, tree(tmp_path / "raw").values())) <= 64 << 20
 
 
 def test_a_large_member_is_refused_without_being_read(tmp_path):
