@@ -143,26 +143,27 @@ def test_shards_of_separate_machines_are_brought_together(painted, tmp_path):
     assert contents(tmp_path / "1") == contents(tmp_path / "whole")
 
 
-def test_killed_at_every_file_operation_it_ends_the_same(tmp_path):
+def test_killed_at_any_file_operation_it_ends_the_same(tmp_path):
+    # Operations come in groups of four (flush, rename, flush, unlink): every third one meets all kinds.
     photos = make_photos(tmp_path / "photos", identities=3, per_identity=12)
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kill_everywhere.py", "pre_process", "1", tmp_path / "out",
+        [sys.executable, ROOT / "tests" / "kill_everywhere.py", "pre_process", "3", tmp_path / "out",
          "--photos", photos, "--out", "@", "--workers", "2"],
         capture_output=True, text=True, timeout=250, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     killed, different = re.fullmatch(r"killed (\d+) different (.*)\n", done.stdout).groups()
-    assert int(killed) > 60 and different == "[]", done.stderr
+    assert int(killed) > 20 and different == "[]", done.stderr
 
 
 def test_a_run_killed_on_real_photos_goes_on(shared, tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
-    for identity in sorted((shared / "lfw" / "lfw-deepfunneled").iterdir())[:250]:
+    for identity in sorted((shared / "lfw" / "lfw-deepfunneled").iterdir())[:170]:
         (photos / identity.name).symlink_to(identity)
     assert script("pre_process.py", "--photos", photos, "--out", tmp_path / "whole")[0] == 0
     whole = contents(tmp_path / "whole")
     rows = read_faces(tmp_path / "whole" / "faces.tsv")
-    assert len(rows) > 2 * chunks.CHUNK and {row.status for row in rows} == {CROP}
+    assert len(rows) > 1.3 * chunks.CHUNK and {row.status for row in rows} == {CROP}
 
     command = [sys.executable, ROOT / "pre_process.py", "--photos", photos, "--out", tmp_path / "killed"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
