@@ -572,3 +572,92 @@ class Doctor(Device):
     bin: Path | None = option(None, "a verification set", group="data", metavar="FILE")
     most: int = option(600, "pairs to try on, spread over the set", group="data", metavar="N")
     out: Path | None = option(None, "folder for doctor.json and cached crops", group="results", metavar="DIR")
+
+
+@dataclass
+class MegafaceEval(Device):
+    """Stage 6 (see megaface_eval.py)."""
+
+    checkpoint: str = option(
+        REQUIRED,
+        "the model: a training checkpoint, a state_dict under the released key names, an .onnx embedding model, an "
+        "address, or released for the published network",
+        group="model",
+        metavar="FILE",
+    )
+    mean: list[float] | None = option(
+        None, "three numbers, in the order of --channels; none means as the file says", group="model", metavar="X"
+    )
+    std: list[float] | None = option(None, "as --mean", group="model", metavar="X")
+    channels: str | None = option(
+        None, "order of the channels; none means as the file says, else rgb", group="model", choices=("rgb", "bgr")
+    )
+    pixel_range: int | None = option(
+        None, "what white is before --mean and --std; none means as the file says", group="model", choices=(1, 255)
+    )
+    mirror: bool | None = option(
+        None, "add the features of the mirror image; none means as the file says, else yes", group="model"
+    )
+    probes: Path = option(
+        Path("megaface/FaceScrub_aligned"), "crops that align_facescrub.py made", group="data", metavar="DIR"
+    )
+    distractors: Path = option(
+        Path("megaface/MegaFace_aligned"), "crops that align_megaface.py made", group="data", metavar="DIR"
+    )
+    probe_list: Path | None = option(
+        None,
+        "the devkit's facescrub_features_list.json; none means all crops of --probes",
+        group="data",
+        metavar="FILE",
+    )
+    distractor_list: Path | None = option(
+        None,
+        "the devkit's megaface_features_list.json_SIZE_SET; none means all crops of --distractors",
+        group="data",
+        metavar="FILE",
+    )
+    sizes: list[int] = option(
+        [], "numbers of distractors, the first of the list; none means 10, 100, ... and all", group="data", metavar="N"
+    )
+    allow_missing: bool = option(False, "count photos without a feature as failures instead of stopping", group="data")
+    noise: str | None = option(
+        None,
+        "what becomes of photos on the noise lists, besides the raw result: raw: nothing; exclude: they do not take "
+        "part; replace: as InsightFace, a probe becomes its identity's mean, a distractor matches nothing; none means "
+        "replace if the lists are there",
+        group="noise",
+        choices=("raw", "exclude", "replace"),
+    )
+    facescrub_noises: Path = option(
+        Path("megaface/facescrub_noises.txt"), "names of noisy probes", group="noise", metavar="FILE"
+    )
+    megaface_noises: Path = option(
+        Path("megaface/megaface_noises.txt"), "names of noisy distractors", group="noise", metavar="FILE"
+    )
+    out: Path | None = option(
+        None,
+        "folder of results, pictures and features; none means results/megaface-MODEL",
+        group="results",
+        metavar="DIR",
+    )
+    write_bin: bool = option(
+        False, "also write features and lists as the devkit's script reads them, to OUT/devkit", group="results"
+    )
+    far: list[float] = option(
+        [1e-6, 1e-5, 1e-4], "false accept rates at which the verification rate is given", group="results"
+    )
+    sheet: int = option(12, "misses shown on a sheet", group="results", metavar="N")
+    batch_size: int | None = option(
+        None, "crops per batch; none means 16 on a CPU, 256 on a GPU", group="machine", metavar="N"
+    )
+    workers: int = option(0, "threads that read crops; 0 means one per CPU", group="machine", metavar="N")
+
+
+@dataclass
+class MegafaceCurves:
+    """megaface/curves.py: figures from results files."""
+
+    files: list[Path] = option(REQUIRED, "cmc_*.json files", group="files", metavar="FILE", positional=True)
+    labels: list[str] = option([], "a name for each; none means the files' own", group="files", metavar="TEXT")
+    title: str = option("MegaFace Challenge 1", "first line of the figures", group="files", metavar="TEXT")
+    out: Path = option(Path("figures"), "folder of the figures", group="files", metavar="DIR")
