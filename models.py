@@ -12,6 +12,7 @@ devices or options.
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +240,8 @@ def network_from_state(state: Mapping[str, Tensor]) -> SELResNet | MobileFaceNet
     Depth, squeeze-excitation and embedding size are read from the keys and shapes. Raises ValueError, naming the first
     key that does not fit, when the state is none of ours.
     """
-    network = _empty_network(state)
+    with torch.device("meta"):  # no initial weights are drawn, and the caller's random numbers are left alone
+        network = _empty_network(state)
     expected = network.state_dict()
     for key in (*expected, *state):
         if key not in state:
@@ -249,7 +251,7 @@ def network_from_state(state: Mapping[str, Tensor]) -> SELResNet | MobileFaceNet
         if not isinstance(state[key], Tensor) or state[key].shape != expected[key].shape:
             found = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
             raise ValueError(f"weights do not fit: {key} is {found}, not {tuple(expected[key].shape)}")
-    network.load_state_dict(state)
+    network.to_empty(device="cpu").load_state_dict(state)
     return network.eval()
 
 
@@ -262,15 +264,14 @@ def _empty_network(state: Mapping[str, Tensor]) -> SELResNet | MobileFaceNet:
             raise ValueError(f"not the weights of an embedding network: {key} has no rows")
         return weight.shape[0]
 
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights; the caller's random numbers are not ours
-        if "project.0.weight" in state:
-            return MobileFaceNet(output_size("project.0.weight"))
-        if "fc.weight" not in state:
-            raise ValueError("not the weights of an embedding network: neither fc.weight nor project.0.weight is there")
-        depths = tuple(_stage_depth(state, f"layer{stage}") for stage in (1, 2, 3, 4))
-        if depths not in _DEPTHS.values():
-            raise ValueError(f"not the weights of an embedding network: stages of {depths} blocks")
-        return SELResNet(depths, any(".se." in key for key in state), output_size("fc.weight"))
+    if "project.0.weight" in state:
+        return MobileFaceNet(output_size("project.0.weight"))
+    if "fc.weight" not in state:
+        raise ValueError("not the weights of an embedding network: neither fc.weight nor project.0.weight is there")
+    depths = tuple(_stage_depth(state, f"layer{stage}") for stage in (1, 2, 3, 4))
+    if depths not in _DEPTHS.values():
+        raise ValueError(f"not the weights of an embedding network: stages of {depths} blocks")
+    return SELResNet(depths, any(".se." in key for key in state), output_size("fc.weight"))
 
 
 def _stage_depth(state: Mapping[str, Tensor], stage: str) -> int:
@@ -306,14 +307,13 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
     """`block(x)`, keeping only `x` for the backward pass, which runs the block a second time.
 
     Batch norm must not count that second run in its running statistics, or the trained network would differ.
+    torch.compile's second run has no side effects anyway, and it does not understand context functions.
     """
-    return checkpoint(
-        block,
-        x,
-        use_reentrant=False,
-        preserve_rng_state=False,  # the blocks draw no random numbers (the only dropout is behind them)
-        context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(block)),
-    )
+    # The blocks draw no random numbers (the only dropout is behind them).
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if not torch.compiler.is_compiling():
+        settings["context_fn"] = lambda: (contextlib.nullcontext(), _frozen_statistics(block))
+    return checkpoint(block, x, **settings)
 
 
 @contextlib.contextmanager
