@@ -26,20 +26,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from retinaface.decoding import Cells
-from retinaface.network import LAYERS, MEAN_BGR, STRIDES, forward
-from retinaface.weights import Folded
+from retinaface.network import MEAN_BGR, STRIDE, Weights, forward, fuse_heads
 
 R = TypeVar("R")
 T = TypeVar("T")
 Size: TypeAlias = tuple[int, int]
 
 PIXELS_UNDER_WAY = 32_000_000
-"""How many pixels may be in the network at a time; the network needs about 100 bytes of memory for each."""
+"""How many pixels may be in the network at a time; the network needs about 75 bytes of memory for each."""
 
 CPU_BATCH_PIXELS = 500_000
 """The largest batch on a CPU: eight photos of LFW. Larger ones would fall out of the caches."""
 
-_LAYER = {layer.name: layer for layer in LAYERS}
 _LANES = 16
 
 
@@ -91,10 +89,14 @@ class Engine(ABC):
 class OnnxEngine(Engine):
     """The network in onnxruntime, for a CPU."""
 
-    def __init__(self, weights: Folded) -> None:
+    def __init__(self, weights: Weights) -> None:
+        import onnxruntime
+
         super().__init__(CPU_BATCH_PIXELS, torch.get_num_threads())
-        weights = _widen(weights)
-        self._sessions = {even: _session(_Graph(weights, even).serialise()) for even in (False, True)}
+        weights = _widen(fuse_heads(weights))
+        self._session = _session(_Graph(weights).serialise())
+        self._give_back = onnxruntime.RunOptions()
+        self._give_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, photos: Sequence[np.ndarray]) -> np.ndarray:
         height, width = photos[0].shape[:2]
@@ -102,9 +104,9 @@ class OnnxEngine(Engine):
         for photo, planes in zip(photos, batch, strict=True):
             for channel, mean, plane in zip(cv2.split(photo), MEAN_BGR, planes, strict=True):
                 np.subtract(channel, np.float32(mean), out=plane, dtype=np.float32)
-        # The height and width of the finest map.
-        even = all(-(-side // STRIDES[0]) % 4 == 0 for side in (height, width))
-        return self._sessions[even].run(None, {"image": batch})[0]
+        # Memory is kept for the next batch, but not what only a large photo needs.
+        options = self._give_back if len(photos) * height * width > 2 * CPU_BATCH_PIXELS else None
+        return self._session.run(None, {"image": batch}, options)[0]
 
 
 def _session(model: bytes) -> Any:
@@ -112,13 +114,11 @@ def _session(model: bytes) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # The arena would keep the memory of the largest photo ever seen; without it the speed is the same.
-    options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _widen(weights: Folded) -> Folded:
+def _widen(weights: Weights) -> Weights:
     """The same network with its 8-channel layers filled up with zeros to the 16 lanes that the CPU kernels work in.
 
     The kernels would compute 16 lanes anyway, but cut the result back to 8 between the layers.
@@ -134,17 +134,13 @@ def _widen(weights: Folded) -> Folded:
 
 
 class _Graph:
-    """The network as an ONNX model.
+    """The network as an ONNX model."""
 
-    `even` leaves out the cropping after each enlargement, which images need unless their finest map can be halved
-    twice; the crops would force a change of memory layout on either side.
-    """
-
-    def __init__(self, weights: Folded, even: bool) -> None:
-        from onnx import TensorProto, helper, numpy_helper
+    def __init__(self, weights: Weights) -> None:
+        from onnx import TensorProto, helper, numpy_helper  # half a second that a GPU need not spend
 
         self._helper, self._from_array, self._float = helper, numpy_helper.from_array, TensorProto.FLOAT
-        self._weights, self._even = weights, even
+        self._weights = weights
         self._nodes: list[Any] = []
         self._constants: dict[str, np.ndarray] = {
             "twice": np.float32([1, 1, 2, 2]),
@@ -172,16 +168,16 @@ class _Graph:
         return output
 
     def convolve(self, name: str, x: str, slope: float | None = None) -> str:
-        layer = _LAYER[name]
         weight, bias = self._weights[name]
+        size = weight.shape[2]
         self._constants |= {f"{name}.weight": weight, f"{name}.bias": bias}
         x = self._add(
             "Conv",
             [x, f"{name}.weight", f"{name}.bias"],
-            kernel_shape=layer.shape[2:],
-            strides=[layer.stride] * 2,
-            pads=[layer.shape[2] // 2] * 4,
-            group=len(weight) if layer.depthwise else 1,
+            kernel_shape=[size, size],
+            strides=[STRIDE[name]] * 2,
+            pads=[size // 2] * 4,
+            group=len(weight) if weight.shape[1] == 1 else 1,
         )
         if slope is None:
             return x
@@ -196,10 +192,8 @@ class _Graph:
             nearest_mode="floor",
             coordinate_transformation_mode="asymmetric",
         )
-        if not self._even:
-            size = self._add("Shape", [x], start=2, end=4)
-            doubled = self._add("Slice", [doubled, "origin", size, "plane"])
-        return self._add("Add", [x, doubled])
+        size = self._add("Shape", [x], start=2, end=4)
+        return self._add("Add", [x, self._add("Slice", [doubled, "origin", size, "plane"])])
 
     def concatenate(self, parts: list[str]) -> str:
         return self._add("Concat", parts, axis=1)
@@ -211,7 +205,7 @@ class _Graph:
 class TorchEngine(Engine):
     """The network in PyTorch, for a GPU (it runs on a CPU too)."""
 
-    def __init__(self, weights: Folded, device: torch.device) -> None:
+    def __init__(self, weights: Weights, device: torch.device) -> None:
         super().__init__(PIXELS_UNDER_WAY, threads=1)
         self.device = device
         self._mean = torch.tensor(MEAN_BGR, device=device, dtype=torch.float32)
@@ -220,7 +214,7 @@ class TorchEngine(Engine):
                 torch.tensor(weight, device=device).contiguous(memory_format=torch.channels_last),
                 torch.tensor(bias, device=device),
             )
-            for name, (weight, bias) in weights.items()
+            for name, (weight, bias) in fuse_heads(weights).items()
         }
 
     @torch.inference_mode()
@@ -230,10 +224,9 @@ class TorchEngine(Engine):
             return forward(self, x)
 
     def convolve(self, name: str, x: Tensor, slope: float | None = None) -> Tensor:
-        layer = _LAYER[name]
         weight, bias = self._weights[name]
-        groups = len(bias) if layer.depthwise else 1
-        x = functional.conv2d(x, weight, bias, layer.stride, layer.shape[2] // 2, groups=groups)
+        groups = len(weight) if weight.shape[1] == 1 else 1
+        x = functional.conv2d(x, weight, bias, STRIDE[name], weight.shape[2] // 2, groups=groups)
         return x if slope is None else functional.leaky_relu_(x, slope)
 
     def add_upsampled(self, x: Tensor, coarse: Tensor) -> Tensor:

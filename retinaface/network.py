@@ -1,29 +1,34 @@
 """The network as one table of convolutions and one description of how they connect.
 
-Batch norm is folded into the convolutions when weights are loaded (`retinaface.weights`), so all that is left are
-59 convolutions' worth of arithmetic, 56 of them with weights of their own. The description `forward` is written once
-against a small set of operations. The price is one level of indirection; what it buys is that PyTorch (GPU) and the
-graph for onnxruntime (CPU) cannot drift apart.
+Batch norm is folded into the convolutions when weights are loaded (`retinaface.weights`), so convolutions are all there
+is. The description `forward` is written once against a small set of operations. The price is one level of indirection;
+what it buys is that PyTorch (GPU) and the graph for onnxruntime (CPU) cannot drift apart.
 
 Sources: layer sizes, strides, slopes and key names from biubug6/Pytorch_Retinaface (models/net.py, models/retinaface.py
 and `cfg_mnet` in data/config.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 T = TypeVar("T")
+Weights: TypeAlias = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""By name of the convolution: weight [out, in / groups, k, k] and bias [out]."""
 
 STRIDES = (8, 16, 32)
 ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
 ANCHORS_PER_CELL = 2
-
-# Where a cell's answers lie in the channels: per anchor the logits of background and face, centre and size of the box,
-# and five points; in each slice the smaller anchor's answers come first.
-LOGITS, BOXES, LANDMARKS = slice(0, 4), slice(4, 12), slice(12, 32)
-
 MEAN_BGR = (104, 117, 123)
 SLOPE = 0.1
+
+HEADS = ("ClassHead", "BboxHead", "LandmarkHead")
+# The channels of the three heads, one after the other: for each of a cell's anchors the logits of background and face,
+# then for each anchor its box, then its five points.
+LOGITS, BOXES, LANDMARKS = slice(0, 4), slice(4, 12), slice(12, 32)
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,13 @@ class Layer:
     """One convolution with weights of its own.
 
     `norm` is the key of the batch norm that follows in the original files, or None where the convolution has a bias.
-    `shape` is [out, in / groups, height, width]; a second entry of 1 means depthwise. Padding is always height // 2.
+    `shape` is [out, in / groups, height, width]; a second entry of 1 means depthwise.
     """
 
     name: str
     norm: str | None
     shape: tuple[int, int, int, int]
     stride: int = 1
-
-    @property
-    def depthwise(self) -> bool:
-        return self.shape[1] == 1
 
 
 # (input, output, stride) of the depthwise-separable blocks of each stage; stage 1 opens with a plain 3x3 convolution.
@@ -79,19 +80,35 @@ def _all_layers() -> list[Layer]:
             normed(f"{ssh}.conv7X7_2", 16, 16, 3),
             normed(f"{ssh}.conv7x7_3", 16, 16, 3),
         ]
-    for head, out in (("ClassHead", 4), ("BboxHead", 8), ("LandmarkHead", 20)):
+    for head, out in zip(HEADS, (4, 8, 20), strict=True):
         layers += [Layer(f"{head}.{level}.conv1x1", None, (out, 64, 1, 1)) for level in range(3)]
     return layers
 
 
 LAYERS: tuple[Layer, ...] = tuple(_all_layers())
+"""The convolutions as weight files know them."""
+
+STRIDE = {layer.name: layer.stride for layer in LAYERS} | {f"Heads.{level}": 1 for level in range(len(STRIDES))}
+
+
+def fuse_heads(weights: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Weights:
+    """The weights that `forward` asks for: the three heads of each level as one convolution `Heads.<level>`."""
+    fused = {name: arrays for name, arrays in weights.items() if not name.startswith(HEADS)}
+    for level in range(len(STRIDES)):
+        heads = [weights[f"{head}.{level}.conv1x1"] for head in HEADS]
+        weight, bias = (np.concatenate(parts) for parts in zip(*heads, strict=True))
+        fused[f"Heads.{level}"] = (weight, bias)
+    return fused
 
 
 class Operations(Protocol[T]):
     """What `forward` needs of an engine; T is the engine's tensor or node."""
 
     def convolve(self, name: str, x: T, slope: float | None = None) -> T:
-        """The layer `name` on x, then a leaky ReLU of that slope (0 is a plain ReLU, None is nothing)."""
+        """The convolution `name` on x, then a leaky ReLU of that slope (0 is a plain ReLU, None is nothing).
+
+        Its stride is `STRIDE[name]`, its padding half the kernel; a weight [out, 1, k, k] is depthwise.
+        """
 
     def add_upsampled(self, x: T, coarse: T) -> T:
         """x plus `coarse` enlarged to x's size, each cell repeated (nearest neighbour)."""
@@ -131,7 +148,4 @@ def _context(ops: Operations[T], level: int, x: T) -> T:
     shared = ops.convolve(f"{ssh}.conv5X5_1.0", x, SLOPE)
     five = ops.convolve(f"{ssh}.conv5X5_2.0", shared, 0.0)
     seven = ops.convolve(f"{ssh}.conv7x7_3.0", ops.convolve(f"{ssh}.conv7X7_2.0", shared, SLOPE), 0.0)
-    x = ops.concatenate([three, five, seven])
-    return ops.concatenate(
-        [ops.convolve(f"{head}.{level}.conv1x1", x) for head in ("ClassHead", "BboxHead", "LandmarkHead")]
-    )
+    return ops.convolve(f"Heads.{level}", ops.concatenate([three, five, seven]))
