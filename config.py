@@ -357,7 +357,7 @@ class Synthesize(Device):
         100, "same pairs, and as many different ones, per fold (--layout lfw)", group="data", metavar="N"
     )
     poses: str = option(
-        "all", "all; frontal: straight, bare and calm, to compare landmarks", group="data", choices=("all", "frontal")
+        "all", "all; frontal: straight, bare, calm and sharp, to compare landmarks", group="data", choices=("all", "frontal")
     )
     texture: bool = option(True, "skin and brows of one's own; off: shape alone", group="ingredients")
     hair: bool = option(True, "hair and beards; off: everybody is bald", group="ingredients")
@@ -598,21 +598,21 @@ class MegafaceEval(Device):
     mirror: bool | None = option(
         None, "add the features of the mirror image; none means as the file says, else yes", group="model"
     )
-    probes: Path = option(
+    facescrub: Path = option(
         Path("megaface/FaceScrub_aligned"), "crops that align_facescrub.py made", group="data", metavar="DIR"
     )
-    distractors: Path = option(
+    megaface: Path = option(
         Path("megaface/MegaFace_aligned"), "crops that align_megaface.py made", group="data", metavar="DIR"
     )
     probe_list: Path | None = option(
         None,
-        "the devkit's facescrub_features_list.json; none means all crops of --probes",
+        "the devkit's facescrub_features_list.json; none means all crops of --facescrub",
         group="data",
         metavar="FILE",
     )
     distractor_list: Path | None = option(
         None,
-        "the devkit's megaface_features_list.json_SIZE_SET; none means all crops of --distractors",
+        "the devkit's megaface_features_list.json_SIZE_SET; none means all crops of --megaface",
         group="data",
         metavar="FILE",
     )

@@ -150,7 +150,6 @@ def _cut(identity: Identity, azimuth: np.ndarray, elevation: np.ndarray, normal:
         return Cut(length * ones * size, comb, lift * ones, fall * ones, layer * volume, curl, pitch, width, segments,
                    bangs, roots)  # fmt: skip
 
-    sides = 1 - top
     if style == "crop":
         return cut(1.2 + 2.2 * top, forward * blend + down * (1 - blend), 0.35 + 0.3 * top, 0.15, 0.7, 0.1,
                    width=0.22, segments=3, bangs=front > 0, roots=1700)  # fmt: skip
@@ -164,7 +163,8 @@ def _cut(identity: Identity, azimuth: np.ndarray, elevation: np.ndarray, normal:
                    segments=7, roots=800)  # fmt: skip
     if style == "quiff":
         rise = front * top
-        return cut(1.8 + 5.5 * top, vector(0.3 * across, 0.5 + 0.8 * rise, 0.5 * rise - 0.6) * blend + down * (1 - blend),
+        upward = vector(0.3 * across, 0.5 + 0.8 * rise, 0.5 * rise - 0.6)
+        return cut(1.8 + 5.5 * top, upward * blend + down * (1 - blend),
                    0.3 + 0.5 * rise, 0.15, 1.8, mild * 0.6, segments=6, roots=850)  # fmt: skip
     if style == "curly_short":
         return cut(4.0 + 2 * top, random + 0.6 * down, 0.7, 0.25, 2.2, 0.5 + 0.3 * hair["curl"], 0.35, 0.5, 7,
@@ -228,7 +228,8 @@ def _ribbons(path: np.ndarray, width: np.ndarray, outward: np.ndarray, seeds: np
     )
 
 
-def _join(parts: list[Ribbons]) -> Ribbons:
+def join(parts: list[Ribbons]) -> Ribbons:
+    """One set of several."""
     starts = np.cumsum([0] + [len(part.points) for part in parts[:-1]])
     joined = {
         name: np.concatenate([getattr(part, name) for part in parts])
@@ -309,7 +310,7 @@ def grow_hair(identity: Identity, head: HeadModel, vertices: np.ndarray, field: 
         parts.append(_tail(identity, rng, knot, corner[0, 0]))
     if hair["style"] == "bun":
         parts.append(_bun(rng, knot, corner[0, 0], hair["volume"]))
-    return _join(parts)
+    return join(parts)
 
 
 def _settle(place: np.ndarray, field: RadiusField, above: np.ndarray, cut: Cut, limit: np.ndarray,

@@ -73,7 +73,7 @@ class HeadModel:
     rings: np.ndarray = field(repr=False)  # [V, R] faces around a vertex, padded with F (an empty face)
 
     def macro_weights(self, who: dict[str, float]) -> np.ndarray:
-        """Weights [K] of the macro shapes for `gender` (0 female .. 1 male), `years`, `muscle`, `weight`, ancestries."""
+        """Weights [K] of the macro shapes: `gender` (0 female .. 1 male), `years`, `muscle`, `weight`, ancestries."""
         weights = {"female": 1.0 - who["gender"], "male": who["gender"]}
         names, years = list(AGES), list(AGES.values())
         for i, name in enumerate(names):
@@ -259,9 +259,7 @@ def load_head() -> HeadModel:
     )
     pairs = _local_targets(targets)
     empty = np.zeros((len(kept), 3), np.float32)
-    local = np.stack(
-        [np.stack([read(plus), read(minus) if minus else empty]) for plus, minus in pairs.values()]
-    )
+    local = np.stack([np.stack([read(plus), read(minus) if minus else empty]) for plus, minus in pairs.values()])
     units = sorted((folder / "faceunits01" / "targets" / "faceunits").glob("*.target"))
     expression = np.stack([read(path) for path in units])
 
@@ -270,9 +268,7 @@ def load_head() -> HeadModel:
     base = (vertices[kept] * CENTIMETRES).astype(np.float32)
     base[teeth] = base[teeth] * np.float32([0.9, 1.0, 1.0]) + np.float32([0.0, 0.0, -0.45])
 
-    eyes = tuple(
-        np.unique(index[quads[groups == f"helper-{side}-eye"]]).astype(np.int64) for side in ("r", "l")
-    )
+    eyes = tuple(np.unique(index[quads[groups == f"helper-{side}-eye"]]).astype(np.int64) for side in ("r", "l"))
     for eye in eyes:  # eyeballs are turned as rigid bodies; a linear look would shear them
         expression[:, eye] = 0
     model = HeadModel(

@@ -12,6 +12,10 @@ that bounces between surfaces; the gain is about two rays per pixel.
 
 import warp as wp
 
+# Warp reads the functions below as its own language: no return annotations on kernels, no `in`, and float(0.0) is how
+# a variable is declared.
+# ruff: noqa: ANN201, RUF046, SIM109, UP018
+
 wp.config.log_level = wp.LOG_ERROR
 wp.config.enable_backward = False  # no gradients are wanted; halves the compilation
 # A quarter faster than warp's defaults; infinities stay infinities, which the slab tests of the bounding tree need.
@@ -409,6 +413,9 @@ def trace(
             out.depth = r.t
             out.flat = r.normal
             out.sky = 0.85
+    # Ribbons and worn things are seen from both sides.
+    if out.material >= LASH and wp.dot(out.normal, direction) > 0.0:
+        out.normal = -out.normal
     return out
 
 
@@ -435,20 +442,20 @@ def visible(
     start = hit.flat * 0.03
     if wp.dot(hit.flat, direction) > 0.0:
         start = -start
-    for l in range(3):
+    for k in range(3):
         light = u.light0
         colour = u.colour0
         spread = u.spread0
-        if l == 1:
+        if k == 1:
             light = u.light1
             colour = u.colour1
             spread = u.spread1
-        if l == 2:
+        if k == 2:
             light = u.light2
             colour = u.colour2
             spread = u.spread2
         jitter = wp.vec2(
-            (float((x + l) % 4) + wp.randf(state)) * 0.25, (float((y + 2 * l) % 4) + wp.randf(state)) * 0.25
+            (float((x + k) % 4) + wp.randf(state)) * 0.25, (float((y + 2 * k) % 4) + wp.randf(state)) * 0.25
         )
         if colour[0] + colour[1] + colour[2] < 0.001:
             continue
@@ -457,7 +464,7 @@ def visible(
         from_here = p + start
         if hairy == 1:
             from_here = p + light * 0.35
-        out[l] = lit(scene.body[b], scene.props[b], scene.flags[b, 0], from_here, light, spread, jitter)
+        out[k] = lit(scene.body[b], scene.props[b], scene.flags[b, 0], from_here, light, spread, jitter)
     return out
 
 
@@ -480,11 +487,8 @@ def shade(
     q = hit.place
     st = hit.detail
     open_sky = hit.sky
-    flat = hit.flat
     body_depth = hit.depth
     p = u.origin + direction * body_depth
-    if wp.dot(n, v) < 0.0 and (material >= HAIR or wp.dot(flat, v) < 0.0):
-        n = -n
     # A grazing interpolated normal may point away from the viewer; lean it back.
     nv = wp.dot(n, v)
     if nv < 0.05:
@@ -618,13 +622,13 @@ def shade(
         spec = 0.3 + 1.2 * gloss
     irradiance = ambient_light(u, n) * open_sky
     extra = wp.vec3(0.0, 0.0, 0.0)
-    for l in range(3):
+    for k in range(3):
         light = u.light0
         colour = u.colour0
-        if l == 1:
+        if k == 1:
             light = u.light1
             colour = u.colour1
-        if l == 2:
+        if k == 2:
             light = u.light2
             colour = u.colour2
         if colour[0] + colour[1] + colour[2] < 0.001:
@@ -633,13 +637,13 @@ def shade(
         if material == HAIR or material == BEARD:
             kk = hair_light(tangent, v, light, u.hair_shine)
             facing = wp.clamp(0.45 + 0.55 * nl, 0.0, 1.0)
-            through = 0.15 + 0.85 * free[l]
+            through = 0.15 + 0.85 * free[k]
             irradiance += colour * (kk[0] * facing * through)
-            extra += wp.cw_mul(colour, mixed(albedo, wp.vec3(1.0, 1.0, 1.0), 0.25)) * (kk[1] * facing * free[l] * 0.9)
+            extra += wp.cw_mul(colour, mixed(albedo, wp.vec3(1.0, 1.0, 1.0), 0.25)) * (kk[1] * facing * free[k] * 0.9)
             continue
         if nl < -0.28:
             continue
-        reach = free[l]
+        reach = free[k]
         if reach > 0.0:
             for c in range(3):
                 w = wrap[c]
@@ -751,16 +755,16 @@ def soften(uniforms: wp.array(dtype=Uniforms), buffers: Buffers):
         there = buffers.place[b, 2 * yy, 2 * xx]
         if buffers.flat[b, 2 * yy, 2 * xx][3] == material and wp.abs(there[3] - here[3]) < 0.8:
             f = buffers.raw[b, yy, xx]
-            reach = wp.max(wp.abs(float(dx) + 0.0), wp.abs(float(dy) + 0.0))
-            for l in range(3):
+            reach = wp.max(wp.abs(float(dx)), wp.abs(float(dy)))
+            for c in range(3):
                 spread = u.spread0
-                if l == 1:
+                if c == 1:
                     spread = u.spread1
-                if l == 2:
+                if c == 2:
                     spread = u.spread2
                 if reach <= 0.5 + 20.0 * spread:
-                    total[l] = total[l] + f[l]
-                    counts[l] = counts[l] + 1.0
+                    total[c] = total[c] + f[c]
+                    counts[c] = counts[c] + 1.0
     buffers.free[b, 2 * gy, 2 * gx] = wp.vec3(total[0] / counts[0], total[1] / counts[1], total[2] / counts[2])
 
 
@@ -851,7 +855,8 @@ def trace_rest(
         for k in range(4):
             yy = wp.where(k < 2, y0, y1)
             xx = wp.where(k % 2 == 0, x0, x1)
-            if int(buffers.flat[b, yy, xx][3]) == hit.material and wp.abs(buffers.place[b, yy, xx][3] - hit.depth) < 1.0:
+            gap = wp.abs(buffers.place[b, yy, xx][3] - hit.depth)
+            if int(buffers.flat[b, yy, xx][3]) == hit.material and gap < 1.0:
                 total += buffers.free[b, yy, xx]
                 count += 1.0
         if count > 0.0:

@@ -299,8 +299,8 @@ def draw_identity(seed: int, number: int, head: HeadModel, off: frozenset[str] =
     who["muscle"] = float(np.clip(rng.normal(0.5, 0.25), 0, 1))
     who["weight"] = float(np.clip(rng.normal(0.52, 0.25), 0, 1))
     local = _local_changes(rng, head, who)
-    melanin = who["african"] * rng.normal(0.72, 0.14) + who["asian"] * rng.normal(0.26, 0.13)
-    melanin = float(np.clip(melanin + who["caucasian"] * rng.normal(0.13, 0.09), 0.015, 1.0))
+    melanin = who["african"] * rng.normal(0.64, 0.16) + who["asian"] * rng.normal(0.13, 0.07)
+    melanin = float(np.clip(melanin + who["caucasian"] * rng.normal(0.06, 0.05), 0.01, 1.0))
     hair = _hair(rng, who, years)
     beard = _facial_hair(rng, who, years, hair)
     eyes = list(IRIS_COLOURS)
@@ -398,7 +398,7 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tu
     warm = rng.normal(0, 1)
 
     def white(amount: float, temperature: float) -> tuple[float, float, float]:
-        tint = np.exp(temperature * np.array([0.12, 0.0, -0.17])) * np.exp(rng.normal(0, 0.02, 3))
+        tint = np.exp(temperature * np.array([0.08, 0.0, -0.12])) * np.exp(rng.normal(0, 0.02, 3))
         return tuple(float(c) for c in amount * tint)
 
     side = rng.choice([-1.0, 1.0])
@@ -499,7 +499,7 @@ def _worn(rng: np.random.Generator, off: frozenset[str], identity: Identity) -> 
     if rng.random() < 0.09:
         worn["occluder"] = {
             "kind": _choice(rng, ["hand", "hand", "phone", "microphone", "cup", "bar"]),
-            "place": _choice(rng, ["chin", "cheek", "side", "mouth", "forehead"], [3, 3, 3, 1, 1]),
+            "place": _choice(rng, ["chin", "cheek", "side", "mouth"], [3, 3, 3, 0.7]),
             "side": float(rng.choice([-1, 1])),
             "turn": float(rng.uniform(-40, 40)),
             "colour": _colour(rng, float(rng.beta(0.6, 1.8)), 0.01, 0.7),
@@ -546,7 +546,7 @@ def _camera(rng: np.random.Generator) -> dict[str, Any]:
 def draw_photo(
     identity: Identity, image: int, head: HeadModel, off: frozenset[str] = frozenset(), poses: str = "all"
 ) -> Photo:
-    """Photo number `image` of a person; `poses="frontal"` keeps yaw within 5 degrees and the face neutral and free."""
+    """Photo number `image` of a person; `poses="frontal"`: yaw within 5 degrees, face calm and bare, picture sharp."""
     rng = photo_generator(identity.seed, identity.number, image)
     frontal = poses == "frontal"
     yaw = float(np.clip(rng.normal(0, 27), -90, 90)) if rng.random() < 0.85 else float(rng.uniform(-90, 90))
@@ -566,6 +566,10 @@ def draw_photo(
     if "light" in off:
         lights, ambient = EVEN_LIGHT
     years = float(np.clip(identity.who["years"] + rng.normal(0, 3.5), 18, 85))
+    camera = _camera(rng)
+    if frontal:
+        camera |= {"blur": 0.0, "motion": 0.0, "downscale": 1.0, "noise": 0.005, "grey": False, "sharpen": 0.0}
+        camera |= {"quality": 92, "exposure": 0.3 * camera["exposure"], "contrast": 1.0}
     return Photo(
         image=image,
         seed=int(rng.integers(1, 2**30)),
@@ -597,6 +601,6 @@ def draw_photo(
             "width": float(rng.uniform(3, 9)),
         },
         skin_shine=float(rng.beta(1.6, 2.6)),
-        camera=_camera(rng),
+        camera=camera,
         **worn,
     )  # fmt: skip

@@ -83,12 +83,12 @@ def _motion_kernel(length: float, angle: float) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def develop(linear: np.ndarray, exposure: float, photo: Photo) -> np.ndarray:
-    """Linear RGB [S, S, 3] and an exposure factor to sRGB uint8 BGR [S, S, 3]."""
+def develop(linear: np.ndarray, exposure: np.ndarray, photo: Photo) -> np.ndarray:
+    """Linear RGB [S, S, 3] and exposure factors [3] to sRGB uint8 BGR [S, S, 3]."""
     camera = photo.camera
     size = linear.shape[0]
     rng = np.random.default_rng([photo.seed, 5])
-    gain = np.array(camera["balance"], np.float32) * np.float32(exposure * 2.0 ** camera["exposure"])
+    gain = np.array(camera["balance"], np.float32) * exposure * np.float32(2.0 ** camera["exposure"])
     image = linear * gain
     if camera["downscale"] < 1:
         small = max(64, round(size * camera["downscale"]))

@@ -60,7 +60,9 @@ def _grid_faces(rows: int, columns: int, wrap: bool) -> np.ndarray:
     return np.concatenate([np.stack([a, c, b], -1).reshape(-1, 3), np.stack([b, c, d], -1).reshape(-1, 3)])
 
 
-def tube(path: np.ndarray, radius: float | np.ndarray, closed: bool = False, sides: int = 6) -> tuple[np.ndarray, np.ndarray]:
+def tube(
+    path: np.ndarray, radius: float | np.ndarray, closed: bool = False, sides: int = 6
+) -> tuple[np.ndarray, np.ndarray]:
     """Vertices and triangles of a tube around a polyline [K, 3]."""
     path = np.asarray(path, np.float64)
     ahead = np.roll(path, -1, 0) - np.roll(path, 1, 0) if closed else np.gradient(path, axis=0)
@@ -127,7 +129,8 @@ def glasses(photo: Photo, vertices: np.ndarray, eyes: np.ndarray) -> tuple[Piece
         parts.append(piece(*tube(arm, what["rim"] * 0.9), colour, gloss=gloss))
     inner = half - outline[:, 0].max()
     span = np.linspace(-inner, inner, 5)
-    parts.append(piece(*tube(bend(np.stack([span, 0.45 + 0.15 * np.cos(span), ], -1)), what["rim"] * 0.9), colour, gloss=gloss))  # fmt: skip
+    arch = bend(np.stack([span, 0.45 + 0.15 * np.cos(span)], -1))
+    parts.append(piece(*tube(arch, what["rim"] * 0.9), colour, gloss=gloss))
     return join(parts), np.concatenate(lens_points).astype(np.float32), np.concatenate(lens_faces).astype(np.int32)
 
 
@@ -170,8 +173,9 @@ def hat_piece(photo: Photo, field: RadiusField) -> Piece:
     colours = np.broadcast_to(np.array(hat["colour"], np.float32), (rows, columns, 3)).copy()
     if kind in ("beanie", "brim"):
         colours[: 3 if kind == "beanie" else 2] = hat["second"]
-    parts = [Piece(points.astype(np.float32), _grid_faces(rows, columns, wrap=True).astype(np.int32),
-                   colours.reshape(-1, 3), np.tile(np.array([[pattern, 0.05, 0.0]], np.float32), (rows * columns, 1)))]  # fmt: skip
+    info = np.tile(np.float32([[pattern, 0.05, 0.0]]), (rows * columns, 1))
+    faces = _grid_faces(rows, columns, wrap=True).astype(np.int32)
+    parts = [Piece(points.astype(np.float32), faces, colours.reshape(-1, 3), info)]
     edge = points.reshape(rows, columns, 3)[0]
     if kind == "cap":
         sector = np.abs((azimuth - hat["turn"] * 0.3 + 180) % 360 - 180) < 62
@@ -228,8 +232,8 @@ def _hand() -> tuple[np.ndarray, np.ndarray]:
 
 def _box(size: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
     corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float) * np.array(size) / 2
-    faces = [[0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1], [2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4], [1, 5, 7], [1, 7, 3]]  # fmt: skip
-    faces = np.array(faces)
+    sides = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+    faces = np.array([[a, b, c] for a, b, c, _ in sides] + [[a, c, d] for a, _, c, d in sides])
     return corners[faces].reshape(-1, 3), np.arange(36).reshape(-1, 3)  # split corners keep the edges sharp
 
 
@@ -238,7 +242,6 @@ ANCHORS = {
     "cheek": (5.6, -5.0, 1.2),
     "side": (7.5, -2.5, -2.0),
     "mouth": (2.2, -8.2, 4.2),
-    "forehead": (3.8, 5.0, 3.5),
 }
 
 
@@ -255,7 +258,7 @@ def occluder_piece(photo: Photo) -> Piece:
         points = points * [side, 1, 1]
         if side < 0:
             faces = faces[:, ::-1]
-        points = (points - [0, 13.0, 0]) @ spin.T + anchor + [side * 0.5, -1.5, 1.2]
+        points = (points - [0, 19.0, 0]) @ spin.T + anchor + [side * 1.5, 0.0, 1.2]
         return piece(points, faces, (1.0, 1.0, 1.0), skin_like=True)
     if kind == "phone":
         points, faces = _box((7.2, 14.5, 0.9))

@@ -10,6 +10,7 @@ other. The arithmetic per photo is the same either way, so the split does not ch
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import warp as wp
@@ -22,6 +23,9 @@ from synthetic.photo import background, develop
 EYE_DISTANCE = 6.0  # centimetres, for the scale of `Photo.eye_pixels`
 FACE_CENTRE = np.array([0.0, -3.0, -1.0])  # what is put in the image's middle
 NECK_PIVOT = np.array([0.0, -11.5, -9.0], np.float32)
+# Where the detector puts its points, measured on 80 frontal photos, relative to the mesh's: the nose's tip and the
+# mouth's corners a little higher than the most protruding vertex and the ends of the lips (centimetres, x outwards).
+LANDMARK_OFFSETS = {"eye": (0.0, -0.08, 0.0), "nose": (0.0, 0.34, 0.0), "mouth": (0.08, 0.22, 0.0)}
 IRIS_ANGLE = 0.46  # radians seen from the eyeball's centre: 0.6 cm of iris on MakeHuman's 1.38 cm eyeball
 
 
@@ -61,8 +65,10 @@ class Person:
         self.field = hair.RadiusField(head, self.rest)
         ribbons = [hair.grow_hair(identity, head, self.rest, self.field), hair.grow_beard(identity, head, self.rest)]
         self.hair_count = len(ribbons[0].points)
-        self.ribbons = hair._join(ribbons)
-        kinds = [np.full(len(part.faces), kind) for part, kind in zip(ribbons, (kernels.HAIR, kernels.BEARD), strict=True)]
+        self.ribbons = hair.join(ribbons)
+        kinds = [
+            np.full(len(part.faces), kind) for part, kind in zip(ribbons, (kernels.HAIR, kernels.BEARD), strict=True)
+        ]
         vertices = len(self.rest)
         self.faces = np.concatenate([head.faces, self.ribbons.faces + vertices]).astype(np.int32)
         self.materials = np.concatenate([head.material, *kinds]).astype(np.int32)
@@ -107,9 +113,8 @@ class Renderer:
     def _pose(self, person: Person, photos: list[Photo]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Vertices [M, V, 3] in the head's frame, normals, and gaze directions [M, 2, 3]."""
         head, device = self.head, self.device
-        weights = np.stack([
-            head.macro_weights({**person.identity.who, "years": photo.years, "weight": photo.weight}) for photo in photos
-        ])  # fmt: skip
+        who = [{**person.identity.who, "years": photo.years, "weight": photo.weight} for photo in photos]
+        weights = np.stack([head.macro_weights(drifted) for drifted in who])
         units = np.array(
             [[photo.expression.get(label, 0.0) for label in head.expression_labels] for photo in photos], np.float32
         )
@@ -139,12 +144,10 @@ class Renderer:
 
     def _torso(self, photo: Photo) -> np.ndarray:
         """Rotation vector of the torso in the head's frame."""
-        from cv2 import Rodrigues
-
         relative = head_rotation(photo.yaw, photo.pitch, photo.roll).T @ head_rotation(
             photo.torso_yaw, photo.torso_pitch, 0
         )
-        return Rodrigues(relative)[0][:, 0]
+        return cv2.Rodrigues(relative)[0][:, 0]
 
     def _normals(self, vertices: torch.Tensor) -> torch.Tensor:
         corners = vertices[:, self.faces]
@@ -315,7 +318,7 @@ class Renderer:
         uniforms = self._table(rows)
         prop = self._prop_arrays([extra[0] for extra in extras])
         lens_meshes = [self._mesh(extra[1], extra[2]) if extra[1] is not None else None for extra in extras]
-        worn = np.array([[mesh is not None, lens is not None] for mesh, lens in zip(prop["meshes"], lens_meshes, strict=True)])  # fmt: skip
+        worn = np.array([[extra[0] is not None, extra[1] is not None] for extra in extras])
         scene = kernels.Scene()
         scene.body = self._array(np.array([mesh.id for mesh in meshes[:count]], np.uint64), wp.uint64)
         scene.props, scene.lenses = self._ids(prop["meshes"]), self._ids(lens_meshes)
@@ -355,6 +358,7 @@ class Renderer:
     def _buffers(self, count: int, size: int) -> tuple[Any, list[wp.array]]:
         """Per-pixel arrays of a batch, kept for the next batch of the same shape."""
         if self._kept[0] != (count, size):
+
             def empty(dtype: Any) -> wp.array:
                 return wp.empty((count, size, size), dtype=dtype, device=self.warp)
 
@@ -421,7 +425,10 @@ class Renderer:
         radius = np.linalg.norm(vertices[head.eye_vertices[0]] - eyes[0], axis=1).max()
         forward = np.array([0.0, 0.0, 1.0])
         pupils = eyes + radius * (0.5 * gaze + 0.5 * forward)
-        points = np.concatenate([pupils, vertices[[head.nose_tip]], vertices[list(head.corners)]])
+        outwards = np.array([[-1.0, 1, 1], [1, 1, 1]])
+        nose = vertices[[head.nose_tip]] + LANDMARK_OFFSETS["nose"]
+        mouth = vertices[list(head.corners)] + outwards * LANDMARK_OFFSETS["mouth"]
+        points = np.concatenate([pupils + LANDMARK_OFFSETS["eye"], nose, mouth])
         outline = self.project(camera, vertices[self.face_vertices])
         return Truth(
             box=np.concatenate([outline.min(0), outline.max(0)]).astype(np.float32),
@@ -429,15 +436,18 @@ class Renderer:
         )
 
 
-def _exposure(light: np.ndarray, coverage: np.ndarray) -> float:
-    """Factor that brings the light falling on skin to a camera's working level."""
+def _exposure(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """Factors [3] that bring the light falling on skin to a camera's working level, and most of the way to white."""
     on_skin = coverage == 1.0 + kernels.SKIN
     if on_skin.sum() < 50:
         on_skin = coverage > 0
     if not on_skin.any():
-        return 1.0
-    values = light[on_skin][:, :3].mean(1)
-    return float(0.85 / np.clip(0.5 * values.mean() + 0.5 * np.quantile(values, 0.8), 0.02, None))
+        return np.ones(3, np.float32)
+    values = light[on_skin][:, :3]
+    level = values.mean(1)
+    colour = values.mean(0) / max(float(level.mean()), 1e-6)
+    balance = np.clip(colour, 0.2, 5.0) ** -0.7
+    return (balance * 0.85 / np.clip(0.5 * level.mean() + 0.5 * np.quantile(level, 0.8), 0.02, None)).astype(np.float32)
 
 
 def _turn(vertices: torch.Tensor, vector: torch.Tensor, pivot: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from synthetic.parameters import Identity
 HEIGHT, WIDTH = 704, 896
 
 # Linear RGB of skin with hardly any melanin and little blood.
-PALE = np.array([0.86, 0.60, 0.47], np.float32)
+PALE = np.array([0.83, 0.63, 0.49], np.float32)
 # exp(-MELANIN * m ** MELANIN_POWER): through light (0), tan (0.35) and very dark (1) skin.
 MELANIN = np.array([2.06, 2.54, 3.10], np.float32)
 MELANIN_POWER = np.array([1.69, 1.15, 0.87], np.float32)
@@ -300,9 +300,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         brow = np.exp(-(((side - 3.1) / 1.9) ** 4) - ((y - 2.0) / 0.35) ** 2)[..., None] * 0.7 * (z > -3)[..., None]
         return _encode(colour * (1 - brow) + 0.03 * brow, np.zeros((HEIGHT, WIDTH), np.float32))
 
-    fine, medium, coarse = (
-        np.roll(tile, tuple(rng.integers(0, (HEIGHT, WIDTH))), (0, 1)) for tile in canvas.tiles
-    )
+    fine, medium, coarse = (np.roll(tile, tuple(rng.integers(0, (HEIGHT, WIDTH))), (0, 1)) for tile in canvas.tiles)
     # Below the chin the sphere sees skin at a grazing angle: noise would be stretched to streaks.
     level = np.clip((canvas.phi + 58) / 20, 0.05, 1)
     fine, medium, coarse = fine * level, medium * level, coarse * level

