@@ -27,11 +27,11 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg
 
 import models
 import recordio
-from utils import InputError
+from utils import InputError, image_suffix
 
 SIZE = 112  # pixels per side of every crop, the ArcFace template's
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -300,9 +300,7 @@ class Augmenter:
         """Write crop number `position` of the batch, uint8 [112, 112, 3], changed, to `out` of the same shape."""
         mirror = self.mirror[position]
         if self.rest is None:
-            if mirror:
-                rgb = cv2.flip(rgb, 1)
-            self._change_colours(position, rgb, out)
+            self._change_colours(position, _mirrored(rgb) if mirror else rgb, out)
             return
         draw = _Draw(self.rest[position])
         rgb = _repaint_border(rgb, self.recipe, draw)
@@ -339,6 +337,11 @@ def augment_on_device(images: Tensor, recipe: Augmentation, values: np.ndarray) 
     return torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
 
 
+def _mirrored(rgb: np.ndarray) -> np.ndarray:
+    # By way of four channels: OpenCV flips pixels of 4 bytes with SIMD, of 3 bytes one by one (10 us against 25).
+    return cv2.cvtColor(cv2.flip(cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA), 1), cv2.COLOR_RGBA2RGB)
+
+
 def _repaint_border(rgb: np.ndarray, recipe: Augmentation, draw: _Draw) -> np.ndarray:
     """Give black corners and all black that is connected to them one random colour."""
     wanted, colour = draw.chance(recipe.repaint), draw.colour()
@@ -362,7 +365,7 @@ def _move(rgb: np.ndarray, recipe: Augmentation, draw: _Draw, mirror: bool) -> n
     zoom = math.exp(draw.between(-recipe.scale, recipe.scale))
     shift = (draw.between(-recipe.shift, recipe.shift), draw.between(-recipe.shift, recipe.shift))
     if not wanted:
-        return cv2.flip(rgb, 1) if mirror else rgb
+        return _mirrored(rgb) if mirror else rgb
     centre = (SIZE - 1) / 2
     cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirror else 1.0, 1.0])
@@ -510,23 +513,19 @@ _NOTHING = torch.empty(0)
 
 
 def decode_crop(encoded: bytes) -> np.ndarray:
-    """An encoded crop as RGB uint8 [112, 112, 3]. Raises `ValueError` with the reason when it cannot be used.
-
-    torchvision's decoder, because it refuses a truncated JPEG where others fill the rest with grey.
-    """
+    """An encoded crop as RGB uint8 [112, 112, 3]. Raises `ValueError` with the reason when it cannot be used."""
     if not encoded:
         raise ValueError("empty")
-    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     try:
-        if encoded[:2] == b"\xff\xd8":
-            image = decode_jpeg(data, mode=ImageReadMode.RGB)
-        else:
-            image = decode_image(data, mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    if tuple(image.shape) != (3, SIZE, SIZE):
-        raise ValueError(f"{image.shape[2]}x{image.shape[1]} pixels, not {SIZE}x{SIZE}; align it with pre_process.py")
-    return image.permute(1, 2, 0).numpy()
+        rgb = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        rgb = None
+    if rgb is None:
+        kind = image_suffix(encoded)
+        raise ValueError("not an image" if kind is None else f"{kind[1:]} image, but damaged or cut short")
+    if rgb.shape != (SIZE, SIZE, 3):
+        raise ValueError(f"{rgb.shape[1]}x{rgb.shape[0]} pixels, not {SIZE}x{SIZE}; align it with pre_process.py")
+    return rgb
 
 
 class CropDataset(torch.utils.data.Dataset):
