@@ -31,7 +31,7 @@ from verification import to_angle
 
 MAX_SIDE = 800  # as pre_process.py detects
 PHOTO_SIDE = 480  # pixels of the longer side of a photo on a picture
-DEMO_NETWORK = Path("runs/demo/embedding.pt")
+DEMO_NETWORK = Path("runs/demo/train/embedding.pt")
 BAR, GAP = 96, 12
 
 
