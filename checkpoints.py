@@ -22,6 +22,7 @@ from margin import MarginHead
 from utils import InputError
 
 CHECKPOINT, PREVIOUS, BEST, EMBEDDING = "checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"
+IDENTITIES = "identities.tsv"
 
 # Options that may differ when a run goes on: none of them changes what is computed from one step to the next.
 FREE_OPTIONS = frozenset(

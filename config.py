@@ -357,7 +357,10 @@ class Synthesize(Device):
         100, "same pairs, and as many different ones, per fold (--layout lfw)", group="data", metavar="N"
     )
     poses: str = option(
-        "all", "all; frontal: straight, bare, calm and sharp, to compare landmarks", group="data", choices=("all", "frontal")
+        "all",
+        "all; frontal: straight, bare, calm and sharp, to compare landmarks",
+        group="data",
+        choices=("all", "frontal"),
     )
     texture: bool = option(True, "skin and brows of one's own; off: shape alone", group="ingredients")
     hair: bool = option(True, "hair and beards; off: everybody is bald", group="ingredients")
@@ -661,3 +664,11 @@ class MegafaceCurves:
     labels: list[str] = option([], "a name for each; none means the files' own", group="files", metavar="TEXT")
     title: str = option("MegaFace Challenge 1", "first line of the figures", group="files", metavar="TEXT")
     out: Path = option(Path("figures"), "folder of the figures", group="files", metavar="DIR")
+
+
+@dataclass
+class ExportCentres:
+    """export_centres.py: a training checkpoint, taken apart."""
+
+    checkpoint: Path = option(REQUIRED, "a training checkpoint (checkpoint.pt or best.pt of a run)", metavar="FILE")
+    out: Path = option(REQUIRED, "folder for embedding.pt, centres.npy and identities.tsv", metavar="DIR")

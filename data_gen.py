@@ -31,6 +31,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 import models
 import recordio
+import utils
+from faces import escape, unescape
 from utils import InputError, image_suffix
 
 SIZE = 112  # pixels per side of every crop, the ArcFace template's
@@ -679,6 +681,38 @@ def denormalise(inputs: Tensor) -> Tensor:
     return (inputs.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).permute(0, 3, 1, 2)
 
 
-def identity_names(crops: Crops) -> Sequence[str]:
-    """What the identities are called: folder names, or the label as text where the data has no names."""
-    return getattr(crops, "identity_names", None) or [str(label) for label in range(crops.identities)]
+def identity_names(crops: Crops) -> list[str]:
+    """What the identities are called, by label: folder names, or what pre_process.py wrote beside its train.rec.
+
+    The label as text where the data has no names, or has an identities.tsv of another number of identities.
+    """
+    if isinstance(crops, FolderCrops):
+        return crops.identity_names
+    table = Path(getattr(crops, "path", crops.name)).with_name("identities.tsv")
+    if table.is_file():
+        names = read_identities(table)
+        if len(names) == crops.identities:
+            return names
+    return [str(label) for label in range(crops.identities)]
+
+
+def read_identities(path: Path) -> list[str]:
+    """Names by label from an identities.tsv (label, identity, ...; a header line). Raises `InputError` on a wrong
+    line.
+    """
+    names = []
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    for number, line in enumerate(lines[1:-1], 2):
+        cells = line.split("\t")
+        if len(cells) < 2 or cells[0] != str(len(names)):
+            raise InputError(
+                f"{path}: line {number}: {line[:60]!r} does not begin with label {len(names)} and an identity"
+            )
+        names.append(unescape(cells[1]))
+    return names
+
+
+def write_identities(path: Path, names: Sequence[str]) -> None:
+    """Names by label as an identities.tsv."""
+    lines = ["label\tidentity", *(f"{label}\t{escape(name)}" for label, name in enumerate(names))]
+    utils.write_bytes(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))

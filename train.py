@@ -247,14 +247,15 @@ class Reporter:
         )
 
     def _stop(self, look: monitor.Look, step: int) -> None:
+        rate = learning_rate(step, self.order.steps_per_epoch, self.options)
         names = [data_gen.describe(self.crops, index) for index in self.order.global_batch(step).tolist()]
         listing = self.options.out / f"broken-step-{step}.txt"
         if self.world.is_main:
             utils.write_text(listing, "".join(f"{name}\n" for name in names))
         raise InputError(
-            f"step {step}: the loss is {look.losses[step - look.first]} at learning rate "
-            f"{learning_rate(step, self.order.steps_per_epoch, self.options):g}; its batch is {', '.join(names[:3])}, ... "
-            f"(all {len(names)} in {listing}). Usually the rate is too high; the last checkpoint is from before"
+            f"step {step}: the loss is {look.losses[step - look.first]} at learning rate {rate:g}; its batch is "
+            f"{', '.join(names[:3])}, ... (all {len(names)} in {listing}). Usually the rate is too high; the last "
+            "checkpoint is from before"
         )
 
     def end_epoch(self, sets: list[VerificationSet]) -> None:
@@ -370,6 +371,7 @@ def train(options: Train, world: World) -> int:
     for note in getattr(crops, "notes", []):
         log(f"note: {note}")
     if world.is_main:
+        data_gen.write_identities(options.out / checkpoints.IDENTITIES, data_gen.identity_names(crops))
         monitor.write_run(options.out, checkpoints.plain_options(options), data, sets, world)
         if state.history and state.history[-1]["step"] == state.step:
             publish(options, state, crops, data)  # in case the run was killed just after this checkpoint

@@ -1,0 +1,44 @@
+"""Take a training checkpoint apart: the embedding network alone, and the head's centres by identity.
+
+    python export_centres.py --checkpoint runs/NAME/best.pt --out exports/NAME
+
+Writes embedding.pt (plain state_dict under the released key names, float32), centres.npy (float32 [identities, D], row
+i the L2-normalised centre of the identity with label i, comparable with embeddings by cosine) and identities.tsv
+(label, identity; from the run's folder). Which identities look alike, or stand twice in the data, shows in the
+centres' cosines.
+"""
+
+import sys
+
+import numpy as np
+import torch
+
+import checkpoints
+import config
+import data_gen
+import utils
+from config import ExportCentres
+from utils import InputError
+
+
+@utils.command
+def main() -> None:
+    """See the file's docstring."""
+    options = config.parse(ExportCentres, __doc__)
+    content = utils.load_checkpoint(options.checkpoint, mmap=True)
+    if "head" not in content:
+        raise InputError(f"{options.checkpoint}: weights alone; the centres are in a training checkpoint (best.pt)")
+    centres = torch.nn.functional.normalize(content["head"]["centres"].float())
+    table = options.checkpoint.with_name(checkpoints.IDENTITIES)
+    names = data_gen.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]
+    if len(names) != len(centres):
+        raise InputError(f"{table}: {len(names)} identities, but the checkpoint has {len(centres)} centres")
+    checkpoints.write_embedding(options.out / checkpoints.EMBEDDING, content["model"])
+    with utils.atomic_path(options.out / "centres.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, centres.numpy())
+    data_gen.write_identities(options.out / checkpoints.IDENTITIES, names)
+    print(f"{options.out}: network of step {content['step']}, {len(centres)} centres of {centres.shape[1]} dimensions")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
