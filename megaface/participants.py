@@ -1,0 +1,107 @@
+"""Who takes part in a challenge: probes or distractors of a tree of crops, and what is known of each.
+
+A side is named either by a devkit list or by the tree itself. Every name stays in the game: a photo that the list names
+and the tree lacks, or that the alignment gave no crop, is missing with a reason, and it is for the caller to decide
+what that means. Only annotations without a photo, which the alignment of FaceScrub notes in its table, are no probes of
+a tree that has no list, because nobody ever had their photos.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from faces import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceTable
+from megaface.lists import PhotoIndex, TemplateList
+from photos import identity_of, list_photos
+from utils import InputError, sha256_of
+
+UNKNOWN = "unknown"  # a crop without a table that says how it came about
+NOT_THERE = "not in the tree"
+NEVER_THERE = "missing"  # the reason in faces.tsv of an annotation without a photo
+
+
+@dataclass(frozen=True)
+class Side:
+    """Probes or distractors, in the order in which they count."""
+
+    folder: Path
+    names: list[str]  # as in the list, or the crops' paths
+    ids: list[str] | None  # identities of probes
+    files: list[str | None]  # crop below `folder`; None where there is none
+    statuses: list[str]  # `faces.STATUSES` or UNKNOWN
+    reasons: dict[int, str]  # why there is no crop
+    fingerprint: str  # of what the crops depend on, as far as it is known without reading them
+    annotations_only: int  # annotations without a photo that a tree without a list left out
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def counts(self) -> dict[str, int]:
+        """How many crops came about in which way."""
+        found = Counter(self.statuses)
+        return {
+            "detected": found[CROP],
+            "fallback_from_box": found[BOX_CROP],
+            "fallback_from_centre": found[CENTRE_CROP],
+            "origin_unknown": found[UNKNOWN],
+        }
+
+
+def open_side(folder: Path, what: str, template: TemplateList | None, *, with_ids: bool) -> Side:
+    """The probes or distractors (`what`, for errors) in a tree of crops, with or without a list."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of aligned {what}")
+    path = folder / "faces.tsv"
+    table = FaceTable(path) if path.is_file() else None
+    if table is None:
+        listing = list_photos(folder)
+        files, fingerprint = listing.files, str(listing)
+    else:
+        files, fingerprint = list(table), sha256_of(path)
+    if template is None:
+        return _from_tree(folder, what, files, table, fingerprint, with_ids=with_ids)
+    return _from_list(folder, template, files, table, fingerprint)
+
+
+def _from_tree(
+    folder: Path, what: str, files: list[str], table: FaceTable | None, fingerprint: str, *, with_ids: bool
+) -> Side:
+    names, ids, found, statuses = [], [], [], []
+    reasons: dict[int, str] = {}
+    annotations_only = 0
+    for file in files:
+        row = table.get(file) if table else None
+        if with_ids and row is not None and row.status == NO_CROP and row.reason.split(":")[0] == NEVER_THERE:
+            annotations_only += 1
+            continue
+        if row is not None and row.status == NO_CROP:
+            reasons[len(names)] = row.reason
+        names.append(file)
+        ids.append(row.identity if row is not None and row.identity else identity_of(file))
+        found.append(None if row is not None and row.status == NO_CROP else file)
+        statuses.append(row.status if row is not None else UNKNOWN)
+    if not names:
+        raise InputError(f"{folder}: holds no {what}")
+    return Side(folder, names, ids if with_ids else None, found, statuses, reasons, fingerprint, annotations_only)
+
+
+def _from_list(
+    folder: Path, template: TemplateList, files: list[str], table: FaceTable | None, fingerprint: str
+) -> Side:
+    index = PhotoIndex(files, folder)
+    found: list[str | None] = []
+    statuses: list[str] = []
+    reasons: dict[int, str] = {}
+    for number, name in enumerate(template.paths):
+        file = index.find(name)
+        row = table.get(file) if table and file else None
+        status = UNKNOWN if row is None else row.status
+        if file is None:
+            file, status, reasons[number] = None, NO_CROP, NOT_THERE
+        elif status == NO_CROP:
+            file, reasons[number] = None, row.reason
+        found.append(file)
+        statuses.append(status)
+    names = hashlib.sha256("\0".join(template.paths).encode("utf-8", "surrogateescape")).hexdigest()
+    return Side(folder, template.paths, template.ids, found, statuses, reasons, f"{fingerprint} {names}", 0)

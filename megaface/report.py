@@ -1,0 +1,221 @@
+"""What is said about a challenge: counts before figures, raw and cleaned side by side, and a sheet of the misses.
+
+No figure stands without the numbers of probes, distractors and pairs that it was computed from. Verification rates are
+given twice: from the full curve, and as they would be read off the points that the devkit writes, which keep only rises
+of 0.01 and can therefore lie that much lower.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import figures
+from megaface.noise import Entrants
+from megaface.participants import Side
+from megaface.protocol import Identification
+from photos import PhotoError, read_photo
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One result with all that a report says about it."""
+
+    entrants: Entrants
+    result: Identification
+    noisy_probes: int  # of all probes
+    noisy_distractors: int  # of those up to the last that takes part
+    missing_distractors: int  # of those that take part
+
+    @property
+    def name(self) -> str:
+        """What tells it apart from the others of one report."""
+        return f"{self.entrants.treatment}, {self.result.distractors:,} distractors"
+
+    @property
+    def unordered_pairs(self) -> int:
+        """Genuine pairs counted once, as the ROC does."""
+        return len(self.result.pairs) // 2
+
+    def at_far(self, far: float) -> dict[str, Any]:
+        """The verification rate at a false accept rate, both ways; `resolved`: one impostor is less than that rate."""
+        roc = self.result.roc
+        rates, values = roc.subsampled()
+        below = int(np.searchsorted(rates, np.float32(far), side="right"))
+        return {
+            "far": far,
+            "rate": roc.rate_at(far),
+            "as_the_devkit_writes_it": float(values[below - 1]) if below else 0.0,
+            "resolved": far * roc.impostors >= 1,
+        }
+
+    def to_json(self, far_levels: list[float]) -> dict[str, Any]:
+        """Everything, ready for results.json."""
+        result, entrants = self.result, self.entrants
+        return {
+            "noise": entrants.treatment,
+            "size": result.size,
+            "probes": len(result.ids),
+            "identities": len(set(result.ids)),
+            "distractors": result.distractors,
+            "pairs": len(result.pairs),
+            "noisy_probes": self.noisy_probes,
+            "noisy_distractors": self.noisy_distractors,
+            "probes_replaced_by_means": entrants.replaced,
+            "missing_probes": int(entrants.absent.sum()),
+            "missing_distractors": self.missing_distractors,
+            "distractors_that_match_nothing": int(entrants.ignored[: result.distractors].sum()),
+            "impostor_probes": result.impostor_probes,
+            "impostor_scores": result.roc.impostors,
+            "rank_1": result.rate_at_rank(1),
+            "rank_10": result.rate_at_rank(10),
+            "verification": [self.at_far(far) for far in far_levels],
+            "scores_recomputed_in_the_devkits_order": result.recomputed,
+        }
+
+
+def table(outcomes: list[Outcome], sides: tuple[Side, Side], far_levels: list[float]) -> str:
+    """The report as text: a line for each outcome, raw and cleaned of one size next to each other."""
+    head = ["distractors", "noise", "probes", "pairs", "noisy", "missing", "rank 1", "rank 10"]
+    rows = [[*head, *(f"VR at FAR {far:g}" for far in far_levels)]]
+    treatments = list(dict.fromkeys(outcome.entrants.treatment for outcome in outcomes))
+    for outcome in sorted(outcomes, key=lambda o: (_position(o, outcomes), treatments.index(o.entrants.treatment))):
+        rows.append(_cells(outcome, far_levels))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    heads = [_side_line(side, what) for side, what in zip(sides, ("probes", "distractors"), strict=True)]
+    notes = [
+        "noisy, missing: probes + distractors; a missing probe fails in every pair, a missing distractor matches none.",
+        "VR: verification rate from the full curve (in brackets: as the devkit writes it, in steps of 0.01).",
+        "*: there are too few impostor scores for this rate, none of them is accepted.",
+    ]
+    return "\n".join([*heads, "", *lines, "", *notes])
+
+
+def _position(outcome: Outcome, outcomes: list[Outcome]) -> int:
+    """Which size of its treatment this is: exclusion makes the largest a little smaller."""
+    return [o for o in outcomes if o.entrants.treatment == outcome.entrants.treatment].index(outcome)
+
+
+def _cells(outcome: Outcome, far_levels: list[float]) -> list[str]:
+    result, entrants = outcome.result, outcome.entrants
+    points = [outcome.at_far(far) for far in far_levels]
+    return [
+        f"{result.distractors:,}",
+        entrants.treatment,
+        f"{len(result.ids):,}",
+        f"{len(result.pairs):,}",
+        f"{outcome.noisy_probes:,} + {outcome.noisy_distractors:,}",
+        f"{int(entrants.absent.sum()):,} + {outcome.missing_distractors:,}",
+        _percent(result.rate_at_rank(1)),
+        _percent(result.rate_at_rank(10)),
+        *map(_rate_cell, points),
+    ]
+
+
+def _rate_cell(point: dict[str, Any]) -> str:
+    star = "" if point["resolved"] else "*"
+    return f"{_percent(point['rate'])} ({_percent(point['as_the_devkit_writes_it'])}){star}"
+
+
+def _side_line(side: Side, what: str) -> str:
+    parts = [f"{count:,} {name.replace('_', ' ')}" for name, count in side.counts().items() if count]
+    if side.reasons:
+        parts.append(f"{len(side.reasons):,} without a crop")
+    line = f"{len(side):,} {what}: {', '.join(parts)}"
+    if side.annotations_only:
+        line += f" (and {side.annotations_only:,} annotations without a photo, which are no probes)"
+    return line
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2f} %"
+
+
+# ---------------------------------------------------------------------------------------------- misses
+
+_CELL, _GAP, _MARGIN, _TEXT, _HEAD = 112, 6, 22, 46, 84  # pixels
+_NAME = 18  # characters
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A probe whose mate is beaten by a distractor."""
+
+    probe: int  # numbers among the entrants
+    mate: int
+    winner: int
+    rank: int
+    score: float
+    winning_score: float
+
+
+def worst_misses(result: Identification, most: int) -> list[Miss]:
+    """The pairs that lose by most to the best distractor, worst first; no probe and no mate is shown twice."""
+    probe, mate = result.pairs.T
+    margin = result.best_score[probe, 0].astype(np.float64) - result.scores
+    lost = np.flatnonzero((result.ranks > 0) & np.isfinite(margin))
+    misses: list[Miss] = []
+    probes, mates = set(), set()
+    for k in lost[np.argsort(-margin[lost], kind="stable")]:
+        a, b = int(probe[k]), int(mate[k])
+        if len(misses) < most and a not in probes and b not in mates:
+            scores = float(result.scores[k]), float(result.best_score[a, 0])
+            misses.append(Miss(a, b, int(result.best_index[a, 0]), int(result.ranks[k]), *scores))
+            probes.add(a)
+            mates.add(b)
+    return misses
+
+
+def misses_sheet(outcome: Outcome, probes: Side, distractors: Side, model: str, most: int) -> Image.Image:
+    """Probe, mate and the distractor that won, for the worst misses; scores as cosines (embeddings have length 1)."""
+    misses = worst_misses(outcome.result, most)
+    across = 2 if len(misses) > 3 else 1
+    tile = 3 * _CELL + 2 * _GAP
+    rows = max(1, -(-len(misses) // across))
+    size = across * (tile + _MARGIN) + _MARGIN, _HEAD + rows * (_CELL + _TEXT) + _MARGIN
+    sheet = Image.new("RGB", (max(size[0], 560), size[1]), "white")
+    lost = int((outcome.result.ranks > 0).sum())
+    width = sheet.width - 2 * _MARGIN
+    figures.draw_text(sheet, (_MARGIN, 12), f"{model}: {outcome.name}", size=17, bold=True, width=width)
+    said = f"{lost:,} of {len(outcome.result.pairs):,} pairs are missed at rank 1"
+    said += f"; the worst {len(misses)}: probe, mate, winner" if misses else ""
+    figures.draw_text(sheet, (_MARGIN, 42), said, size=14, width=width)
+    for number, miss in enumerate(misses):
+        x = _MARGIN + number % across * (tile + _MARGIN)
+        y = _HEAD + number // across * (_CELL + _TEXT)
+        _paste_miss(sheet, (x, y), miss, outcome.entrants, probes, distractors)
+    return sheet
+
+
+def _paste_miss(
+    sheet: Image.Image, xy: tuple[int, int], miss: Miss, entrants: Entrants, probes: Side, distractors: Side
+) -> None:
+    x, y = xy
+    places = [
+        (probes, entrants.probe_rows[miss.probe], "black"),
+        (probes, entrants.probe_rows[miss.mate], figures.BLUE),
+        (distractors, entrants.distractor_rows[miss.winner], figures.RED),
+    ]
+    texts = ["", f"{_cosine(miss.score):.3f}, rank {miss.rank + 1:,}", f"{_cosine(miss.winning_score):.3f}"]
+    for column, ((side, row, colour), text) in enumerate(zip(places, texts, strict=True)):
+        left = x + column * (_CELL + _GAP)
+        sheet.paste(_crop(side, int(row)), (left, y))
+        name = side.names[int(row)].rsplit("/", 1)[-1]
+        name = name if len(name) <= _NAME else "…" + name[1 - _NAME :]  # the end tells photos of a person apart
+        figures.draw_text(sheet, (left, y + _CELL + 3), name, size=11, width=_CELL, colour=colour)
+        figures.draw_text(sheet, (left, y + _CELL + 18), text, size=11, width=_CELL, colour=colour)
+
+
+def _cosine(score: float) -> float:
+    return 1 + score / 2
+
+
+def _crop(side: Side, row: int) -> Image.Image:
+    try:
+        if side.files[row] is not None:
+            return figures.fit(read_photo(side.folder / side.files[row], orient=False)[..., ::-1], _CELL)
+    except PhotoError:  # it was readable a moment ago
+        pass
+    return Image.new("RGB", (_CELL, _CELL), "#eeeeee")  # a noisy probe that became a mean has no crop of its own

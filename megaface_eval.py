@@ -1,0 +1,316 @@
+"""Stage 6: MegaFace Challenge 1 for a face model, on the aligned crops of stage 5.
+
+    python megaface_eval.py --checkpoint runs/NAME/embedding.pt
+    python megaface_eval.py --checkpoint FILE --probe-list megaface/devkit/templatelists/facescrub_features_list.json \\
+        --distractor-list megaface/devkit/templatelists/megaface_features_list.json_1000000_1 --noise exclude
+    python megaface_eval.py --checkpoint FILE --write-bin    # also what the devkit's own script reads
+
+Embeddings of probes and distractors are stored packed in OUT/features; a killed run goes on from there. Then Challenge
+1 runs on the raw lists and once more with the noise lists applied. OUT gets results.json, the devkit's cmc_*.json and
+matches_*.json (with the lists their numbers refer to) for each treatment, CMC and ROC, and a sheet of the worst misses.
+
+A photo without a feature is an error. With --allow-missing a missing probe fails in every pair (last rank, lowest
+score) and a missing distractor matches nothing but still counts; OUT/missing.tsv names them all.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+import figures
+import utils
+from embedding import Embedder, load_embedder
+from faces import escape
+from megaface import curves
+from megaface.devkit_json import cmc_text, matches_text
+from megaface.embed import embed
+from megaface.features import Store, write_bins
+from megaface.lists import NoiseList, TemplateList, read_noise_list, read_template_list
+from megaface.noise import RAW, REPLACE, Entrants, treat
+from megaface.participants import Side, open_side
+from megaface.protocol import Identification, identification
+from megaface.report import Outcome, misses_sheet, table
+from utils import InputError
+
+PROBES, DISTRACTORS = "facescrub", "megaface"  # as the devkit's files are called
+
+
+@utils.command
+def main() -> None:
+    """Embed, compare, report."""
+    options = config.parse(config.MegafaceEval, __doc__)
+    _check(options)
+    device = utils.choose_device(options.device)
+    noise = _noise_lists(options)
+    sides = _open_sides(options)
+    embedder = load_embedder(
+        options.checkpoint,
+        device,
+        mean=options.mean,
+        std=options.std,
+        channels=options.channels,
+        pixel_range=options.pixel_range,
+        mirror=options.mirror,
+        batch_size=options.batch_size,
+    )
+    name = _model_name(options.checkpoint)
+    out = options.out or Path("results") / f"megaface-{name}"
+    _report_missing(out, sides, [side.reasons for side in sides], options.allow_missing)
+    stores = _embed(out, sides, embedder, options.workers)
+    _report_missing(out, sides, [store.problems for store in stores], options.allow_missing)
+    if options.write_bin:
+        _write_devkit(out / "devkit", name, sides, stores, _sizes(options, len(sides[1])))
+    outcomes = _compete(options, out, name, sides, stores, noise, device)
+    _write_report(options, out, name, embedder, sides, stores, outcomes)
+    print(table(outcomes, sides, options.far))
+    print(f"\n{out / 'results.json'}; curves, misses and the devkit's files beside it")
+
+
+# ---------------------------------------------------------------------------------------------- what is asked for
+
+
+def _check(options: config.MegafaceEval) -> None:
+    for name in ("mean", "std"):
+        values = getattr(options, name)
+        if values is not None and len(values) == 1:
+            setattr(options, name, values * 3)
+        elif values is not None and len(values) != 3:
+            raise InputError(f"--{name}: one number for all channels or three, not {len(values)}")
+    for far in options.far:
+        if not 0 < far < 1:
+            raise InputError(f"--far {far:g}: a rate between 0 and 1 is expected")
+    if options.sizes and min(options.sizes) < 1:
+        raise InputError(f"--sizes {min(options.sizes)}: has to be at least 1")
+    if options.sheet < 1:
+        raise InputError(f"--sheet {options.sheet}: has to be at least 1")
+    if options.workers < 0:
+        raise InputError(f"--workers {options.workers}: has to be at least 0")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out {options.out}: is a file, not a folder")
+
+
+def _noise_lists(options: config.MegafaceEval) -> tuple[str, NoiseList, NoiseList] | None:
+    """The second treatment with its lists; None when only the raw result is wanted or the lists are not there."""
+    paths = options.facescrub_noises, options.megaface_noises
+    if options.noise == RAW:
+        return None
+    if options.noise is None and not any(path.is_file() for path in paths):
+        print(f"no noise lists ({paths[0]}, {paths[1]}): the raw result only", file=sys.stderr)
+        return None
+    return options.noise or REPLACE, read_noise_list(paths[0]), read_noise_list(paths[1])
+
+
+def _open_sides(options: config.MegafaceEval) -> tuple[Side, Side]:
+    lists = (
+        None if options.probe_list is None else read_template_list(options.probe_list, with_ids=True),
+        None if options.distractor_list is None else read_template_list(options.distractor_list),
+    )
+    probes = open_side(options.facescrub, "probes", lists[0], with_ids=True)
+    distractors = open_side(options.megaface, "distractors", lists[1], with_ids=False)
+    if len(set(probes.ids)) == len(probes):
+        raise InputError(f"{options.probe_list or options.facescrub}: no identity has two probes")
+    if options.sizes and max(options.sizes) > len(distractors):
+        raise InputError(f"--sizes {max(options.sizes)}: there are {len(distractors)} distractors")
+    return probes, distractors
+
+
+def _sizes(options: config.MegafaceEval, distractors: int) -> list[int]:
+    """The numbers of distractors, ascending: as asked for, or powers of ten and all."""
+    if options.sizes:
+        return sorted({min(size, distractors) for size in options.sizes})
+    powers = [10**power for power in range(1, 9) if 10**power < distractors]
+    return [*powers, distractors]
+
+
+def _model_name(checkpoint: str) -> str:
+    """A name for files, from the checkpoint's and its folder's: runs/ms1m/embedding.pt -> ms1m-embedding."""
+    path = Path(checkpoint)
+    parts = [path.parent.name, path.stem] if path.suffix else [path.name]
+    return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(part for part in parts if part)).strip("-") or "model"
+
+
+# ---------------------------------------------------------------------------------------------- features
+
+
+def _report_missing(out: Path, sides: tuple[Side, Side], reasons: list[dict[int, str]], allow: bool) -> None:
+    """Name every photo without a feature in OUT/missing.tsv; `InputError` unless that is allowed."""
+    missing = [
+        (what, side.names[row], reason)
+        for what, side, found in zip((PROBES, DISTRACTORS), sides, reasons, strict=True)
+        for row, reason in sorted(found.items())
+    ]
+    path = out / "missing.tsv"
+    if not missing:
+        path.unlink(missing_ok=True)
+        return
+    lines = ["side\tname\treason", *("\t".join(map(escape, row)) for row in missing)]
+    utils.write_bytes(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+    side, name, reason = missing[0]
+    said = f"{len(missing)} photos have no feature, first {name} ({side}): {reason}; all are named in {path}"
+    if not allow:
+        raise InputError(f"{said}; --allow-missing counts them as failures")
+    print(said, file=sys.stderr)
+
+
+def _embed(out: Path, sides: tuple[Side, Side], embedder: Embedder, workers: int) -> tuple[Store, Store]:
+    workers = workers or len(os.sched_getaffinity(0))
+    probes, distractors = (
+        embed(side, out / "features" / name, embedder, what, workers)
+        for side, name, what in zip(sides, (PROBES, DISTRACTORS), ("probes", "distractors"), strict=True)
+    )
+    return probes, distractors
+
+
+def _write_devkit(
+    folder: Path, name: str, sides: tuple[Side, Side], stores: tuple[Store, Store], sizes: list[int]
+) -> None:
+    """Features and lists as the devkit's script reads them; missing features have no file, as with any other tool."""
+    for side, store, what in zip(sides, stores, (PROBES, DISTRACTORS), strict=True):
+        rows = [row for row in range(len(side)) if row not in store.problems]
+        with utils.progress(len(rows), f"writing {what} .bin", unit="file") as bar:
+            for start in range(0, len(rows), 1 << 16):
+                part = rows[start : start + (1 << 16)]
+                paths = [str(folder / what / f"{side.names[row]}_{name}.bin") for row in part]
+                write_bins(paths, np.asarray(store.features[part]), bar.update)
+    lists = folder / "templatelists"
+    _write_list(lists / f"{PROBES}_features_list.json", TemplateList(sides[0].names, sides[0].ids))
+    for size in sizes:
+        content = TemplateList(sides[1].names[:size], None)
+        _write_list(lists / f"{DISTRACTORS}_features_list.json_{size}_1", content)
+    print(
+        f"python megaface/run_experiment.py {folder / DISTRACTORS} {folder / PROBES} _{name}.bin {folder / 'results'} "
+        f"-s {' '.join(map(str, sizes))} -p {lists / f'{PROBES}_features_list.json'} -dlp {lists}"
+    )
+
+
+def _write_list(path: Path, content: TemplateList) -> None:
+    texts = {"path": content.paths} | ({} if content.ids is None else {"id": content.ids})
+    utils.write_bytes(path, json.dumps(texts, indent=1).encode("utf-8", "surrogateescape"))
+
+
+# ---------------------------------------------------------------------------------------------- the challenge
+
+
+def _compete(
+    options: config.MegafaceEval,
+    out: Path,
+    name: str,
+    sides: tuple[Side, Side],
+    stores: tuple[Store, Store],
+    noise: tuple[str, NoiseList, NoiseList] | None,
+    device: torch.device,
+) -> list[Outcome]:
+    """Challenge 1 under each treatment; writes the devkit's files of each."""
+    probes, distractors = sides
+    features = np.asarray(stores[0].features), stores[1].features
+    nobody = np.zeros(len(probes), bool), np.zeros(len(distractors), bool)
+    marks = nobody if noise is None else (noise[1].marks(probes.names), noise[2].marks(distractors.names))
+    gone = [np.isin(np.arange(len(store.names)), list(store.problems)) for store in stores]
+    outcomes = []
+    for treatment in (RAW,) if noise is None else (RAW, noise[0]):
+        entrants = treat(
+            treatment,
+            features[0],
+            probes.ids,
+            features[1],
+            absent=gone[0],
+            missing=gone[1],
+            noisy_probes=marks[0],
+            noisy_distractors=marks[1],
+        )
+        sizes = _sizes(options, len(distractors))
+        results = _identify(entrants, sizes, device)
+        for result in results:
+            used = entrants.distractor_rows[: result.distractors]
+            noisy = int(marks[0].sum()), int(marks[1][: used[-1] + 1].sum())
+            outcomes.append(Outcome(entrants, result, *noisy, int(gone[1][used].sum())))
+        _write_results(out / treatment, name, entrants, results, sides)
+    return outcomes
+
+
+def _identify(entrants: Entrants, sizes: list[int], device: torch.device) -> list[Identification]:
+    count = len(entrants.distractors)
+    sizes = list(dict.fromkeys(min(size, count) for size in sizes))
+    with utils.progress(sizes[-1], f"matching ({entrants.treatment})", unit="distractor") as bar:
+        return identification(
+            entrants.probes,
+            entrants.ids,
+            entrants.distractors,
+            sizes,
+            absent=entrants.absent,
+            ignored=entrants.ignored,
+            device=device,
+            advance=bar.update,
+        )
+
+
+def _write_results(
+    folder: Path, name: str, entrants: Entrants, results: list[Identification], sides: tuple[Side, Side]
+) -> None:
+    """The devkit's two files for each size, and the lists that their numbers refer to."""
+    for result in results:
+        ending = f"{PROBES}_{DISTRACTORS}_{name}_{result.size}_1.json"
+        utils.write_text(folder / f"cmc_{ending}", cmc_text(result))
+        utils.write_text(folder / f"matches_{ending}", matches_text(result))
+    _write_list(
+        folder / "probes.json", TemplateList([sides[0].names[row] for row in entrants.probe_rows], entrants.ids)
+    )
+    _write_list(
+        folder / "distractors.json", TemplateList([sides[1].names[row] for row in entrants.distractor_rows], None)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def _write_report(
+    options: config.MegafaceEval,
+    out: Path,
+    name: str,
+    embedder: Embedder,
+    sides: tuple[Side, Side],
+    stores: tuple[Store, Store],
+    outcomes: list[Outcome],
+) -> None:
+    largest = {outcome.entrants.treatment: outcome for outcome in outcomes}  # sizes ascend
+    drawn = [curves.from_result(outcome.result, outcome.name) for outcome in largest.values()]
+    curves.draw(out, drawn, f"MegaFace Challenge 1, {name}")
+    for treatment, outcome in largest.items():
+        sheet = misses_sheet(outcome, *sides, name, options.sheet)
+        figures.save_png(out / f"misses-{treatment}.png", sheet)
+    report = {
+        "model": embedder.describe(),
+        "probes": _describe_side(sides[0], stores[0], options.probe_list),
+        "distractors": _describe_side(sides[1], stores[1], options.distractor_list),
+        "noise_lists": {
+            str(path): utils.sha256_of(path)
+            for path in (options.facescrub_noises, options.megaface_noises)
+            if len(largest) > 1
+        },
+        "results": [outcome.to_json(options.far) for outcome in outcomes],
+        "environment": utils.environment(),
+    }
+    utils.write_json(out / "results.json", report)
+
+
+def _describe_side(side: Side, store: Store, template: Path | None) -> dict[str, object]:
+    return {
+        "folder": str(side.folder),
+        "list": None if template is None else str(template),
+        "names_sha256": hashlib.sha256("\0".join(side.names).encode("utf-8", "surrogateescape")).hexdigest(),
+        "count": len(side),
+        **side.counts(),
+        "missing": len(store.problems),
+        "annotations_without_photo": side.annotations_only,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
