@@ -99,8 +99,11 @@ def to_fp16(model: bytes) -> bytes:
     """The same model with float16 weights and arithmetic; input and output stay float32."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
-    return convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True).SerializeToString()
+    half = OnnxModel(convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True))
+    half.topological_sort()  # the converter appends the casts of the input at the end
+    return half.model.SerializeToString()
 
 
 def to_int8(model: bytes, batches: Iterator[np.ndarray]) -> bytes:
