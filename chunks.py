@@ -136,18 +136,13 @@ class Chunks:
                     archive.writestr(zipfile.ZipInfo(str(index)), crop)
         utils.write_bytes(self.path(chunk), buffer.getvalue())
 
-    def rows(self) -> Iterator[FaceRow]:
-        """The rows of all chunks, in the order of the photos."""
+    def results(self, crops: bool = True) -> Iterator[tuple[FaceRow, bytes | None]]:
+        """The rows of all chunks in the order of the photos, with their crops or, if `crops` is false, without."""
         for chunk in range(self.count):
-            yield from self._read(chunk, crops=False)[0]
+            yield from self._read(chunk, crops)
 
-    def results(self) -> Iterator[tuple[FaceRow, bytes | None]]:
-        """The rows and crops of all chunks, in the order of the photos."""
-        for chunk in range(self.count):
-            yield from zip(*self._read(chunk, crops=True), strict=True)
-
-    def _read(self, chunk: int, crops: bool) -> tuple[list[FaceRow], list[bytes | None]]:
-        """The rows of a finished chunk and, if asked for, its crops; `InputError` if the file is damaged."""
+    def _read(self, chunk: int, crops: bool) -> list[tuple[FaceRow, bytes | None]]:
+        """A finished chunk; `InputError` if the file is damaged."""
         path = self.path(chunk)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -158,7 +153,7 @@ class Chunks:
             raise InputError(f"{path}: damaged ({error}); remove it and run the same command again") from error
         if len(rows) != len(self.numbers(chunk)):
             raise InputError(f"{path}: {len(rows)} rows instead of {len(self.numbers(chunk))}; remove it and run again")
-        return rows, read
+        return list(zip(rows, read, strict=True))
 
     @contextlib.contextmanager
     def merging(self) -> Iterator[bool]:

@@ -126,7 +126,7 @@ def crop_tree(
             return
         with chunks.merging() as mine:
             if mine:
-                check_crops(options.dst, chunks.rows())
+                check_crops(options.dst, (row for row, _ in chunks.results(crops=False)))
                 chunks.finish({**write_table(chunks, options.dst), **report})
     print(describe(chunks.report()))
     print(f"{options.dst}: the crops, faces.tsv, report.json")
@@ -137,7 +137,7 @@ def write_table(chunks: Chunks, dst: Path) -> dict[str, Any]:
     tally = Tally()
     with utils.atomic_path(dst / "faces.tsv") as path, open(path, "wb") as table:
         table.write(table_text([]))
-        for row in chunks.rows():
+        for row, _ in chunks.results(crops=False):
             tally.add(row)
             table.write(row_text(row))
     return tally.report()

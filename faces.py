@@ -129,9 +129,10 @@ class FaceRow:
         identity, file, status, reason, faces, box, landmarks, score = cells
         if status not in STATUSES:
             raise ValueError(f"unknown status {status!r}")
-        points = tuple((x, y) for x, y in (_parse(cell, 2) for cell in landmarks.split()))
+        points = landmarks.split()
         if len(points) not in (0, 5) or not faces.isdecimal():
             raise ValueError("five landmarks and a number of faces are expected")
+        flat = _parse(",".join(points), 10) if points else ()
         return FaceRow(
             unescape(identity),
             unescape(file),
@@ -139,7 +140,7 @@ class FaceRow:
             unescape(reason),
             int(faces),
             _parse(box, 4) if box else None,
-            points or None,
+            tuple(zip(flat[::2], flat[1::2], strict=True)) or None,
             _parse(score, 1)[0] if score else None,
         )
 
@@ -150,10 +151,10 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def _parse(text: str, count: int) -> tuple[float, ...]:
-    values = tuple(float(np.float32(cell)) for cell in text.split(","))
+    values = np.array(text.split(","), dtype=np.float32)
     if len(values) != count or not np.isfinite(values).all():
         raise ValueError(f"{text!r}: expected {count} numbers")
-    return values
+    return tuple(values.tolist())
 
 
 _ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))

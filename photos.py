@@ -94,14 +94,13 @@ def read_file(path: str | Path) -> bytes:
     """The bytes of a file; `PhotoError` if there is none, it cannot be read, or it is larger than any photo."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise PhotoError("too large", f"the file has more than {MAX_BYTES >> 20} MiB")
+            return file.read()
     except FileNotFoundError:
         raise PhotoError("missing") from None
     except OSError as error:
         raise PhotoError("unreadable", error.strerror or error) from error
-    if len(data) > MAX_BYTES:
-        raise PhotoError("too large", f"the file has more than {MAX_BYTES >> 20} MiB")
-    return data
 
 
 @functools.cache

@@ -26,7 +26,6 @@ import config
 import utils
 from chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
 from faces import (
-    CROP,
     NO_CROP,
     FaceFinder,
     FaceRow,
@@ -139,30 +138,40 @@ def settings_of(options: config.PreProcess, listing: Listing) -> dict[str, Any]:
 
 
 def merge(chunks: Chunks, out: Path, companions: dict[str, int]) -> dict[str, Any]:
-    """Write the output files from all chunks; returns the report. The crops come in the order of their identities."""
+    """Write the output files from all chunks; returns the report.
+
+    The photos come in the order of their identities, so an identity gets its label with its first crop.
+    """
     tally = Tally()
     crops: dict[str, int] = {}
-    with utils.atomic_path(out / "faces.tsv") as path, open(path, "wb") as table:
-        table.write(table_text([]))
-        for row in chunks.rows():
-            tally.add(row)
-            if row.identity:
-                crops[row.identity] = crops.get(row.identity, 0) + (row.status == CROP)
-            table.write(row_text(row))
-    report = tally.report()
-    labelled = [identity for identity, count in crops.items() if count]
-    if not labelled:
-        raise InputError(f"{out / 'faces.tsv'}: not one of {tally.photos} photos gave a crop; the reasons are there")
-    with CropWriter(out) as writer, utils.progress(report["statuses"][CROP], "merging", unit="crop") as bar:
-        labels = {identity: label for label, identity in enumerate(labelled)}
-        for row, crop in chunks.results():
-            if crop is not None:
-                writer.write(crop, labels[row.identity])
+    with CropWriter(out) as writer:
+        with (
+            utils.atomic_path(out / "faces.tsv") as path,
+            open(path, "wb") as table,
+            utils.progress(chunks.items, "merging", unit="photo") as bar,
+        ):
+            table.write(table_text([]))
+            label = -1
+            for row, crop in chunks.results():
+                tally.add(row)
+                table.write(row_text(row))
                 bar.update()
-    lines = ["label\tidentity\tcrops", *(f"{labels[name]}\t{escape(name)}\t{crops[name]}" for name in labelled)]
-    utils.write_bytes(out / "identities.tsv", ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+                if row.identity:
+                    crops.setdefault(row.identity, 0)
+                if crop is not None:
+                    label += crops[row.identity] == 0
+                    crops[row.identity] += 1
+                    writer.write(crop, label)
+        if label < 0:
+            raise InputError(
+                f"{out / 'faces.tsv'}: not one of {tally.photos} photos gave a crop; the reasons are there"
+            )
+    labelled = [identity for identity, count in crops.items() if count]
+    lines = [f"{label}\t{escape(identity)}\t{crops[identity]}" for label, identity in enumerate(labelled)]
+    table = "\n".join(["label\tidentity\tcrops", *lines, ""])
+    utils.write_bytes(out / "identities.tsv", table.encode("utf-8", "surrogateescape"))
     without = [identity for identity, count in crops.items() if not count]
-    return {**report, "identities": len(labelled), "identities_without_crop": without, "companions": companions}
+    return {**tally.report(), "identities": len(labelled), "identities_without_crop": without, "companions": companions}
 
 
 def summary(report: dict[str, Any]) -> str:
