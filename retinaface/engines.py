@@ -162,7 +162,7 @@ class _Graph:
             self._nodes,
             "RetinaFace",
             [self._helper.make_tensor_value_info("image", self._float, ["count", 3, "height", "width"])],
-            [self._helper.make_tensor_value_info(output, self._float, None)],
+            [self._helper.make_tensor_value_info(output, self._float, ["count", 32, "cells"])],
             [self._from_array(array, name) for name, array in self._constants.items()],
         )
         # Opset 17 and IR 8 are what every onnxruntime that the requirements allow can read.
