@@ -7,16 +7,15 @@ read and written for those who have or need them.
 Reading is three system calls a file straight into the result, by several threads: of some 9 microseconds a file in
 the page cache 2 are Python's. A file that is not exactly as expected is looked at again, slowly, to say what is wrong.
 
-A store is a folder: `features.npy` (float32 [n, d]; a row of NaN has no feature), `names.tsv` (a line for each row:
-name, and why it has no feature), `info.json` (what made it). While it is written the array is `features.partial` and
-`progress.json` says how many rows are safe; `features.npy` appears when all are, so it is never half full. A killed
-run goes on from the last row that was safe. Price of that safety: an fsync every few seconds.
+A store is a folder: `features.npy` (float32 [n, d]; a row of NaN has no feature), `names.jsonl` (for each row a line
+of JSON: its name and, if it has no feature, why), `info.json` (what made it). While it is written the array is
+`features.partial` and `progress.json` says how many rows are safe; `features.npy` appears when all are, so it is never
+half full. A killed run goes on from the last row that was safe. Price of that safety: an fsync every few seconds.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import struct
@@ -30,7 +29,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import utils
-from faces import escape, unescape
 from utils import InputError
 
 HEADER = struct.Struct("<4i")  # rows, columns, bytes per row, type
@@ -225,15 +223,16 @@ def open_store(folder: str | Path) -> Store:
         features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise InputError(f"{folder / 'features.npy'}: damaged: {error}") from error
-    lines = (folder / "names.tsv").read_bytes().decode("utf-8", "surrogateescape").split("\n")[1:-1]
-    cells = [line.split("\t") for line in lines]
-    names = [unescape(row[0]) for row in cells]
     if features.shape != (info["rows"], info["dimensions"]) or features.dtype != np.float32:
         raise InputError(f"{folder / 'features.npy'}: {features.dtype} {features.shape} does not fit info.json")
+    try:
+        names, reasons = zip(*map(json.loads, (folder / "names.jsonl").read_bytes().splitlines()), strict=True)
+    except ValueError as error:
+        raise InputError(f"{folder / 'names.jsonl'}: damaged: {error}") from error
     if names_hash(names) != info["names_sha256"]:
-        raise InputError(f"{folder / 'names.tsv'}: does not fit info.json")
-    problems = {row: unescape(cell[1]) for row, cell in enumerate(cells) if len(cell) > 1 and cell[1]}
-    return Store(folder, names, features, problems, info["settings"])
+        raise InputError(f"{folder / 'names.jsonl'}: does not fit info.json")
+    problems = {row: reason for row, reason in enumerate(reasons) if reason}
+    return Store(folder, list(names), features, problems, info["settings"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -282,7 +281,7 @@ class StoreWriter:
         if self._is_finished():
             self.done = len(self.names)
             return self
-        for stale in ("info.json", "features.npy", "names.tsv"):
+        for stale in ("info.json", "features.npy", "names.jsonl"):
             (self.folder / stale).unlink(missing_ok=True)
         self._resume()
         return self
@@ -359,9 +358,9 @@ class StoreWriter:
             self._commit()
             self._file.close()
             self._file = None
-            lines = (f"{escape(name)}\t{escape(self.problems.get(row, ''))}\n" for row, name in enumerate(self.names))
-            table = "".join(itertools.chain(["name\tproblem\n"], lines))
-            utils.write_bytes(self.folder / "names.tsv", table.encode("utf-8", "surrogateescape"))
+            # Names that are not UTF-8 survive as escapes of lone surrogates.
+            lines = (json.dumps([name, self.problems.get(row, "")]) + "\n" for row, name in enumerate(self.names))
+            utils.write_text(self.folder / "names.jsonl", "".join(lines))
             utils.write_json(self.folder / "info.json", {**self._identity(), "rows": self.done})
             os.replace(self._partial, self.folder / "features.npy")
             utils.fsync_directory(self.folder)

@@ -80,15 +80,20 @@ class PhotoIndex:
 
     def __init__(self, files: Iterable[str], folder: str | Path) -> None:
         """`files` are paths relative to `folder`, which is named in errors."""
+        self.folder = Path(folder)
         self.files: dict[Key, str] = {}
+        self.others: dict[Key, str] = {}
         for file in files:
-            other = self.files.setdefault(photo_key(file), file)
-            if other is not file:
-                raise InputError(f"{Path(folder) / file}: {other} has the same name but for the extension")
+            key = photo_key(file)
+            if self.files.setdefault(key, file) is not file:
+                self.others[key] = file
 
     def find(self, path: str) -> str | None:
-        """The file that a list calls `path`, or None."""
-        return self.files.get(photo_key(path))
+        """The file that a list calls `path`, or None; `InputError` when two files could be meant."""
+        key = photo_key(path)
+        if key in self.others:
+            raise InputError(f"{self.folder / self.others[key]}: {self.files[key]} has the same name but for its form")
+        return self.files.get(key)
 
 
 class NoiseList:

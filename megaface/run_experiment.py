@@ -33,7 +33,7 @@ from megaface.devkit_json import cmc_text, matches_text
 from megaface.features import read_bins, write_matrix
 from megaface.lists import TemplateList, read_template_list
 from megaface.protocol import IMPOSTOR_PROBES, Identification, identification
-from megaface.tally import survey
+from megaface.tally import FeatureError, survey
 from utils import InputError
 
 SIZES = (10, 100, 1000, 10000, 100000, 1000000)
@@ -204,6 +204,9 @@ def compute(run: Run, probes: np.ndarray, distractors: np.ndarray, device: torch
     try:
         with utils.progress(min(run.size, len(distractors)), "matching", unit="distractor") as bar:
             (result,) = identification(probes, ids, distractors, [run.size], device=device, advance=bar.update)
+    except FeatureError as error:
+        features = run.experiment.probes if error.side == "probe" else run.distractors
+        raise InputError(f"{features.paths[error.row]}: {error.reason}") from error
     except InputError as error:
         raise InputError(f"{run.experiment.probe_feature_list}, {run.feature_list}: {error}") from error
     return result

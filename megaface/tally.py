@@ -109,8 +109,16 @@ def strict_products(workers: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+class FeatureError(InputError):
+    """A feature that cannot be scored: number `row` of the `side` ("probe" or "distractor")."""
+
+    def __init__(self, side: str, row: int, reason: str) -> None:
+        super().__init__(f"{side} {row}: {reason}")
+        self.side, self.row, self.reason = side, row, reason
+
+
 def survey(values: np.ndarray, name: str, workers: int = 1, usable: np.ndarray | None = None) -> Survey:
-    """Survey all features [n, d] in parallel; `InputError` for a usable one that is not finite."""
+    """Survey all features [n, d] in parallel; `FeatureError` for a usable one that is not finite."""
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values))))
     whole = scores.join_surveys(parts)
@@ -118,7 +126,7 @@ def survey(values: np.ndarray, name: str, workers: int = 1, usable: np.ndarray |
     bad = np.flatnonzero(~finite if usable is None else ~finite & usable)
     if len(bad):
         reason = "is too large for float32" if np.isfinite(values[bad[0]]).all() else "has a value that is not finite"
-        raise InputError(f"{name} {bad[0]}: the feature {reason} ({len(bad)} such of {len(values)} {name}s)")
+        raise FeatureError(name, int(bad[0]), f"the feature {reason} ({len(bad)} such of {len(values)} {name}s)")
     return whole
 
 
