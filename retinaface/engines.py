@@ -93,7 +93,8 @@ class OnnxEngine(Engine):
         import onnxruntime
 
         super().__init__(CPU_BATCH_PIXELS, torch.get_num_threads())
-        self._session = _session(onnx_model(weights))
+        weights = _widen(fuse_heads(weights))
+        self._session = _session(_Graph(weights).serialise())
         self._give_back = onnxruntime.RunOptions()
         self._give_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -106,14 +107,6 @@ class OnnxEngine(Engine):
         # Memory is kept for the next batch, but not what only a large photo needs.
         options = self._give_back if len(photos) * height * width > 2 * CPU_BATCH_PIXELS else None
         return self._session.run(None, {"image": batch}, options)[0]
-
-
-def onnx_model(weights: Weights) -> bytes:
-    """The folded network as an ONNX model: `image` float32 [count, 3, height, width] -> [count, 32, cells].
-
-    `image` is BGR minus `MEAN_BGR`; the answer is that of `network.forward`, before decoding. All sizes are free.
-    """
-    return _Graph(_widen(fuse_heads(weights))).serialise()
 
 
 def _session(model: bytes) -> Any:
@@ -162,7 +155,7 @@ class _Graph:
             self._nodes,
             "RetinaFace",
             [self._helper.make_tensor_value_info("image", self._float, ["count", 3, "height", "width"])],
-            [self._helper.make_tensor_value_info(output, self._float, ["count", 32, "cells"])],
+            [self._helper.make_tensor_value_info(output, self._float, None)],
             [self._from_array(array, name) for name, array in self._constants.items()],
         )
         # Opset 17 and IR 8 are what every onnxruntime that the requirements allow can read.
@@ -247,24 +240,25 @@ class TorchEngine(Engine):
 
 
 class _Workers:
-    """Threads shared by all callers, made when first needed, and made anew in a forked process."""
+    """Threads shared by all callers, started when first needed, and again in a forked process, which has none."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
         self._lock = threading.Lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._pool, self._lock = None, threading.Lock()
 
     def map(self, function: Callable[[T], R], items: list[T]) -> list[R]:
         if self.count == 1 or len(items) <= 1:
             return [function(item) for item in items]
+        return list(self._threads().map(function, items))
+
+    def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
-            self._pool = self._pool or ThreadPoolExecutor(self.count, thread_name_prefix="retinaface")
-        return list(self._pool.map(function, items))
+            if self._pool is None or self._process != os.getpid():
+                self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="retinaface")
+                self._process = os.getpid()
+            return self._pool
 
 
 class _Budget:
