@@ -1,0 +1,143 @@
+"""Runs that are killed, terminated, damaged and resumed."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from training import assert_same_state, finish, load, options, record_set, start, train_main, train_run
+
+import checkpoints
+
+STEPS = 120
+RECIPE = {
+    "epochs": 20,
+    "augment": "strong",
+    "schedule": "cosine",
+    "warmup": 0.5,
+    "margin_warmup": 1.0,
+    "save_every": 7,
+    "log_every": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    return record_set(tmp_path_factory.mktemp("crops"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(crops, tmp_path_factory):
+    """The checkpoint of a run that was never stopped, on one and on two processes."""
+    runs = {}
+    for size in (1, 2):
+        out = tmp_path_factory.mktemp("unbroken") / "run"
+        code, output = train_run(options(crops, out, **RECIPE), out.parent / "output", size)
+        assert code == 0, output
+        runs[size] = load(out / "checkpoint.pt")
+    return runs
+
+
+def wait_for_step(out, step, processes):
+    """Until the checkpoint of `step` or a later one is there, or the run is over."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and all(process.is_alive() for process in processes):
+        try:
+            if load(out / "checkpoint.pt")["step"] >= step:
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_killed_at_random_points_ends_with_the_same_bits(crops, unbroken, tmp_path, size):
+    out, output = tmp_path / "run", tmp_path / "output"
+    # Another number of workers than the unbroken run: neither order nor augmentation may depend on it.
+    line = options(crops, out, **RECIPE | {"workers": 1}, resume=True)
+    chance = random.Random(7 + size)
+    kills = 0
+    for step in sorted(chance.sample(range(0, 90), 3)):
+        processes = start(train_main, line, output=output, size=size)
+        wait_for_step(out, step, processes)
+        time.sleep(chance.uniform(0, 0.3))
+        for process in processes:
+            process.kill()  # its workers notice
+        kills += finish(processes) == [-signal.SIGKILL] * size
+    assert kills == 3
+    assert load(out / "checkpoint.pt")["step"] < STEPS  # not over before the last kill
+    code, text = train_run(line, output, size)
+    assert code == 0, text
+    assert_same_state(load(out / "checkpoint.pt"), unbroken[size])
+    assert not list(out.glob("*.tmp"))
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(crops, unbroken, tmp_path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    line = options(crops, out, **RECIPE | {"save_every": "10min"}, resume=True)
+    [process] = start(train_main, line, output=output)
+    wait_for_step(out, 8, [process])  # the checkpoint at the end of the first epoch is of step 6
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish([process]) == [128 + signal.SIGTERM]
+    stopped = load(out / "checkpoint.pt")
+    assert 8 <= stopped["step"] < STEPS
+    assert (
+        f"stopped after step {stopped['step']} of {STEPS}; the same command with --resume goes on" in output.read_text()
+    )
+    code, text = train_run(line, output)
+    assert code == 0, text
+    assert_same_state(load(out / "checkpoint.pt"), unbroken[1])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(crops, unbroken, tmp_path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    line = options(crops, out, **RECIPE, resume=True)
+    assert train_run(line, output)[0] == 0
+    newest, previous = out / "checkpoint.pt", out / "checkpoint-previous.pt"
+    data = bytearray(newest.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(byte ^ 255 for byte in data[middle : middle + 64])
+    newest.unlink()  # a hard link of best.pt, which must not change
+    newest.write_bytes(data)
+    code, text = train_run(line, output)
+    assert code == 0, text
+    assert f"warning: {newest}: damaged" in text and "going back to checkpoint-previous.pt" in text
+    assert_same_state(load(newest), unbroken[1])
+    newest.write_bytes(data[: len(data) // 3])
+    previous.unlink()
+    code, text = train_run(line, output)
+    assert code == 1 and text.count("error:") == 1 and f"{newest}: not a file of weights, or damaged" in text
+
+
+def test_resume_refuses_other_options_and_other_data(crops, tmp_path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    first = {"epochs": 1, "batch_size": 12}
+    assert train_run(options(crops, out, **first), output)[0] == 0
+    code, text = train_run(options(crops, out, **first), output)
+    assert code == 1 and text == f"error: {out}: holds a run; add --resume to go on with it, or choose another --out\n"
+    changed = options(crops, out, **first, resume=True, margin=[0.3], lr=0.5)
+    code, text = train_run(changed, output)
+    assert code == 1
+    assert "cannot go on with other options: --margin was None, now [0.3], --lr was 0.02, now 0.5" in text
+    other = record_set(tmp_path / "other", seed=1)
+    code, text = train_run(options(other, out, **first, resume=True), output)
+    assert code == 1 and "was trained on other data than --data" in text
+    # What is free may change, and a finished run stays as it is.
+    before = load(out / "checkpoint.pt")
+    free = options(crops, out, **first | {"workers": 1, "save_every": 5, "log_every": 7}, resume=True)
+    code, text = train_run(free, output)
+    assert code == 0, text
+    assert_same_state(load(out / "checkpoint.pt"), before)
+
+
+def test_a_kill_between_checkpoint_and_results_is_made_good(crops, tmp_path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    line = options(crops, out, epochs=1, batch_size=12, resume=True)
+    assert train_run(line, output)[0] == 0
+    for name in (checkpoints.BEST, checkpoints.EMBEDDING, "results.json"):
+        (out / name).unlink()
+    assert train_run(line, output)[0] == 0
+    assert_same_state(load(out / checkpoints.BEST), load(out / checkpoints.CHECKPOINT))
+    assert load(out / checkpoints.EMBEDDING).keys() == load(out / checkpoints.CHECKPOINT)["model"].keys()
+    assert (out / "results.json").exists()
