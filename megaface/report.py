@@ -154,11 +154,11 @@ class Miss:
 def worst_misses(result: Identification, most: int) -> list[Miss]:
     """The pairs that lose by most to the best distractor, worst first; no probe and no mate is shown twice."""
     probe, mate = result.pairs.T
-    margin = result.best_score[probe, 0].astype(np.float64) - result.scores
-    lost = np.flatnonzero((result.ranks > 0) & np.isfinite(margin))
+    lost = np.flatnonzero((result.ranks > 0) & np.isfinite(result.scores))
+    margin = result.best_score[probe[lost], 0].astype(np.float64) - result.scores[lost]
     misses: list[Miss] = []
     probes, mates = set(), set()
-    for k in lost[np.argsort(-margin[lost], kind="stable")]:
+    for k in lost[np.argsort(-margin, kind="stable")]:
         a, b = int(probe[k]), int(mate[k])
         if len(misses) < most and a not in probes and b not in mates:
             scores = float(result.scores[k]), float(result.best_score[a, 0])

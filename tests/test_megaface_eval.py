@@ -1,0 +1,469 @@
+"""Stage 6 on small trees of crops: who takes part, what is missing, noise, restart, report and pictures."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import nn
+
+import megaface_eval
+from embedding import Embedder
+from faces import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, write_faces
+from megaface import curves, run_experiment
+from megaface.features import open_store
+from megaface.noise import RowView, treat
+from megaface.participants import UNKNOWN, open_side
+from megaface.protocol import identification
+from megaface.report import Outcome, worst_misses
+from utils import InputError
+
+PEOPLE, PHOTOS, STRANGERS = 6, 5, 40
+
+
+class ToyNetwork(nn.Module):
+    """Average colours of 4 x 4 fields, without their mean: enough to tell painted people apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.crops = 0
+
+    def forward(self, x):
+        self.crops += len(x)
+        return self.pool(x).flatten(1)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Let the script use a toy in place of the checkpoint; counts the crops it sees (each twice, mirrored)."""
+    toy = ToyNetwork()
+
+    def load(checkpoint, device, *, batch_size=None, **_):
+        return Embedder.from_network(toy, "cpu", name=checkpoint, sha256="0" * 64, batch_size=batch_size or 7)
+
+    monkeypatch.setattr(megaface_eval, "load_embedder", load)
+    return toy
+
+
+def paint(path, rng, base, noise=60.0):
+    crop = np.kron(base + noise * rng.standard_normal((4, 4, 3)), np.ones((28, 28, 1)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(crop, 0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """Aligned probes and distractors with their tables of faces."""
+    folder = tmp_path_factory.mktemp("trees")
+    rng = np.random.default_rng(0)
+    rows = []
+    for person in range(PEOPLE):
+        base = 128 + 60 * rng.standard_normal((4, 4, 3))
+        for photo in range(PHOTOS):
+            file = f"Some Body{person}/Some Body{person}_{10 * person + photo}.png"
+            paint(folder / "probes" / file, rng, base)
+            rows.append(FaceRow(f"Some Body{person}", file, BOX_CROP if photo == 4 else CROP, faces=1))
+    rows.append(FaceRow("Some Body0", "Some Body0/Some Body0_999.jpg", NO_CROP, "missing"))
+    write_faces(folder / "probes" / "faces.tsv", rows)
+    rows = []
+    for stranger in range(STRANGERS):
+        file = f"{stranger % 3}/{stranger}@N00/{stranger}_0.png"
+        paint(folder / "distractors" / file, rng, 128 + 60 * rng.standard_normal((4, 4, 3)))
+        rows.append(FaceRow(f"{stranger}@N00", file, CENTRE_CROP if stranger == 3 else CROP, faces=1))
+    write_faces(folder / "distractors" / "faces.tsv", rows)
+    (folder / "fs_noise.txt").write_text("# noise\nSome_Body1_12.jpg\nSome_Body4_40.jpg\nNo_Body_1.jpg\n")
+    (folder / "mf_noise.txt").write_text("0/0@N00/0_0.jpg\n1/7@N00/7_0.png\n2/39@Nxx/39_0.jpg\n")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, network, trees, tmp_path):
+    """Run the script inside this process: (exit code, standard output, standard error)."""
+
+    def call(*more, **paths):
+        places = {"facescrub": trees / "probes", "megaface": trees / "distractors", "out": tmp_path / "out", **paths}
+        options = [word for name, path in places.items() for word in (f"--{name.replace('_', '-')}", path)]
+        arguments = ["megaface_eval.py", "--checkpoint", "run/toy.pt", *options, *more]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        code = megaface_eval.main()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def noise_options(trees, treatment):
+    return [
+        "--noise",
+        treatment,
+        "--facescrub-noises",
+        trees / "fs_noise.txt",
+        "--megaface-noises",
+        trees / "mf_noise.txt",
+    ]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def error_of(err):
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_raw_and_excluded_side_by_side(run, trees, tmp_path):
+    code, out, _ = run(*noise_options(trees, "exclude"))
+    assert code == 0
+    report = results(tmp_path)
+    by_name = {(entry["noise"], entry["size"]): entry for entry in report["results"]}
+    assert list(by_name) == [("raw", 10), ("raw", 40), ("exclude", 10), ("exclude", 38)]
+    raw, clean = by_name["raw", 40], by_name["exclude", 38]
+    assert (raw["probes"], raw["distractors"], raw["pairs"]) == (30, 40, 6 * 5 * 4)
+    assert (clean["probes"], clean["distractors"], clean["pairs"]) == (28, 38, 4 * 5 * 4 + 2 * 4 * 3)
+    assert all((entry["noisy_probes"], entry["noisy_distractors"]) == (2, 2) for entry in (raw, clean))
+    sides = report["probes"], report["distractors"]
+    assert [(side["detected"], side["fallback_from_box"], side["fallback_from_centre"]) for side in sides] == [
+        (24, 6, 0),
+        (39, 0, 1),
+    ]
+    assert sides[0]["annotations_without_photo"] == 1 and "1 annotations without a photo" in out
+    assert 0.5 < raw["rank_1"] <= raw["rank_10"] <= 1
+    assert [point["far"] for point in raw["verification"]] == [1e-6, 1e-5, 1e-4]
+    assert not raw["verification"][0]["resolved"] and raw["impostor_scores"] == 30 * 40
+    assert re.search(r"40 +raw +30 +120 +2 \+ 2 +0 \+ 0", out) and re.search(r"38 +exclude +28", out)
+    files = {path.name for path in (tmp_path / "out").iterdir() if path.is_file()}
+    pictures = {"cmc.png", "cmc.svg", "roc.png", "roc.svg", "misses-raw.png", "misses-exclude.png"}
+    assert files == pictures | {"results.json"}
+    for name in pictures - {"cmc.svg", "roc.svg"}:
+        assert np.asarray(Image.open(tmp_path / "out" / name).convert("L")).std() > 5
+    svg = (tmp_path / "out" / "cmc.svg").read_text()
+    assert "raw, 40 distractors" in svg and "exclude, 38 distractors" in svg
+
+
+def test_the_devkits_files_are_those_of_the_drop_in(run, trees, tmp_path, monkeypatch):
+    assert run("--noise", "raw", "--write-bin", "--sizes", "10", "25")[0] == 0
+    devkit = tmp_path / "out" / "devkit"
+    lists = devkit / "templatelists"
+    arguments = [devkit / "megaface", devkit / "facescrub", "_run-toy.bin", tmp_path / "again", "-s", 10, 25]
+    arguments += ["-p", lists / "facescrub_features_list.json", "-dlp", lists, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["run_experiment.py", *map(str, arguments)])
+    assert run_experiment.main() == 0
+    written = sorted((tmp_path / "again").glob("*.json"))
+    assert len(written) == 4
+    for path in written:
+        assert (tmp_path / "out" / "raw" / path.name).read_bytes() == path.read_bytes()
+    names = json.loads((tmp_path / "out" / "raw" / "probes.json").read_text())
+    assert names == json.loads((lists / "facescrub_features_list.json").read_text())
+
+
+def test_replacement_keeps_all_counts(run, trees, tmp_path):
+    assert run(*noise_options(trees, "replace"), "--sizes", "40")[0] == 0
+    raw, replaced = results(tmp_path)["results"]
+    for key in ("probes", "distractors", "pairs", "impostor_scores", "size"):
+        assert raw[key] == replaced[key]
+    assert replaced["probes_replaced_by_means"] == 2 and replaced["distractors_that_match_nothing"] == 2
+    assert replaced["rank_1"] >= raw["rank_1"]
+
+
+def test_without_noise_lists_there_is_only_the_raw_result(run, trees, tmp_path):
+    code, _, err = run()
+    assert code == 0 and "no noise lists" in err
+    assert {entry["noise"] for entry in results(tmp_path)["results"]} == {"raw"}
+    code, _, err = run("--noise", "exclude")
+    assert code == 1 and "megaface/facescrub_noises.txt: No such file" in error_of(err)
+
+
+# ---------------------------------------------------------------------------------------------- missing photos
+
+
+def template_lists(folder, absent=()):
+    """Lists of other extensions and with underscores, and some photos that are not there."""
+    probes = [f"Some_Body{k}/Some_Body{k}_{10 * k + photo}.jpg" for k in range(PEOPLE) for photo in range(PHOTOS)]
+    probes += [f"Some_Body1/Some_Body1_{number}.png" for number in absent]
+    ids = [path.split("/")[0] for path in probes]
+    (folder / "fs.json").write_text(json.dumps({"path": probes, "id": ids}))
+    distractors = [f"{k % 3}/{k}@N00/{k}_0.jpg" for k in reversed(range(STRANGERS))] + ["9/9@N99/9_9.jpg"] * len(absent)
+    (folder / "mf.json").write_text(json.dumps({"path": distractors}))
+    return folder / "fs.json", folder / "mf.json"
+
+
+def test_lists_find_photos_by_any_of_their_names(run, tmp_path):
+    lists = template_lists(tmp_path)
+    assert run("--noise", "raw", "--probe-list", lists[0], "--distractor-list", lists[1])[0] == 0
+    report = results(tmp_path)
+    assert (report["probes"]["missing"], report["distractors"]["missing"]) == (0, 0)
+    assert open_store(tmp_path / "out" / "features" / "megaface").names[0] == "0/39@N00/39_0.jpg"
+
+
+def test_a_missing_photo_is_an_error_before_any_work(run, network, tmp_path):
+    lists = template_lists(tmp_path, absent=[777])
+    code, out, err = run("--noise", "raw", "--probe-list", lists[0], "--distractor-list", lists[1])
+    assert code == 1 and network.crops == 0 and not out
+    assert "2 photos have no feature, first Some_Body1/Some_Body1_777.png" in error_of(err)
+    table = (tmp_path / "out" / "missing.tsv").read_text()
+    assert table.splitlines()[1:] == [
+        "facescrub\tSome_Body1/Some_Body1_777.png\tnot in the tree",
+        "megaface\t9/9@N99/9_9.jpg\tnot in the tree",
+    ]
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_missing_photos_may_count_as_failures(run, tmp_path):
+    lists = template_lists(tmp_path, absent=[777, 778])
+    arguments = ["--noise", "raw", "--probe-list", lists[0], "--distractor-list", lists[1], "--sizes", "42"]
+    code, out, _ = run(*arguments, "--allow-missing", "--write-bin")
+    assert code == 0 and re.search(r"42 +raw +32 +142 +0 \+ 0 +2 \+ 2", out)
+    (entry,) = results(tmp_path)["results"]
+    assert (entry["missing_probes"], entry["missing_distractors"], entry["pairs"]) == (2, 2, 5 * 5 * 4 + 7 * 6)
+    matches = json.loads(next((tmp_path / "out" / "raw").glob("matches_*.json")).read_text())
+    assert matches[30]["distractors"]["idx"] == [] and set(matches[30]["probes"]["rank"]) == {42}
+    store = open_store(tmp_path / "out" / "features" / "facescrub")
+    assert np.isnan(store.features[30]).all() and store.problems[30] == "not in the tree"
+    assert len(list((tmp_path / "out" / "devkit" / "facescrub").rglob("*.bin"))) == 30
+
+
+def test_crops_that_cannot_be_used_are_missing(run, trees, tmp_path):
+    """Unreadable, of another size, or black in every network's eyes: noticed while embedding, named, counted."""
+    copy = tmp_path / "probes"
+    shutil.copytree(trees / "probes", copy)
+    broken = [copy / "Some Body2" / f"Some Body2_{number}.png" for number in (20, 21, 22)]
+    broken[0].write_bytes(b"no image")
+    Image.new("RGB", (96, 112)).save(broken[1])
+    broken[2].unlink()
+    code, _, err = run("--noise", "raw", facescrub=copy)
+    assert code == 1 and "3 photos have no feature" in error_of(err)
+    table = (tmp_path / "out" / "missing.tsv").read_text()
+    for reason in ("crop: not a photo", "crop: 96x112 instead of 112x112", "crop: missing"):
+        assert reason in table
+    code, _, _ = run("--noise", "raw", "--allow-missing", facescrub=copy)
+    assert code == 0 and results(tmp_path)["probes"]["missing"] == 3
+
+
+# ---------------------------------------------------------------------------------------------- restart
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same(run, network, tmp_path, monkeypatch):
+    assert run("--noise", "raw", out=tmp_path / "calm")[0] == 0
+    calm = network.crops
+    assert run("--noise", "raw", out=tmp_path / "calm")[0] == 0
+    assert network.crops == calm + 2  # only the question for the dimension: nothing is embedded twice
+    forward, calls = network.forward, []
+
+    def stop_in_the_middle(x):
+        calls.append(len(x))
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return forward(x)
+
+    monkeypatch.setattr(network, "forward", stop_in_the_middle)
+    assert run("--noise", "raw")[0] == 130
+    monkeypatch.setattr(network, "forward", forward)
+    network.crops = 0
+    assert run("--noise", "raw")[0] == 0
+    assert 0 < network.crops < calm - 40
+    for name in ("cmc_facescrub_megaface_run-toy_40_1.json", "matches_facescrub_megaface_run-toy_40_1.json"):
+        assert (tmp_path / "out" / "raw" / name).read_bytes() == (tmp_path / "calm" / "raw" / name).read_bytes()
+    for side in ("facescrub", "megaface"):
+        stores = [open_store(tmp_path / name / "features" / side).features for name in ("out", "calm")]
+        assert np.array_equal(*stores) and np.allclose(np.linalg.norm(stores[0], axis=1), 1, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sizes", "41"], "--sizes 41: there are 40 distractors"),
+        (["--sizes", "0"], "--sizes 0"),
+        (["--far", "2"], "--far 2"),
+        (["--sheet", "0"], "--sheet 0"),
+        (["--workers", "-1"], "--workers -1"),
+        (["--mean", "0.5", "0.5"], "--mean: one number for all channels or three, not 2"),
+        (["--facescrub", "nowhere"], "nowhere: no such folder of aligned probes"),
+        (["--megaface", "nowhere"], "nowhere: no such folder of aligned distractors"),
+        (["--probe-list", "nowhere.json"], "nowhere.json: No such file"),
+    ],
+)
+def test_options_that_make_no_sense(run, network, more, message):
+    code, _, err = run("--noise", "raw", *more)
+    assert code == 1 and message in error_of(err) and network.crops == 0
+
+
+def test_out_that_is_a_file(run, tmp_path):
+    (tmp_path / "out").touch()
+    code, _, err = run("--noise", "raw")
+    assert code == 1 and "is a file, not a folder" in error_of(err)
+
+
+def test_probes_without_any_pair(run, trees, tmp_path):
+    (tmp_path / "fs.json").write_text(json.dumps({"path": ["Some Body0/Some Body0_0"], "id": ["x"]}))
+    code, _, err = run("--noise", "raw", "--probe-list", tmp_path / "fs.json")
+    assert code == 1 and "fs.json: no identity has two probes" in error_of(err)
+
+
+def test_a_tree_without_a_table(tmp_path, trees):
+    for number in (0, 1):
+        Path(tmp_path / "crops" / "A B").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (112, 112)).save(tmp_path / "crops" / "A B" / f"{number}.png")
+    side = open_side(tmp_path / "crops", "probes", None, with_ids=True)
+    assert (side.ids, side.statuses, side.counts()["origin_unknown"]) == (["A B"] * 2, [UNKNOWN] * 2, 2)
+
+
+def test_one_model_one_name():
+    names = {
+        "runs/ms1m/embedding.pt": "ms1m-embedding",
+        "released": "released",
+        "w600k_r50.onnx": "w600k-r50",
+        "../../x/ä b.pt": "x-b",
+    }
+    assert {path: megaface_eval._model_name(path) for path in names} == names
+
+
+# ---------------------------------------------------------------------------------------------- treatments
+
+
+def some_entrants(treatment, seed=0):
+    rng = np.random.default_rng(seed)
+    probes, distractors = (rng.standard_normal((count, 8)).astype(np.float32) for count in (24, 30))
+    probes, distractors = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in (probes, distractors))
+    absent, noisy_probes = np.arange(24) == 1, np.isin(np.arange(24), [0, 9])
+    missing, noisy_distractors = np.arange(30) == 2, np.isin(np.arange(30), [4, 29])
+    ids = [f"id{k % 4}" for k in range(24)]
+    entrants = treat(
+        treatment,
+        probes,
+        ids,
+        distractors,
+        absent=absent,
+        missing=missing,
+        noisy_probes=noisy_probes,
+        noisy_distractors=noisy_distractors,
+    )
+    return entrants, probes, distractors
+
+
+def identify(entrants, **more):
+    marks = {"absent": entrants.absent, "ignored": entrants.ignored, **more}
+    return identification(entrants.probes, entrants.ids, entrants.distractors, [10, 30], **marks)
+
+
+def test_exclusion_is_as_if_they_had_never_been_there():
+    entrants, probes, distractors = some_entrants("exclude")
+    kept = np.delete(np.arange(24), [0, 9])
+    columns = np.delete(np.arange(30), [4, 29])
+    assert np.array_equal(entrants.probes, probes[kept]) and np.array_equal(entrants.probe_rows, kept)
+    assert isinstance(entrants.distractors, RowView)
+    copied = identification(
+        probes[kept],
+        [f"id{k % 4}" for k in kept],
+        distractors[columns],
+        [10, 30],
+        absent=entrants.absent,
+        ignored=entrants.ignored,
+    )
+    for found, wanted in zip(identify(entrants), copied, strict=True):
+        assert np.array_equal(found.ranks, wanted.ranks) and np.array_equal(found.best_index, wanted.best_index)
+        assert found.distractors == wanted.distractors
+
+
+def test_replacement_takes_the_mean_of_the_clean():
+    entrants, probes, _ = some_entrants("replace")
+    mean = probes[[4, 8, 12, 16, 20]].mean(axis=0)  # of id0, without the noisy 0
+    assert np.allclose(entrants.probes[0], mean / np.linalg.norm(mean), atol=1e-6)
+    clean = [k for k in range(5, 24, 4) if k != 9]  # of id1, without the noisy 9 and the absent 1
+    mean = probes[clean].mean(axis=0)
+    assert np.allclose(entrants.probes[9], mean / np.linalg.norm(mean), atol=1e-6)
+    assert entrants.ignored.tolist() == [k in (2, 4, 29) for k in range(30)] and entrants.replaced == 2
+    assert not np.isin([4, 29, 2], identify(entrants)[1].best_index).any()
+
+
+def test_nobody_left():
+    nothing = np.zeros(3, bool)
+    everything = ~nothing
+    sides = np.eye(3, dtype=np.float32), ["a", "a", "b"], np.eye(3, dtype=np.float32)
+    with pytest.raises(InputError, match="identity b: no clean feature"):
+        treat(
+            "replace",
+            *sides,
+            absent=nothing,
+            missing=nothing,
+            noisy_probes=np.array([False, False, True]),
+            noisy_distractors=nothing,
+        )
+    with pytest.raises(InputError, match="all distractors are on the noise list"):
+        treat("exclude", *sides, absent=nothing, missing=nothing, noisy_probes=nothing, noisy_distractors=everything)
+
+
+def test_the_devkits_reading_of_a_rate_is_never_above_the_full_curve():
+    entrants, _, _ = some_entrants("raw")
+    (result, _) = identify(entrants)
+    outcome = Outcome(entrants, result, 0, 0, 0)
+    for far in (1e-6, 0.01, 0.1, 0.5):
+        point = outcome.at_far(far)
+        assert 0 <= point["rate"] - point["as_the_devkit_writes_it"] <= 0.0101
+
+
+def test_the_worst_misses_lose_by_most():
+    entrants, probes, distractors = some_entrants("raw")
+    (_, result) = identify(entrants)
+    misses = worst_misses(result, 5)
+    assert len(misses) == 5
+    lost = [miss.winning_score - miss.score for miss in misses]
+    assert lost == sorted(lost, reverse=True) and len({miss.probe for miss in misses}) == 5
+    for miss in misses:
+        assert entrants.ids[miss.probe] == entrants.ids[miss.mate] and miss.rank > 0
+        cosine = probes[miss.probe].astype(float) @ distractors[miss.winner]
+        assert 1 + miss.winning_score / 2 == pytest.approx(cosine, abs=1e-6)
+    assert worst_misses(result, 1000)[0] == misses[0]
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def test_curves_of_the_devkits_own_files(shared, tmp_path, monkeypatch, capsys):
+    files = [shared / "megaface" / "golden" / case / "cmc.json" for case in ("basic_100d", "ties_200d")]
+    arguments = [*files, "--labels", "one $", "two", "--title", "A title", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, arguments)])
+    assert curves.main() == 0
+    for name in ("cmc", "roc"):
+        svg = (tmp_path / f"{name}.svg").read_text()
+        assert "one $" in svg and "two" in svg and "A title" in svg
+        assert Image.open(tmp_path / f"{name}.png").size == (1050, 750)
+    assert "rank 1 93.79 %" in (tmp_path / "cmc.svg").read_text()
+    monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, files), "--labels", "one"])
+    assert curves.main() == 1 and "1 labels for 2 files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"cmc": [[0], [1]]}',
+        '{"cmc": [[0], [1]], "roc": [[0], [1, 2]]}',
+        '{"cmc": [[], []], "roc": [[], []]}',
+        '{"cmc": [[0], ["x"]], "roc": [[0], [1]]}',
+    ],
+)
+def test_files_that_hold_no_curves(tmp_path, monkeypatch, capsys, text):
+    (tmp_path / "x.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["curves.py", str(tmp_path / "x.json"), "--out", str(tmp_path / "figures")])
+    assert curves.main() == 1
+    assert f"{tmp_path / 'x.json'}: not a cmc_*.json" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()
+
+
+def test_full_curves_are_the_results():
+    entrants, _, _ = some_entrants("raw")
+    (_, result) = identify(entrants)
+    full = curves.from_result(result, "x")
+    stairs = np.repeat(full.identification[:-1], np.diff(full.ranks))
+    assert np.array_equal(stairs, result.cmc[full.ranks[0] - 1 : -1]) or full.ranks[0] == len(result.cmc)
+    assert full.false_accepts[-1] == 1 and full.verification[-1] == 1
