@@ -2,7 +2,7 @@
 
     python export.py --checkpoint runs/NAME/embedding.pt --out exports/NAME
     python export.py --checkpoint runs/NAME/embedding.pt --out exports/NAME --lfw data/lfw --far 1e-3
-    python export.py --checkpoint released --out exports/r101 --variants fp32 fp16 int8 --calibration data/crops \
+    python export.py --checkpoint released --out exports/r101 --variants fp32 fp16 int8 --calibration data/crops \\
         --bin lfw.bin --mirror-inside
 
 Writes embedding-VARIANT.onnx for each variant, detector.onnx on request, and export.json. Each file is compared with

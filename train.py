@@ -1,10 +1,11 @@
 """Train an embedding network with a margin head (stage 3).
 
-    python train.py --data data/crops --network r101 --out runs/r101                      one process, GPU or CPU
-    torchrun --nproc_per_node=8 train.py --data data/crops --out runs/r101                one machine, eight GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...    on both
-    machines python train.py ... --out runs/r101 --resume                                          goes on after any
-    interruption
+    python train.py --data data/crops --network r101 --out runs/r101                       # one process: GPU or CPU
+    torchrun --nproc_per_node=8 train.py --data data/crops --out runs/r101                 # one machine, eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train.py --data data/crops --out runs/r101                                         # on both of two machines
+
+With --resume the same command goes on after any interruption.
 
 The defaults are the published recipe: ArcFace with margin 0.6 and scale 64, SGD with Nesterov momentum 0.9, weight
 decay 5e-4, batch 256, learning rate 0.1 divided by 10 at epochs 8, 16, 24, 32, gradient values clipped at 5, mirror
