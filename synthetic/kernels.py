@@ -244,14 +244,14 @@ def highlight(n: wp.vec3, v: wp.vec3, light: wp.vec3, roughness: float, f0: floa
 def strand_cut(s: float, t: float, seed: float, strands: float) -> int:
     """1 where a ribbon has hair at (s across, t along): strands end at different lengths, with gaps near the tip."""
     k = wp.floor(s * strands)
-    end = 0.62 + 0.38 * hash1(k, seed)
+    end = 0.75 + 0.25 * hash1(k, seed)
     if t > end:
         return 0
     edge = wp.abs(s - 0.5) * 2.0
-    if edge > 1.0 - 0.75 * t * t * hash1(seed, k + 3.0):
+    if edge > 1.0 - 0.6 * t * t * t * hash1(seed, k + 3.0):
         return 0
     gap = fract(s * strands)
-    if gap < 0.32 * t and hash1(k + 7.0, seed) > 0.4:
+    if gap < 0.32 * (t - 0.35) and hash1(k + 7.0, seed) > 0.4:
         return 0
     return 1
 
@@ -356,7 +356,7 @@ def trace(
     body = scene.body[b]
     o = u.origin
     distance = float(0.0)
-    for _pass in range(6):
+    for _pass in range(5):
         r = wp.mesh_query_ray(body, o, direction, FAR)
         if not r.result:
             break

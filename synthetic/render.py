@@ -7,6 +7,9 @@ A batch is a run of one person's photos: on CUDA all of them (bounded by `batch`
 other. The arithmetic per photo is the same either way, so the split does not change a byte.
 """
 
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +87,8 @@ class Renderer:
         self.device = device
         self.warp = str(device) if device.type == "cuda" else "cpu"
         self.batch = batch or (64 if device.type == "cuda" else 1)
+        # With a GPU tracing, the host's part of a photo is shared among threads; a CPU has processes instead.
+        self._threads = ThreadPoolExecutor(os.cpu_count()) if device.type == "cuda" else None
         self.head = load_head()
         self.canvas = skin.load_canvas()
         head = self.head
@@ -264,8 +269,16 @@ class Renderer:
             part = photos[start : start + self.batch]
             linear, exposure, found = self._trace(person, part, size, array, meshes)
             truths += found
-            images += [develop(linear[i], exposure[i], photo) for i, photo in enumerate(part)]
+            images += self._each(develop, linear, exposure, part)
         return images, truths
+
+    def _each(self, work: Callable[..., Any], *items: Iterable[Any]) -> list[Any]:
+        return list(self._threads.map(work, *items) if self._threads else map(work, *items))
+
+    def _settle(self) -> None:
+        """Wait for torch before warp reads its tensors: on a GPU they use different streams."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _array(self, values: np.ndarray, dtype: Any) -> wp.array:
         return wp.array(np.ascontiguousarray(values), dtype=dtype, device=self.warp)
@@ -284,6 +297,7 @@ class Renderer:
         mesh = wp.Mesh(self._array(vertices, wp.vec3), arrays["faces"])
         occlusion = self._array(np.ones(len(vertices), np.float32), float)
         normals = wp.from_torch(self._normals(rest)[0].contiguous(), dtype=wp.vec3)
+        self._settle()
         wp.launch(kernels.occlude, count, [mesh.id, mesh.points, normals, count, 12, 7.0, occlusion], device=self.warp)
         values = occlusion.numpy()
         values[count:] = person.ribbons.open_sky
@@ -309,6 +323,7 @@ class Renderer:
             cameras.append(camera)
             rows.append(self._uniforms(person, photo, camera, eyes, gaze[i]))
             truths.append(self._truth(camera, shown[i], eyes, gaze[i]))
+        self._settle()
         for i in range(count):
             if i >= len(meshes):
                 meshes.append(arrays["mesh"] if not meshes else wp.Mesh(
@@ -330,7 +345,7 @@ class Renderer:
         buffers, (irradiance, albedo, extra_light, half, image) = self._buffers(count, size)
         geometry = [scene, arrays["faces"], wp.from_torch(all_normals, dtype=wp.vec3)]
         colours = [arrays["paint"], self.masks]
-        behind = self._array(np.stack([background(photo, size) for photo in photos]), wp.vec3)
+        behind = self._array(np.stack(self._each(background, photos, [size] * count)), wp.vec3)
         whole, grid = (count, size, size), (count, (size + 1) // 2, (size + 1) // 2)
         light = [irradiance, albedo, extra_light]
         wp.launch(kernels.trace_grid, grid, [*geometry, uniforms, buffers], device=self.warp)

@@ -12,7 +12,7 @@ under the eyes, lip colour, wrinkles (also as relief), beard shadow, scalp hair,
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import cv2
 import numpy as np
@@ -37,6 +37,19 @@ def reflectance(melanin: np.ndarray, blood: np.ndarray) -> np.ndarray:
     """Linear RGB [..., 3] of skin; both pigments [...] in about [0, 1.3]."""
     m = np.maximum(melanin, 0)[..., None].astype(np.float32)
     return PALE * np.exp(-MELANIN * m**MELANIN_POWER - BLOOD * np.maximum(blood, 0)[..., None].astype(np.float32))
+
+
+_TABLE = np.linspace(0, 1.6, 4096, dtype=np.float32)
+_BY_MELANIN = reflectance(_TABLE, np.zeros_like(_TABLE))
+_BY_BLOOD = np.exp(-BLOOD * _TABLE[:, None])
+
+
+def _coloured(melanin: np.ndarray, blood: np.ndarray) -> np.ndarray:
+    """`reflectance` by table (pigments are rounded to 1/2560 and held within 0 and 1.6), five times as fast."""
+    scale = (len(_TABLE) - 1) / _TABLE[-1]
+    first = np.clip(melanin * scale, 0, len(_TABLE) - 1).astype(np.uint16)
+    second = np.clip(blood * scale, 0, len(_TABLE) - 1).astype(np.uint16)
+    return _BY_MELANIN.take(first, 0) * _BY_BLOOD.take(second, 0)
 
 
 @dataclass
@@ -195,6 +208,12 @@ def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) 
     return density if lips is None else density * (1 - np.clip(lips * 2, 0, 1))
 
 
+@cache
+def _beard_on_canvas(style: str) -> np.ndarray:
+    canvas = load_canvas()
+    return beard_region(style, canvas.place, canvas.lips).astype(np.float32)
+
+
 def _curve(layer: np.ndarray, points: np.ndarray, width: float, value: float) -> None:
     """Draw a polyline through canonical positions [N, 3] onto a float32 layer, antialiased by supersampled shift."""
     texels = (Canvas.texel(points) * 16).round().astype(np.int32)
@@ -296,7 +315,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     side = np.abs(x)
     if "texture" in off:
         melanin, blood = np.full((HEIGHT, WIDTH), 0.2, np.float32), np.full((HEIGHT, WIDTH), 0.3, np.float32)
-        colour = reflectance(melanin, blood + 0.5 * canvas.lips)
+        colour = _coloured(melanin, blood + 0.5 * canvas.lips)
         brow = np.exp(-(((side - 3.1) / 1.9) ** 4) - ((y - 2.0) / 0.35) ** 2)[..., None] * 0.7 * (z > -3)[..., None]
         return _encode(colour * (1 - brow) + 0.03 * brow, np.zeros((HEIGHT, WIDTH), np.float32))
 
@@ -343,7 +362,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         relief += 0.4 * cv2.GaussianBlur(scar, (0, 0), 0.8)
         melanin -= 0.1 * identity.melanin * scar
         blood += 0.12 * scar
-    colour = reflectance(melanin, blood)
+    colour = _coloured(melanin, blood)
 
     hair = identity.hair
     root = np.array(hair["root"], np.float32) * (1 - hair["grey"]) + 0.35 * hair["grey"]
@@ -359,9 +378,9 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     beard = identity.beard
     tint = np.minimum(np.array(beard["colour"], np.float32), 0.12)
     tint = tint * (1 - beard["grey"]) + 0.22 * beard["grey"]
-    shadow = beard_region("stubble", canvas.place, lips) * beard["shadow"] * 0.30
+    shadow = _beard_on_canvas("stubble") * beard["shadow"] * 0.30
     cut = {"none": 0.0, "stubble": 0.42}.get(beard["style"], 0.68) * beard["density"]
-    shadow = np.maximum(shadow, beard_region(beard["style"], canvas.place, lips) * cut)
+    shadow = np.maximum(shadow, _beard_on_canvas(beard["style"]) * cut)
     hairs = np.clip(0.62 + 0.55 * fine + 0.2 * medium, 0, 1.3)
     opacity = np.clip(cv2.GaussianBlur(shadow.astype(np.float32), (0, 0), 2) * hairs, 0, 0.92)[..., None]
     colour = colour * (1 - opacity) + tint * opacity
