@@ -170,7 +170,7 @@ def _cut(identity: Identity, azimuth: np.ndarray, elevation: np.ndarray, normal:
         return cut(4.0 + 2 * top, random + 0.6 * down, 0.7, 0.25, 2.2, 0.5 + 0.3 * hair["curl"], 0.35, 0.5, 7,
                    roots=800)  # fmt: skip
     if style == "afro":
-        return cut(5.5 + 2.0 * top, random * 0.8, 1.0, 0.02, 5.5, 0.45, 0.5, 0.7, 5, roots=950)
+        return cut(5.5 + 2.0 * top, random * 0.8, 1.0, 0.02, 5.5, 0.45, 0.5, 0.45, 5, roots=1300)
     if style == "fringe":
         return cut(np.where(front > 0.1, to_brow, 7.0), forward * blend + down * (1 - blend), 0.2, 0.5, 1.4, mild * 0.5,
                    segments=7, bangs=front > 0.1, roots=800)  # fmt: skip

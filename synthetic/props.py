@@ -274,7 +274,7 @@ def occluder_piece(photo: Photo) -> Piece:
         top = anchor * [0.5, 1, 1] + [0, -2.5, 4.0]
         wall = np.stack([top, top + np.array([0, -9.0, 0.5])])
         return piece(*tube(wall, np.array([3.9, 3.1]), sides=20), what["colour"], gloss=0.6)
-    pole = np.stack([[side * 7.0, 30.0, 18.0], [side * 8.5, -40.0, 18.0]]) + np.array(what["jitter"])
+    pole = np.stack([[side * 9.0, 30.0, 9.0], [side * 10.5, -40.0, 9.0]]) + np.array(what["jitter"])
     return piece(*tube(pole, 1.4, sides=10), what["colour"], gloss=0.2)
 
 
