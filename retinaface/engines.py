@@ -93,8 +93,7 @@ class OnnxEngine(Engine):
         import onnxruntime
 
         super().__init__(CPU_BATCH_PIXELS, torch.get_num_threads())
-        weights = _widen(fuse_heads(weights))
-        self._session = _session(_Graph(weights).serialise())
+        self._session = _session(onnx_model(weights))
         self._give_back = onnxruntime.RunOptions()
         self._give_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
@@ -107,6 +106,14 @@ class OnnxEngine(Engine):
         # Memory is kept for the next batch, but not what only a large photo needs.
         options = self._give_back if len(photos) * height * width > 2 * CPU_BATCH_PIXELS else None
         return self._session.run(None, {"image": batch}, options)[0]
+
+
+def onnx_model(weights: Weights) -> bytes:
+    """The folded network as an ONNX model: `image` float32 [count, 3, height, width] -> [count, 32, cells].
+
+    `image` is BGR minus `MEAN_BGR`; the answer is that of `network.forward`, before decoding. All sizes are free.
+    """
+    return _Graph(_widen(fuse_heads(weights))).serialise()
 
 
 def _session(model: bytes) -> Any:
@@ -155,7 +162,7 @@ class _Graph:
             self._nodes,
             "RetinaFace",
             [self._helper.make_tensor_value_info("image", self._float, ["count", 3, "height", "width"])],
-            [self._helper.make_tensor_value_info(output, self._float, None)],
+            [self._helper.make_tensor_value_info(output, self._float, ["count", 32, "cells"])],
             [self._from_array(array, name) for name, array in self._constants.items()],
         )
         # Opset 17 and IR 8 are what every onnxruntime that the requirements allow can read.

@@ -152,7 +152,7 @@ def test_killed_at_any_file_operation_it_ends_the_same(tmp_path):
         capture_output=True, text=True, timeout=250, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     killed, different = re.fullmatch(r"killed (\d+) different (.*)\n", done.stdout).groups()
-    assert int(killed) > 20 and different == "[]", done.stderr
+    assert int(killed) >= 20 and different == "[]", done.stderr
 
 
 def test_a_run_killed_on_real_photos_goes_on(shared, tmp_path, monkeypatch):
