@@ -165,6 +165,12 @@ def write_embedding(path: Path, state: dict[str, Tensor]) -> None:
         torch.save(plain, temporary)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of a run that was killed while it wrote; each may be as large as a checkpoint."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source` in one step; neither is ever written to, only replaced."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

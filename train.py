@@ -372,6 +372,7 @@ def train(options: Train, world: World) -> int:
     for note in getattr(crops, "notes", []):
         log(f"note: {note}")
     if world.is_main:
+        checkpoints.remove_leftovers(options.out)
         data_gen.write_identities(options.out / checkpoints.IDENTITIES, data_gen.identity_names(crops))
         monitor.write_run(options.out, checkpoints.plain_options(options), data, sets, world)
         if state.history and state.history[-1]["step"] == state.step:
