@@ -7,8 +7,8 @@ the target cosine of each crop is computed apart, in float32 from the stored cen
 and gradient. Centres are normalised block by block as well, so neither a normalised copy of all centres nor its
 gradient exists. The price: a loop in Python over a few blocks, and no second derivative.
 
-Over several ranks, each holds a contiguous block of identities. A step costs one all-gather of features and labels,
-one all-gather of three numbers per crop (maximum, sum of exponentials, target cosine) and one reduce-scatter of the
+Over several ranks, each holds a contiguous block of identities. A step costs an all-gather of features, norms and
+labels, one of three numbers per crop (maximum, sum of exponentials, target cosine) and one reduce-scatter of the
 features' gradient. The loss is the mean over the global batch and the same number on every rank. Gradients of the
 head's own block are complete; gradients that flow on into the local features are those of the *global* mean, so the
 backbone's have to be summed (not averaged) over the ranks.
@@ -151,14 +151,14 @@ class MarginHead(nn.Module):
         self.first, self.last = identity_range(identities, rank, world_size)
         self.steps = 0
         self._drawn: list[tuple[Tensor, Tensor]] = []  # (rows, leaf) of each forward pass since the last step
-        centres = _initial_centres(self.first, self.last, embedding_size, seed)
         if self.sampled:
             # One spare row at the end is where masked slots read from and write to.
-            spare = torch.zeros(1, embedding_size)
-            self.register_buffer("_rows", torch.cat([centres, spare]), persistent=False)
-            self.register_buffer("_velocity", torch.zeros_like(self._rows), persistent=False)
+            rows = torch.zeros(self.last - self.first + 1, embedding_size)
+            self.register_buffer("_rows", rows, persistent=False)
+            self.register_buffer("_velocity", torch.zeros_like(rows), persistent=False)
         else:
-            self.weight = nn.Parameter(centres)
+            self.weight = nn.Parameter(torch.empty(self.last - self.first, embedding_size))
+        _draw_centres(self.centres, self.first, seed)
         if loss == "adaface":
             self.register_buffer("norm_mean", torch.tensor(ADAFACE_START[0]))
             self.register_buffer("norm_std", torch.tensor(ADAFACE_START[1]))
@@ -212,9 +212,9 @@ class MarginHead(nn.Module):
             features = features if features.dtype == torch.float64 else features.float()
             norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
             unit = features / norms.clamp_min(_SMALLEST_NORM)
-            # One collective for both; no gradient flows through the norms that AdaFace looks at.
-            gathered = _GatherRows.apply(torch.cat([unit, norms.detach()], dim=1), self.group, self.world_size)
-            unit, norms = gathered[:, :-1], gathered[:, -1].detach()
+            unit = _GatherRows.apply(unit, self.group, self.world_size)
+            # Without gradient: AdaFace looks at the norms, but does not train them.
+            norms = _all_gather(norms.detach()[:, 0], self.group, self.world_size)
             labels = _all_gather(labels, self.group, self.world_size)
             weight, columns, empty = self._choose(labels)
             margins = self._margins(norms)
@@ -477,19 +477,19 @@ def _degrees(cosine: Tensor) -> Tensor:
     return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
 
 
-def _initial_centres(first: int, last: int, embedding_size: int, seed: int) -> Tensor:
-    """Normal centres [last - first, D] of identities first .. last - 1, the same however they are split."""
-    centres = torch.empty(last - first, embedding_size)
+def _draw_centres(centres: Tensor, first: int, seed: int) -> None:
+    """Fill the centres [n, D] of identities first, first + 1, ...: normal values, the same however they are split."""
+    last = first + len(centres)
     for block in range(first // _CENTRE_BLOCK, -(-last // _CENTRE_BLOCK)):
-        generator = torch.Generator().manual_seed(_hash(torch.tensor(block), seed, 0).item())
-        values = torch.randn(_CENTRE_BLOCK, embedding_size, generator=generator).mul_(CENTRE_STD)
-        start, stop = max(first, block * _CENTRE_BLOCK), min(last, (block + 1) * _CENTRE_BLOCK)
-        centres[start - first : stop - first] = values[start - block * _CENTRE_BLOCK : stop - block * _CENTRE_BLOCK]
-    return centres
+        generator = torch.Generator().manual_seed(_hash(block, seed, 0))
+        values = torch.randn(_CENTRE_BLOCK, centres.shape[1], generator=generator, device="cpu").mul_(CENTRE_STD)
+        begin = block * _CENTRE_BLOCK
+        start, stop = max(first, begin), min(last, begin + _CENTRE_BLOCK)
+        centres[start - first : stop - first] = values[start - begin : stop - begin]
 
 
-def _hash(numbers: Tensor, seed: int, step: int) -> Tensor:
-    """32-bit hashes in int64 of non-negative int64 numbers, the same on every device.
+def _hash(numbers: Any, seed: int, step: int) -> Any:
+    """32-bit hashes of non-negative numbers (int64 tensor, or a Python int), the same on every device.
 
     Two rounds of the multiply-xorshift mix 16-0x21f0aaad-15-0x735a2d97-15 (C. Wellons, "hash-prospector"); both
     factors are below 2^31, so that int64 products of 32-bit numbers do not overflow.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import margin
@@ -298,6 +299,26 @@ def test_backward_frees_the_cosines_while_the_loss_is_still_held():
     value.backward()
     with pytest.raises(RuntimeError, match="freed"):
         value.backward()
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("loss", ["combined", "adaface"])
+def test_no_step_waits_for_the_device(loss, rate):
+    """Tensors without values: whatever the host would have to read from the device (.item(), nonzero) raises."""
+    with FakeTensorMode():
+        head = MarginHead(8, 200, loss=loss, margin=MARGINS[loss], scale=32.0, sample_rate=rate, focal_gamma=2.0)
+        for _ in range(2):  # accumulated
+            features = torch.empty(4, 8, requires_grad=True)
+            value, stats = head(features, torch.empty(4, dtype=torch.int64))
+            value.backward()
+        head.step(0.1)
+    assert features.grad.shape == features.shape
+    assert {name: tuple(tensor.shape) for name, tensor in stats.items()} == {
+        "top1": (),
+        "target_angle": (4,),
+        "other_angle": (4,),
+        "feature_norm": (4,),
+    }
 
 
 def test_many_steps_learn_separable_identities():
