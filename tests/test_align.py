@@ -6,7 +6,7 @@ import warnings
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from skimage.transform import SimilarityTransform
@@ -45,6 +45,7 @@ def test_random_points_agree_with_scikit_image():
         np.testing.assert_array_equal(matrix, estimate_similarity(landmarks))
 
 
+@settings(deadline=None)
 @given(
     landmarks=arrays(np.float64, (5, 2), elements=st.floats(-1e4, 1e4, width=32)),
     template=arrays(np.float64, (5, 2), elements=st.floats(-1e3, 1e3, width=32)),
@@ -108,6 +109,7 @@ def test_wrong_shapes_are_refused(shape):
         estimate_similarity(np.zeros(shape))
 
 
+@settings(deadline=None)
 @given(angle=st.floats(-np.pi, np.pi), scale=st.floats(0.01, 100), shift=st.tuples(*[st.floats(-1e3, 1e3)] * 2))
 def test_a_moved_template_is_moved_back(angle, scale, shift):
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

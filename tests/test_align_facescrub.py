@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from painted_faces import PaintedFaces, paint, save
 
@@ -163,6 +163,7 @@ def test_unusable_boxes(text, problem):
     assert box is None and problem in why
 
 
+@settings(deadline=None)
 @given(st.tuples(*[st.floats(-1e6, 1e6, allow_nan=False, width=32)] * 4), st.sampled_from([",", ", ", " ,"]))
 def test_usable_boxes(numbers, comma):
     x1, x2 = sorted(numbers[:2])
@@ -173,6 +174,7 @@ def test_usable_boxes(numbers, comma):
     assert (box, why) == (values, "") if values[0] < values[2] and values[1] < values[3] else box is None
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_no_text_in_the_box_column_does_anything(text):
     box, why = parse_box(text)
