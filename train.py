@@ -290,19 +290,20 @@ class Reporter:
         if report["data_wait"] > WAIT_WORTH_A_WORD:
             self.log(f"the step waited for data {report['data_wait']:.0%} of the time: more --workers, or --decode gpu")
 
-    def close(self, *, finished: bool) -> None:
-        """Flush TensorBoard, with hyper-parameters and result if the run is finished; leave the progress line as it
-        is.
-        """
+    def show_result(self) -> None:
+        """Write hyper-parameters and what came of them to TensorBoard."""
         if self.board is None:
             return
-        if finished:
-            best = best_report(self.state)
-            metrics = {f"best/{name}": result["accuracy"] for name, result in best["verification"].items()}
-            metrics["best/loss"] = best["loss"]
-            self.board.result(checkpoints.plain_options(self.options), metrics)
-        self.bar.close()
-        self.board.close()
+        best = best_report(self.state)
+        metrics = {f"best/{name}": result["accuracy"] for name, result in best["verification"].items()}
+        metrics["best/loss"] = best["loss"]
+        self.board.result(checkpoints.plain_options(self.options), metrics)
+
+    def close(self) -> None:
+        """End the progress line, flush TensorBoard."""
+        if self.board is not None:
+            self.bar.close()
+            self.board.close()
 
 
 def best_report(state: State) -> dict[str, Any]:
@@ -384,65 +385,64 @@ def train(options: Train, world: World) -> int:
     )
     workers, pin = choose_workers(options, world), world.device.type == "cuda"
     batches = iter(data_gen.make_loader(dataset, order, state.step, steps, workers=workers, pin_memory=pin))
-    reporter = Reporter(options, state, order, crops, world, log)
-    window = reporter.window
-    saved_at = time.monotonic()
-    while state.step < steps:
-        step = state.step
-        rate = learning_rate(step, order.steps_per_epoch, options)
-        state.head.margin = margin_at(step, order.steps_per_epoch, options)
-        torch.manual_seed(step_seed(options.seed, step, world.rank))
-        total = torch.zeros((), device=world.device)
-        for part in range(options.accumulate):
-            began = time.perf_counter()
-            batch = next(batches)
-            window.waited += time.perf_counter() - began
-            if batch.error:
-                raise InputError(batch.error)
-            images, labels, skipped = data_gen.to_device(batch, dataset, world.device)
-            note_skipped([*batch.skipped.tolist(), *skipped], state, crops, log)
-            inputs = data_gen.normalise(images)
-            if reporter.board and part == 0 and step % order.steps_per_epoch == 0:
-                reporter.board.crops(step, data_gen.denormalise(inputs[:SAMPLE_CROPS]))
-            last = part == options.accumulate - 1
-            with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
-                    loss, stats = state.head(model(inputs), labels)
-                (loss / options.accumulate).backward()
-            total += loss.detach() / options.accumulate
-        looking = (step + 1) % options.log_every == 0
-        norm = gradient_norm(state, world) if looking else None
-        apply_gradients(state, options, rate)
-        window.add(total, stats)
-        state.step += 1
-        if looking:
-            reporter.look(norm)
-
-        action = world.largest(next_action(options, state.step, time.monotonic() - saved_at, termination))
-        epoch_ends = state.step % order.steps_per_epoch == 0
-        if not action and not epoch_ends:
-            continue
-        reporter.look()  # a checkpoint of a broken state must not be written
-        distributed.average_statistics(state.network, world)
-        if epoch_ends:
-            state.skipped = world.union(state.skipped)
-            reporter.end_epoch(sets)
-        content = checkpoints.collect(state, options, order.steps_per_epoch, data, world)
-        if content is not None:
-            checkpoints.write_last(options.out, content)
-            del content
-            if epoch_ends:
-                publish(options, state, crops, data)
-        world.wait()
+    with contextlib.closing(Reporter(options, state, order, crops, world, log)) as reporter:
+        window = reporter.window
         saved_at = time.monotonic()
-        window.since = time.perf_counter()
-        if action == STOP and state.step < steps:
-            log(f"stopped after step {state.step} of {steps}; the same command with --resume goes on")
-            reporter.close(finished=False)
-            return 128 + termination.received if termination.received else 128 + signal.SIGTERM
-    reporter.close(finished=True)
-    log(f"done: {steps} steps; {options.out / checkpoints.EMBEDDING} is of epoch {best_report(state)['epoch']}")
-    return 0
+        while state.step < steps:
+            step = state.step
+            rate = learning_rate(step, order.steps_per_epoch, options)
+            state.head.margin = margin_at(step, order.steps_per_epoch, options)
+            torch.manual_seed(step_seed(options.seed, step, world.rank))
+            total = torch.zeros((), device=world.device)
+            for part in range(options.accumulate):
+                began = time.perf_counter()
+                batch = next(batches)
+                window.waited += time.perf_counter() - began
+                if batch.error:
+                    raise InputError(batch.error)
+                images, labels, skipped = data_gen.to_device(batch, dataset, world.device)
+                note_skipped([*batch.skipped.tolist(), *skipped], state, crops, log)
+                inputs = data_gen.normalise(images)
+                if reporter.board and part == 0 and step % order.steps_per_epoch == 0:
+                    reporter.board.crops(step, data_gen.denormalise(inputs[:SAMPLE_CROPS]))
+                last = part == options.accumulate - 1
+                with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():
+                    with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
+                        loss, stats = state.head(model(inputs), labels)
+                    (loss / options.accumulate).backward()
+                total += loss.detach() / options.accumulate
+            looking = (step + 1) % options.log_every == 0
+            norm = gradient_norm(state, world) if looking else None
+            apply_gradients(state, options, rate)
+            window.add(total, stats)
+            state.step += 1
+            if looking:
+                reporter.look(norm)
+
+            action = world.largest(next_action(options, state.step, time.monotonic() - saved_at, termination))
+            epoch_ends = state.step % order.steps_per_epoch == 0
+            if not action and not epoch_ends:
+                continue
+            reporter.look()  # a checkpoint of a broken state must not be written
+            distributed.average_statistics(state.network, world)
+            if epoch_ends:
+                state.skipped = world.union(state.skipped)
+                reporter.end_epoch(sets)
+            content = checkpoints.collect(state, options, order.steps_per_epoch, data, world)
+            if content is not None:
+                checkpoints.write_last(options.out, content)
+                del content
+                if epoch_ends:
+                    publish(options, state, crops, data)
+            world.wait()
+            saved_at = time.monotonic()
+            window.since = time.perf_counter()
+            if action == STOP and state.step < steps:
+                log(f"stopped after step {state.step} of {steps}; the same command with --resume goes on")
+                return 128 + termination.received if termination.received else 128 + signal.SIGTERM
+        reporter.show_result()
+        log(f"done: {steps} steps; {options.out / checkpoints.EMBEDDING} is of epoch {best_report(state)['epoch']}")
+        return 0
 
 
 @utils.command

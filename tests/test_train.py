@@ -1,0 +1,478 @@
+"""train.py on one process: schedules, what a run leaves behind, and what it does when something is wrong."""
+
+import argparse
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from training import (
+    ROOT,
+    SmallNetwork,
+    folder_set,
+    jpegs,
+    load,
+    options,
+    record_set,
+    train_run,
+)
+
+import checkpoints
+import config
+import data_gen
+import models
+import monitor
+import recordio
+import schedules
+import train
+import utils
+import verification_bin
+from config import Interval, Train
+from distributed import World
+from utils import InputError
+
+HERE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    return record_set(tmp_path_factory.mktemp("crops"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A verification set of the same kind of crops, other identities: 12 pairs."""
+    path = tmp_path_factory.mktemp("pairs") / "small.bin"
+    faces = [data for data, _ in jpegs(12, 2, seed=9)]
+    genuine = [faces[2 * i + k] for i in range(6) for k in range(2)]
+    impostors = [faces[2 * i + 12 * k] for i in range(6) for k in range(2)]
+    verification_bin.write_bin(path, genuine + impostors, [True] * 6 + [False] * 6)
+    return path
+
+
+def settings(**changes):
+    return config.parse(Train, argv=options("crops", "out", **changes))
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+def rates(**changes):
+    chosen = settings(**changes)
+    return [schedules.learning_rate(step, 10, chosen) for step in range(10 * chosen.epochs)]
+
+
+def test_the_published_rate_is_the_default():
+    chosen = config.parse(Train, argv=["--data", "x", "--out", "y"])
+    rate = [schedules.learning_rate(epoch * 100, 100, chosen) for epoch in range(40)]
+    expected = [0.1] * 8 + [0.01] * 8 + [1e-3] * 8 + [1e-4] * 8 + [1e-5] * 8
+    assert rate == pytest.approx(expected)
+    assert schedules.learning_rate(799, 100, chosen) == 0.1
+    assert schedules.margin_at(0, 100, chosen) == 0.6
+    assert (chosen.batch_size, chosen.scale, chosen.weight_decay, chosen.grad_clip) == (256, 64.0, 5e-4, 5.0)
+    assert (chosen.network, chosen.embedding_size, chosen.momentum, chosen.augment) == ("r101", 512, 0.9, "published")
+
+
+@pytest.mark.parametrize("schedule", ["steps", "cosine", "poly"])
+def test_warmup_starts_below_the_full_rate_and_ends_at_it(schedule):
+    rate = rates(schedule=schedule, warmup=2.0, epochs=6, lr=0.4)
+    assert rate[0] == pytest.approx(0.4 / 21)
+    assert np.allclose(np.diff(rate[:20]), 0.4 / 21)
+    assert rate[20] == pytest.approx(0.4) == max(rate)
+
+
+def test_cosine_and_poly_fall_to_zero():
+    cosine, poly = rates(schedule="cosine", epochs=8, lr=0.1), rates(schedule="poly", epochs=8, lr=0.1)
+    expected = [0.05 * (1 + math.cos(math.pi * step / 80)) for step in range(80)]
+    assert cosine == pytest.approx(expected)
+    assert poly == pytest.approx([0.1 * (1 - step / 80) ** 2 for step in range(80)])
+    assert (np.diff(cosine) < 0).all() and (np.diff(poly) < 0).all()
+    assert schedules.learning_rate(80, 10, settings(schedule="cosine", epochs=8)) == pytest.approx(0, abs=1e-12)
+    assert schedules.learning_rate(95, 10, settings(schedule="poly", epochs=8)) == 0
+
+
+def test_milestones_may_be_anywhere():
+    rate = rates(milestones=[0.5, 1.5], epochs=2, lr=1.0)
+    assert rate == pytest.approx([1.0] * 5 + [0.1] * 10 + [0.01] * 5)
+
+
+def test_the_margin_grows_to_its_value():
+    chosen = settings(margin=0.4, margin_warmup=2.0)
+    assert [schedules.margin_at(step, 10, chosen) for step in (0, 5, 10, 20, 500)] == pytest.approx(
+        [0, 0.1, 0.2, 0.4, 0.4]
+    )
+    combined = settings(loss="combined", margin=[0.8, 0.3, 0.2], margin_warmup=1.0)
+    assert schedules.margin_at(0, 10, combined) == (1.0, 0.0, 0.0)
+    assert schedules.margin_at(5, 10, combined) == pytest.approx((0.9, 0.15, 0.1))
+    assert schedules.margin_at(10, 10, settings(loss="combined")) == (1.0, 0.3, 0.2)
+    assert schedules.margin_at(0, 10, settings(loss="cosface")) == 0.35
+
+
+def test_cost_of_a_margin_is_what_an_ignorant_network_pays():
+    for changes in ({"margin": 0.5}, {"loss": "cosface"}, {"loss": "combined"}):
+        chosen = settings(**changes)
+        head = models.MarginHead(64, 50, loss=chosen.loss, margin=schedules.margin_at(0, 1, chosen), scale=16.0)
+        with torch.no_grad():
+            head.weight.copy_(torch.eye(64)[:50])
+        loss, _ = head(torch.eye(64)[50:62], torch.arange(12))  # at right angles to all centres
+        cost = 16 * schedules.cost_of_margin(chosen)
+        assert loss.item() == pytest.approx(math.log(1 + 49 * math.exp(cost)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "seconds"), [("500", 500, None), ("10min", None, 600), ("90s", None, 90), ("1.5h", None, 5400)]
+)
+def test_intervals(text, steps, seconds):
+    interval = Interval(text)
+    assert (interval.steps, interval.seconds, str(interval)) == (steps, seconds, text)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "10 weeks", "min", "0s"])
+def test_intervals_that_mean_nothing(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="neither a number of steps"):
+        Interval(text)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs 0 must be at least 1"),
+        ({"lr": 0}, "--lr 0.0 must be above 0"),
+        ({"lr": "nan"}, "--lr nan must be above 0"),
+        ({"scale": -1}, "--scale -1.0 must be above 0"),
+        ({"warmup": 2, "epochs": 2}, "--warmup 2 leaves nothing of --epochs 2"),
+        ({"weight_decay": -1}, "--weight-decay -1.0 must not be negative"),
+        ({"margin": [0.1, 0.2]}, "--margin 0.1 0.2: arcface takes 1 number"),
+        ({"loss": "combined", "margin": 0.5}, "--margin 0.5: combined takes 3 number"),
+        ({"decode": "gpu"}, "--decode gpu: the network runs on cpu"),
+        ({"workers": -1}, "--workers -1 must not be negative"),
+    ],
+)
+def test_options_no_run_can_use(changes, message, tmp_path):
+    chosen = config.parse(Train, argv=options("crops", tmp_path / "out", **changes))
+    with pytest.raises(InputError, match=re.escape(message)):
+        train.check_options(chosen, HERE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_of_the_head_are_checked_by_the_head():
+    with pytest.raises(InputError, match=r"sample rate 1.5"):
+        train.build(settings(sample_rate=1.5), 10, 1, HERE)
+    with pytest.raises(InputError, match="margin of arcface"):
+        train.build(settings(margin=4.0), 10, 1, HERE)
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(crops, pairs, tmp_path_factory):
+    """A run of MobileFaceNet over two epochs, by the command that a user types."""
+    out = tmp_path_factory.mktemp("runs") / "mfn"
+    line = options(crops, out, val=pairs, batch_size=12, augment="strong", schedule="cosine", margin_warmup=1.0)
+    done = subprocess.run([sys.executable, "train.py", *line], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stderr
+
+
+def test_what_a_run_leaves_behind(finished, crops, pairs):
+    out, _ = finished
+    files = {path.name for path in out.iterdir() if not path.name.startswith("events.")}
+    expected = {"checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"}
+    assert files == expected | {"results.json", "run.json", "log.txt", "identities.tsv"}
+    content = load(out / "checkpoint.pt")
+    assert content["format"] == "face-checkpoint-1"
+    assert content["network"] == {"name": "mfn", "use_se": True, "embedding_size": 16}
+    assert (content["epoch"], content["step"], content["rng"]) == (2, 4, {"seed": 0, "step": 4})
+    assert content["scheduler"] == {"name": "cosine", "step": 4, "steps_per_epoch": 2}
+    assert content["head"]["centres"].shape == (6, 16)
+    assert content["optimizer"]["head_momentum"].shape == (6, 16)
+    names = {name for name, _ in models.network_from_state(content["model"]).named_parameters()}
+    assert content["optimizer"]["momentum"].keys() == names
+    assert content["config"]["augment"] == "strong" and content["config"]["data"] == str(crops)
+    run = json.loads((out / "run.json").read_text())
+    assert run["options"] == content["config"] and run["data"] == content["data"]
+    assert run["data"]["crops"] == 24 and len(run["data"]["fingerprint"]) == 64
+    assert run["verification_sha256"] == {"small": utils.sha256_of(pairs)}
+    [environment] = run["environments"]
+    assert environment["torch"] == torch.__version__ and len(environment["source_sha256"]) == 64
+    assert environment["command"][0] == "train.py"
+
+
+def test_the_report_of_a_run(finished):
+    out, stderr = finished
+    results = json.loads((out / "results.json").read_text())
+    assert results["finished"] and results["epochs"] == 2 and results["unreadable_crops"] == []
+    assert [report["epoch"] for report in results["history"]] == [1, 2]
+    accuracies = [report["verification"]["small"]["accuracy"] for report in results["history"]]
+    best = 2 if accuracies[1] >= accuracies[0] else 1
+    assert results["best_epoch"] == results["best"]["epoch"] == best
+    assert load(out / "best.pt")["epoch"] == best
+    assert all(report["loss"] > 0 and 0 <= report["top1"] <= 1 for report in results["history"])
+    assert results["history"][0]["verification"]["small"]["pairs"] == 12
+    log = (out / "log.txt").read_text()
+    assert "24 crops of 6 identities, 2 steps of 12 an epoch (0 crops of each epoch's order left over)" in log
+    assert re.search(r"epoch 2/2: loss [\d.]+, top-1 [\d.]+%, \d+ crops/s, small [\d.]+%", log)
+    assert "4/4" in stderr and "waited for data" in stderr  # the progress line
+
+
+def test_the_embedding_network_alone(finished):
+    out, _ = finished
+    state = load(out / "embedding.pt")
+    best = load(out / "best.pt")["model"]
+    assert list(state) == list(best) and all(torch.equal(state[key], best[key]) for key in state)
+    assert all(value.is_contiguous() for value in state.values())
+    network = models.network_from_state(state)
+    assert network(torch.zeros(1, 3, 112, 112)).shape == (1, 16)
+
+
+def test_tensorboard_has_what_people_watch(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(finished[0]), size_guidance={"histograms": 0, "images": 0})
+    board.Reload()
+    tags = board.Tags()
+    scalars = "loss top1 learning_rate gradient_norm feature_norm".split()
+    expected = {f"train/{name}" for name in scalars}
+    expected |= {"speed/crops_per_second", "speed/data_wait", "speed/memory_gb"}
+    expected |= {"val/small/accuracy", "val/small/auc", "val/small/eer"}
+    assert expected <= set(tags["scalars"])
+    assert {"angle/target", "angle/nearest_other", "feature_norm"} <= set(tags["histograms"])
+    assert {"crops", "roc/small"} <= set(tags["images"])
+    assert "_hparams_/experiment" in board.summary_metadata
+    assert [event.step for event in board.Scalars("train/loss")] == [2, 4]
+    assert all(0 < event.value < 10_000 for event in board.Scalars("train/gradient_norm"))
+    picture = cv2.imdecode(np.frombuffer(board.Images("crops")[0].encoded_image_string, np.uint8), 1)
+    assert picture.shape[1] == 8 * 114 + 2 and picture.std() > 20
+
+
+def test_centres_by_identity(finished, tmp_path):
+    out, _ = finished
+    data_gen.write_identities(out / "identities.tsv", [f"person {label}" for label in range(6)])
+    command = [sys.executable, "export_centres.py", "--checkpoint"]
+    done = subprocess.run(
+        [*command, out / "best.pt", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    centres = np.load(tmp_path / "centres.npy")
+    expected = torch.nn.functional.normalize(load(out / "best.pt")["head"]["centres"]).numpy()
+    assert centres.dtype == np.float32 and np.allclose(centres, expected)
+    with open(tmp_path / "identities.tsv", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t"))
+    assert rows == [["label", "identity"], *([str(label), f"person {label}"] for label in range(6))]
+    state = load(tmp_path / "embedding.pt")
+    assert all(torch.equal(value, state[key]) for key, value in load(out / "embedding.pt").items())
+    done = subprocess.run(
+        [*command, tmp_path / "embedding.pt", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "weights alone; the centres are in a training checkpoint" in done.stderr
+
+
+def test_it_learns_a_small_set_by_heart(crops, tmp_path):
+    code, text = train_run(options(crops, tmp_path / "run", epochs=60, lr=0.1, schedule="cosine"), tmp_path / "output")
+    assert code == 0, text
+    last = json.loads((tmp_path / "run" / "results.json").read_text())["last"]
+    assert last["top1"] > 0.9
+
+
+def test_folders_of_crops_train_too(tmp_path):
+    folders = folder_set(tmp_path / "people")
+    code, text = train_run(options(folders, tmp_path / "run", epochs=1), tmp_path / "output")
+    assert code == 0, text
+    assert "12 crops of 3 identities" in text
+    assert "2\tperson-2\n" in (tmp_path / "run" / "identities.tsv").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_batch_and_rate(crops, tmp_path):
+    out = tmp_path / "run"
+    code, text = train_run(options(crops, out, lr=1e30, grad_clip=0, save_every=1, log_every=4), tmp_path / "output")
+    assert code == 1
+    [line] = [line for line in text.splitlines() if line.startswith("error: ")]
+    step = int(re.search(r"step (\d+): the loss is (nan|inf) at learning rate 1e\+30; its batch is ", line)[1])
+    order = data_gen.BatchOrder(24, 4, 0)
+    expected = [
+        data_gen.describe(data_gen.open_training_set(crops), index) for index in order.global_batch(step).tolist()
+    ]
+    assert (out / f"broken-step-{step}.txt").read_text().splitlines() == expected
+    assert f"{expected[0]}, {expected[1]}, {expected[2]}, ... (all 4 in {out}/broken-step-{step}.txt)" in line
+    # Nothing of the broken state was kept.
+    if (out / "checkpoint.pt").exists():
+        assert load(out / "checkpoint.pt")["step"] <= step
+
+
+def test_unreadable_crops_stop_the_run_or_are_counted(tmp_path):
+    items = list(jpegs(6, 4))
+    items[5] = (items[5][0][:200], items[5][1])
+    recordio.write_crops(tmp_path / "crops", items)
+    code, text = train_run(options(tmp_path / "crops", tmp_path / "a", epochs=1), tmp_path / "output")
+    assert code == 1
+    assert "crop 5: jpg image, but damaged or cut short (--skip-unreadable replaces" in text
+    line = options(tmp_path / "crops", tmp_path / "b", skip_unreadable=True, workers=1)
+    code, text = train_run(line, tmp_path / "output")
+    assert code == 0, text
+    assert text.count("crop 5: unreadable, replaced by the next crop") == 1  # in two epochs
+    named = json.loads((tmp_path / "b" / "results.json").read_text())["unreadable_crops"]
+    assert len(named) == 1 and named[0].endswith("crop 5")
+
+
+def test_verification_every_second_epoch_and_best_of_those(crops, pairs, tmp_path):
+    # The real network: a small one may give features that cannot be told apart.
+    line = options(crops, tmp_path / "run", val=pairs, val_every=2, epochs=3, batch_size=24)
+    code, text = train_run(line, tmp_path / "output", small=False)
+    assert code == 0, text
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [bool(report["verification"]) for report in results["history"]] == [False, True, True]
+    assert results["best_epoch"] in (2, 3)
+
+
+def test_a_missing_verification_set_is_found_before_the_first_step(crops, tmp_path):
+    code, text = train_run(options(crops, tmp_path / "run", val="nowhere.bin"), tmp_path / "output")
+    assert code == 1 and "error: nowhere.bin: no such file or folder" in text
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_parts_have_the_gradient_of_the_whole_batch():
+    """With batch norm in evaluation mode, which alone depends on how the batch is cut."""
+    torch.manual_seed(0)
+    network = SmallNetwork(8).double().eval()
+    inputs, labels = torch.randn(12, 3, 112, 112, dtype=torch.float64), torch.arange(12) % 5
+    gradients = []
+    for parts in (1, 3):
+        state = train.build(settings(embedding_size=8, margin=0.3), 5, 1, HERE)
+        state.network = network
+        state.head.double()
+        network.zero_grad()
+        for images, names in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
+            loss, _ = state.head(network(images), names)
+            (loss / parts).backward()
+        gradients.append([p.grad.clone() for p in (*network.parameters(), *state.head.parameters())])
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_are_clipped_and_the_norm_is_of_the_unclipped(crops):
+    chosen = settings(grad_clip=1e-3, momentum=0.0, weight_decay=0.0, embedding_size=8)
+    state = train.build(chosen, 5, 1, HERE)
+    state.network = SmallNetwork(8)
+    state.optimizer = torch.optim.SGD([*state.network.parameters(), *state.head.parameters()], lr=1.0)
+    before = [p.detach().clone() for p in (*state.network.parameters(), *state.head.parameters())]
+    loss, _ = state.head(state.network(torch.randn(6, 3, 112, 112)), torch.arange(6) % 5)
+    loss.backward()
+    gradients = [p.grad.clone() for p in (*state.network.parameters(), *state.head.parameters())]
+    expected = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    assert train.gradient_norm(state, HERE).item() == pytest.approx(expected, rel=1e-5)
+    train.apply_gradients(state, chosen, 1.0)
+    for old, new, gradient in zip(
+        before, (*state.network.parameters(), *state.head.parameters()), gradients, strict=True
+    ):
+        torch.testing.assert_close(old - new, gradient.clamp(-1e-3, 1e-3), rtol=0, atol=1e-6)
+        assert new.grad is None
+
+
+def look(losses, top1=0.0, norm=20.0):
+    return monitor.Look(0, losses, top1, 1.0, 0.0, {}), norm
+
+
+def test_warnings_come_once_and_say_what_to_do():
+    chance = math.log(1000)
+    watch = monitor.Watch(1000, margin_cost=30.0, patience=100)
+    assert watch.warnings(*look([chance] * 60)) == []  # too early to say
+    stuck, no_hit = watch.warnings(*look([chance] * 60))
+    assert stuck.startswith("stuck: after 120 steps the loss is 6.91, that of guessing") and "--warmup" in stuck
+    assert no_hit.startswith("no hit: top-1 is 0 after 120 steps") and "labels" in no_hit
+    assert watch.warnings(*look([chance] * 60)) == []
+    [explosion] = watch.warnings(*look([chance] * 10, norm=20.0 * 21))
+    assert explosion.startswith("explosion: feature norms grew from 20 to 420")
+    # A network that knows nothing, but loses the margin on top.
+    [text] = monitor.Watch(1000, 30.0, patience=1).warnings(*look([chance + 30.0], top1=0.001))
+    assert text.startswith("stuck")
+    assert monitor.Watch(1000, 30.0, patience=1).warnings(*look([20.0], top1=0.001)) == []
+    assert monitor.Watch(1000, 0.0, patience=1).warnings(*look([chance], top1=0.5)) == []
+    assert "explosion" in "".join(monitor.Watch(10, 0.0, steps=0, first_norm=1.0).warnings(*look([1.0], 0.5, math.nan)))
+
+
+def test_a_look_names_the_first_broken_step():
+    window = monitor.Window(7)
+    for value in (1.0, 2.0, math.inf, math.nan):
+        window.add(torch.tensor(value), {"top1": torch.tensor(0.25)})
+    seen = window.look()
+    assert (seen.first, seen.broken_step, seen.top1) == (7, 9, 0.25)
+    assert window.look() is None and window.first == 11
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Foreign:
+    """Something that only a pickle can hold."""
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_files_that_are_no_checkpoints(tmp_path, mmap):
+    path = tmp_path / "file.pt"
+
+    def message():
+        with pytest.raises(InputError) as caught:
+            utils.load_checkpoint(path, mmap=mmap)
+        return str(caught.value)
+
+    torch.save(torch.nn.Linear(2, 2), path)
+    assert message().startswith(f"{path}: holds Python objects, not plain tensors")
+    assert "torch.save(model.state_dict(), FILE)" in message()
+    torch.save({"a": Foreign()}, path)
+    assert "holds Python objects" in message()
+    torch.save({"a": torch.zeros(5000)}, path)
+    assert utils.load_checkpoint(path, mmap=mmap)["a"].shape == (5000,)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert message() == f"{path}: not a file of weights, or damaged"
+    place = whole.find(bytes(4000)) + 100
+    path.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
+    assert message().startswith(f"{path}: damaged (checksum")
+    for rubbish in (b"", b"rubbish" * 100, b"PK\5\6" + bytes(18)):
+        path.write_bytes(rubbish)
+        assert message().startswith(f"{path}: not a file of weights, or damaged")
+    torch.save([torch.zeros(2)], path)
+    assert message() == f"{path}: holds list, not a dictionary of weights"
+    torch.save({"a": torch.zeros(2), "b": 3}, path)
+    assert message() == f"{path}: neither a training checkpoint nor a plain state_dict"
+    torch.save({"format": "face-checkpoint-9", "a": torch.zeros(2)}, path)
+    assert "format 'face-checkpoint-9'; this version reads 'face-checkpoint-1'" in message()
+    path.unlink()
+    path.mkdir()
+    assert message() == f"{path}: a folder, not a file of weights"
+
+
+def test_old_files_without_zip_load(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"a": torch.arange(3)}, path, _use_new_zipfile_serialization=False)
+    assert utils.load_checkpoint(path, mmap=True)["a"].tolist() == [0, 1, 2]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    utils.save_checkpoint(path, {"step": 1})
+    with pytest.raises(AttributeError):
+        utils.save_checkpoint(path, {"step": 2, "bad": lambda: None})
+    assert utils.load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_embedding_files_are_plain_float32_in_the_released_order(tmp_path):
+    network = models.build_network("mfn", embedding_size=8).to(memory_format=torch.channels_last)
+    checkpoints.write_embedding(tmp_path / "embedding.pt", network.state_dict())
+    state = load(tmp_path / "embedding.pt")
+    assert list(state) == list(network.state_dict())
+    assert all(value.is_contiguous() and torch.equal(value, network.state_dict()[key]) for key, value in state.items())
