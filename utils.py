@@ -1,6 +1,7 @@
 """What every stage shares: errors a user can act on, files written whole or not at all, hashes, progress, devices."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -12,13 +13,12 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
-T = TypeVar("T")
-
+if TYPE_CHECKING:  # loaded where it is used: two seconds and 250 MB that extract.py and its workers do without
+    import torch
 
 _IMAGE_STARTS = {
     b"\xff\xd8\xff": ".jpg",
@@ -33,6 +33,8 @@ _IMAGE_STARTS = {
 }
 # ISO base media files: the brand after "ftyp" says which image it is.
 _IMAGE_BRANDS = {b"avif": ".avif", b"avis": ".avif", b"heic": ".heic", b"heix": ".heic", b"mif1": ".heif"}
+# What a write to an open file fails with; Python does not know its name then.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 class InputError(Exception):
@@ -42,8 +44,8 @@ class InputError(Exception):
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Make `main` the entry point of a script.
 
-    An `InputError` or a missing file becomes one line on standard error and exit code 1, Ctrl-C exit code 130. Any
-    other exception is a bug of ours and keeps its traceback.
+    An `InputError` or a file that cannot be read or written (missing, no permission, disk full) becomes one line on
+    standard error and exit code 1, Ctrl-C exit code 130. Any other exception is a bug of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -53,8 +55,10 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        except OSError as error:
+            if error.filename is None and error.errno not in _DISK_ERRORS:
+                raise
+            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -144,8 +148,10 @@ def image_suffix(data: bytes) -> str | None:
     return _IMAGE_BRANDS.get(data[8:12]) if data[4:8] == b"ftyp" else None
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists here; `InputError` otherwise."""
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -165,6 +171,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
     The key `format` is added.
     """
+    import torch
+
     with atomic_path(path) as temporary:
         torch.save({"format": CHECKPOINT_FORMAT, **content}, temporary)
 
@@ -176,6 +184,8 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     `InputError`, naming the file and the way out, for whole pickled modules, damaged files and anything that holds no
     weights.
     """
+    import torch
+
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file of weights")
@@ -210,6 +220,11 @@ def _verify_zip(path: Path) -> None:
     """Compare every part of a checkpoint with its CRC-32, which torch.load does not do. About 1 GB/s."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                raise InputError(
+                    f"{path}: a TorchScript program, not plain weights; where it was made, save the network's "
+                    "state_dict() with torch.save, or export it to ONNX"
+                )
             damaged = archive.testzip()
     except zipfile.BadZipFile as error:
         raise InputError(f"{path}: damaged ({error})") from error
@@ -223,6 +238,8 @@ def environment() -> dict[str, Any]:
     `source_sha256` is of all Python files of the repository in order of their names, so that it also tells versions
     apart where there is no git (`commit` is None then).
     """
+    import torch
+
     root = Path(__file__).resolve().parent
     sources = hashlib.sha256()
     for path in sorted([*root.glob("*.py"), *root.glob("[a-z]*/*.py")]):

@@ -1,0 +1,137 @@
+"""What every script shares: errors as one line, files whole or not at all, weights that hold no code."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from training import ROOT
+
+import utils
+from utils import InputError
+
+
+def ends(error):
+    """Exit code of a script that stops with `error`."""
+
+    @utils.command
+    def main():
+        raise error
+
+    return main()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("a.txt: empty"), "error: a.txt: empty"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "b.txt"), "error: b.txt: No such file"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), "error: out: File exists"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "File name too long"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: writing: No space left on device"),
+    ],
+)
+def test_what_a_user_can_act_on_is_one_line(error, line, capsys):
+    assert ends(error) == 1
+    out, said = capsys.readouterr()
+    assert line in said and said.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError("of no file"), ConnectionResetError(104, "reset")])
+def test_what_is_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        ends(error)
+
+
+def test_interrupted(capsys):
+    assert ends(KeyboardInterrupt()) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
+    """Files may not grow beyond a limit in this process, as on a full disk."""
+    code = (
+        "import resource, signal, sys, utils; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "main = utils.command(lambda: utils.write_bytes('results.json', bytes(100_000)))\n"
+        "sys.exit(main())"
+    )
+    (tmp_path / "results.json").write_bytes(b"old")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (1, "error: writing: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert (tmp_path / "results.json").read_bytes() == b"old"
+
+
+def test_atomic_path_leaves_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "deep" / "results.json"
+    utils.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match=r"not JSON compliant|Out of range"):
+        utils.write_json(path, {"a": float("nan")})
+
+    def half():
+        with utils.atomic_path(path) as temporary:
+            temporary.write_text("{")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_whole_pickled_network_is_refused_with_the_way_out(tmp_path):
+    for legacy in (False, True):
+        path = tmp_path / f"{legacy}.pt"
+        torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(InputError, match=r"holds Python objects.*save it again with torch\.save"):
+            utils.load_checkpoint(path)
+
+
+def test_a_torchscript_program_is_refused_with_the_way_out(tmp_path):
+    path = tmp_path / "program.pt"
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+    with pytest.raises(InputError, match=r"program\.pt: a TorchScript program.*state_dict"):
+        utils.load_checkpoint(path)
+
+
+def test_damaged_weights_are_named(tmp_path):
+    whole = tmp_path / "whole.pt"
+    torch.save({"weight": torch.arange(1000.0)}, whole)
+    data = whole.read_bytes()
+    middle = data.index(torch.arange(1000.0).numpy().tobytes()) + 1234
+    damages = {
+        "empty": b"",
+        "cut": data[:-100],
+        "start": data[:100],
+        "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "text": b"<html>404</html>",
+    }
+    for name, content in damages.items():
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"{name}\.pt: .*(damaged|not a)"):
+            utils.load_checkpoint(path)
+    for name, content in {"list": [torch.zeros(1)], "empty": {}, "numbers": {"a": 1}}.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        with pytest.raises(InputError, match=rf"{name}\.pt: (holds|neither)"):
+            utils.load_checkpoint(tmp_path / f"{name}.pt")
+
+
+def test_extract_starts_without_torch():
+    """Its workers would pay two seconds and 250 MB each for nothing."""
+    code = "import sys, extract; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_devices():
+    assert utils.choose_device("cpu") == torch.device("cpu")
+    assert utils.choose_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InputError, match="--device gpu: not a device name"):
+        utils.choose_device("gpu")
+    with pytest.raises(InputError, match="--device cuda:99: this machine has"):
+        utils.choose_device("cuda:99")
