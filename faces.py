@@ -65,11 +65,19 @@ _TURNS = (30, -30, 60, -60, 90, -90, 180)
 
 
 class Detections(Protocol):
-    """The faces found in one photo, best first: boxes float32 [n, 4] xyxy, scores [n], landmarks [n, 5, 2]."""
+    """The faces found in one photo, best first."""
 
-    boxes: np.ndarray
-    scores: np.ndarray
-    landmarks: np.ndarray
+    @property
+    def boxes(self) -> np.ndarray:
+        """float32 [n, 4], xyxy in pixels of the photo."""
+
+    @property
+    def scores(self) -> np.ndarray:
+        """float32 [n] in [0, 1]."""
+
+    @property
+    def landmarks(self) -> np.ndarray:
+        """float32 [n, 5, 2], (x, y) in pixels of the photo."""
 
 
 class Detector(Protocol):
