@@ -53,12 +53,13 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            # The newline in the same write: processes of torchrun that all fail must not mix their lines.
+            print(f"error: {error}\n", end="", file=sys.stderr)
             return 1
         except OSError as error:
             if error.filename is None and error.errno not in _DISK_ERRORS:
                 raise
-            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+            print(f"error: {error.filename or 'writing'}: {error.strerror}\n", end="", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
