@@ -63,6 +63,7 @@ class Canvas:
     lids: np.ndarray
     ears: np.ndarray
     masks: np.ndarray  # [H, W, 4] uint8: lips, eye shadow, cheeks, oily zone; what photos recolour
+    zones: dict[str, np.ndarray]  # [H, W] soft regions of the face: flush, socket, upper lid, sun, pores
     tiles: np.ndarray  # [3, H, W] float32 noise with zero mean: fine (1 texel), medium (3), coarse (9)
 
     @staticmethod
@@ -143,6 +144,16 @@ def load_canvas() -> Canvas:
     cheeks = np.exp(-(((side - 4.6) / 2.0) ** 2) - ((y + 3.2) / 1.7) ** 2)
     oily = np.exp(-((side / 1.6) ** 2) - ((y + 1.5) / 3.0) ** 2) + np.exp(-((side / 3.8) ** 2) - ((y - 5.0) / 2.2) ** 2)
     masks = np.stack([lips, np.clip(above_eye, 0, 1), cheeks, np.clip(oily, 0, 1)], -1)
+    front = z > -3
+    zones = {
+        "flush": 0.8 * np.exp(-(((side - 4.2) / 2.2) ** 2) - ((y + 3.3) / 2.0) ** 2)
+        + 0.7 * np.exp(-((side / 1.5) ** 2) - ((y + 3.3) / 1.4) ** 2)
+        + 0.6 * ears,
+        "socket": np.exp(-(((side - 2.7) / 1.7) ** 2) - ((y + 1.2) / 0.75) ** 2) * front,
+        "upper": np.exp(-(((side - 2.9) / 1.8) ** 2) - ((y - 0.5) / 0.9) ** 2) * front,
+        "sun": np.clip((y - 1) / 8, -0.6, 0.8) + 0.5 * np.exp(-((side / 2) ** 2) - ((y + 2) / 2) ** 2),
+        "pores": 0.5 + 0.5 * np.exp(-((side / 4) ** 2)),
+    }
     rng = np.random.default_rng(7)
     fine = rng.normal(size=(HEIGHT, WIDTH)).astype(np.float32)
     tiles = np.stack([cv2.GaussianBlur(fine, (0, 0), 0.7) * 2.4, _noise(rng, 3), _noise(rng, 9)])
@@ -154,6 +165,7 @@ def load_canvas() -> Canvas:
         lids=lids,
         ears=ears,
         masks=np.ascontiguousarray((masks * 255).astype(np.uint8)),
+        zones={name: zone.astype(np.float32) for name, zone in zones.items()},
         tiles=tiles,
     )
 
@@ -236,10 +248,10 @@ def _wrinkles(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> n
     layer = np.zeros((HEIGHT, WIDTH), np.float32)
     age = identity.wrinkles
 
+    furrows: list[tuple[float, float, np.ndarray]] = []
+
     def furrow(x: np.ndarray, y: np.ndarray, width: float, depth: float) -> None:
-        fresh = np.zeros_like(layer)
-        _curve(fresh, _surface(canvas, np.asarray(x, float), np.asarray(y, float)), width, depth)
-        np.maximum(layer, fresh, out=layer)
+        furrows.append((depth, width, _surface(canvas, np.asarray(x, float), np.asarray(y, float))))
 
     steps = np.linspace(0, 1, 12)
     count = int(rng.integers(2, 6))
@@ -266,6 +278,8 @@ def _wrinkles(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> n
         if rng.random() < 0.6:
             furrow(side * (0.45 + 0.15 * steps), 1.6 + steps * 1.5, 1, age * rng.uniform(0.2, 0.9))
     furrow(np.linspace(-1.3, 1.3, 12), -8.75 + 0.1 * np.cos(np.linspace(-1.5, 1.5, 12)), 2, rng.uniform(0.05, 0.35))
+    for depth, width, points in sorted(furrows, key=lambda furrow: furrow[0]):  # the deepest is drawn over the others
+        _curve(layer, points, width, depth)
     return -cv2.GaussianBlur(layer, (0, 0), 1.1 + 0.6 * age)
 
 
@@ -273,7 +287,9 @@ def _brows(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> np.n
     """Opacity [H, W] of the brows, hair by hair."""
     brow = identity.brow
     scale = 2  # strokes thinner than a texel: draw at twice the size
-    layer = np.zeros((HEIGHT * scale, WIDTH * scale), np.float32)
+    corners = Canvas.texel(np.array([[-7.5, 5.5, 0.0], [7.5, -1.5, 0.0]])).astype(int)
+    (left, top), (right, bottom) = corners
+    layer = np.zeros(((bottom - top) * scale, (right - left) * scale), np.float32)
     count = int(190 * brow["density"] * (0.6 + 0.4 * brow["thickness"]))
     for side in (-1, 1):
         along = np.sort(rng.beta(1.1, 1.15, count))
@@ -288,12 +304,13 @@ def _brows(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> np.n
         start = Canvas.texel(_surface(canvas, side * x, y))
         end = Canvas.texel(_surface(canvas, side * (x + np.cos(angle) * length), y + np.sin(angle) * length))
         strength = rng.uniform(0.45, 1.0, count)
-        lines = ((np.stack([start, end], 1) + 0.5) * scale * 16).round().astype(np.int32)
+        lines = ((np.stack([start, end], 1) + 0.5 - [left, top]) * scale * 16).round().astype(np.int32)
         for line, value in zip(lines, strength, strict=True):
             cv2.line(layer, tuple(map(int, line[0])), tuple(map(int, line[1])), float(value), 1, cv2.LINE_AA, 4)
-    small = cv2.resize(layer, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
-    soft = cv2.GaussianBlur(small, (0, 0), 2.5)
-    return np.clip(small * 1.5 + soft * 0.55, 0, 1)
+    small = cv2.resize(layer, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+    whole = np.zeros((HEIGHT, WIDTH), np.float32)
+    whole[top:bottom, left:right] = np.clip(small * 1.5 + cv2.GaussianBlur(small, (0, 0), 2.5) * 0.55, 0, 1)
+    return whole
 
 
 def _spots(canvas: Canvas, centres: np.ndarray, sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -325,14 +342,11 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     fine, medium, coarse = fine * level, medium * level, coarse * level
     blotch = identity.blotches * level
     melanin = identity.melanin * (1 + 0.03 * coarse + 0.015 * medium + blotch * 0.11 * _noise(rng, 30))
-    tanned = np.clip((y - 1) / 8, -0.6, 0.8) + 0.5 * np.exp(-((side / 2) ** 2) - ((y + 2) / 2) ** 2)
-    melanin += 0.04 * identity.tan * tanned * (0.3 + identity.melanin)
+    zones = canvas.zones
+    melanin += 0.04 * identity.tan * zones["sun"] * (0.3 + identity.melanin)
     blood = 0.12 + 0.30 * identity.haemoglobin + 0.02 * coarse + blotch * 0.10 * _noise(rng, 26) + 0.02 * fine
-    flush = 0.8 * np.exp(-(((side - 4.2) / 2.2) ** 2) - ((y + 3.3) / 2.0) ** 2)
-    flush += 0.7 * np.exp(-((side / 1.5) ** 2) - ((y + 3.3) / 1.4) ** 2) + 0.6 * canvas.ears
-    blood += flush * rng.uniform(0.05, 0.38) * (0.4 + identity.haemoglobin)
-    socket = np.exp(-(((side - 2.7) / 1.7) ** 2) - ((y + 1.2) / 0.75) ** 2) * (z > -3)
-    upper = np.exp(-(((side - 2.9) / 1.8) ** 2) - ((y - 0.5) / 0.9) ** 2) * (z > -3)
+    blood += zones["flush"] * rng.uniform(0.05, 0.38) * (0.4 + identity.haemoglobin)
+    socket, upper = zones["socket"], zones["upper"]
     melanin += (socket * 0.55 + upper * 0.35) * identity.under_eye * (0.10 + 0.22 * identity.melanin)
     blood += (socket + 0.7 * upper) * identity.under_eye * 0.22
     lips = canvas.lips
@@ -392,7 +406,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
 
     # Eyelid margins: lashes' roots darken the rim of the eye.
     pores = 0.05 * fine + 0.015 * medium
-    relief = relief * 1.1 + pores * (0.5 + 0.5 * np.exp(-((side / 4) ** 2))) + lips * 0.08 * medium
+    relief = relief * 1.1 + pores * zones["pores"] + lips * 0.08 * medium
     return _encode(colour, relief)
 
 
