@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import utils
 from config import Train
-from distributed import World
+from distributed import World, restore_statistics
 from margin import MarginHead
 from utils import InputError
 
@@ -44,11 +44,17 @@ class State:
 
 
 def collect(
-    state: State, options: Train, steps_per_epoch: int, data: dict[str, Any], world: World
+    state: State,
+    options: Train,
+    steps_per_epoch: int,
+    data: dict[str, Any],
+    world: World,
+    statistics: Tensor | None,
 ) -> dict[str, Any] | None:
     """The state as plain tensors that any number of processes can go on from; None but on rank 0. Collective.
 
-    `data` is what the run is trained on, to recognise it by. There is no generator's state: the random numbers of a
+    `data` is what the run is trained on, to recognise it by; `statistics` what `distributed.averaged_statistics` gave,
+    inside which this is to be called. There is no generator's state: the random numbers of a
     step are seeded by (seed, step, rank), those of a crop by (seed, epoch, index), those of the head by (seed, step).
     """
     head = state.head.full_state()
@@ -61,6 +67,7 @@ def collect(
     return {
         "network": {"name": options.network, "use_se": options.use_se, "embedding_size": options.embedding_size},
         "model": {key: value.cpu() for key, value in state.network.state_dict().items()},
+        "statistics": None if statistics is None else statistics.cpu(),
         "head": head,
         "optimizer": {
             "momentum": {name: buffer.cpu() for name, buffer in momentum.items() if buffer is not None},
@@ -82,12 +89,13 @@ def _momentum(state: State, parameter: nn.Parameter) -> Tensor | None:
     return state.optimizer.state.get(parameter, {}).get("momentum_buffer")
 
 
-def restore(state: State, content: dict[str, Any], path: Path) -> None:
+def restore(state: State, content: dict[str, Any], path: Path, world: World) -> None:
     """Take over what `collect` gave; every rank takes its own part of the head. Raises `InputError` if it does not
     fit.
     """
     try:
         state.network.load_state_dict(content["model"])
+        restore_statistics(state.network, content.get("statistics"), world)
         state.head.load_full_state(content["head"])
         for name, parameter in state.network.named_parameters():
             if name in content["optimizer"]["momentum"]:

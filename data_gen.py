@@ -569,11 +569,19 @@ class CropDataset(torch.utils.data.Dataset):
         return Batch(images, labels, indices, _NOTHING, _NOTHING, torch.tensor(skipped, dtype=torch.int64), "")
 
     def _encoded(self, indices: np.ndarray, values: np.ndarray) -> Batch:
-        crops = [self.crops.read(index) for index in indices.tolist()]
+        crops = [self._read(index) for index in indices.tolist()]
         images = torch.frombuffer(bytearray(b"".join(crop for crop, _ in crops)), dtype=torch.uint8)
         labels = torch.tensor([label for _, label in crops])
         sizes = torch.tensor([len(crop) for crop, _ in crops])
         return Batch(images, labels, torch.from_numpy(indices), sizes, torch.from_numpy(values), _NOTHING, "")
+
+    def _read(self, index: int) -> tuple[bytes, int]:
+        """The encoded crop and its label; no bytes for one that cannot be read and is to be replaced."""
+        try:
+            return self.crops.read(index)
+        except (ValueError, OSError, InputError):
+            self.readable(index, [])  # raises, unless such crops are replaced
+            return b"", int(self.crops.labels[index])
 
     def readable(self, index: int, skipped: list[int]) -> tuple[np.ndarray, int]:
         """Crop `index` as RGB uint8 [112, 112, 3], and its label; or the next readable one, noting in `skipped` why.
@@ -595,6 +603,15 @@ class CropDataset(torch.utils.data.Dataset):
         raise InputError(f"{self.crops.name}: none of the {total} crops is readable")
 
 
+def check_decoder(device: torch.device) -> None:
+    """Raise `InputError` if a device cannot decode JPEG: `to_device` would decode every batch on the CPU instead."""
+    _, encoded = cv2.imencode(".jpg", np.full((SIZE, SIZE, 3), 127, np.uint8))
+    try:
+        decode_jpeg([torch.from_numpy(encoded)], mode=ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        raise InputError(f"--decode gpu: {device} does not decode: {str(error).splitlines()[0]}") from error
+
+
 def to_device(batch: Batch, dataset: CropDataset, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
     """Augmented images uint8 [n, 112, 112, 3] and labels [n] on the device, and crops that had to be replaced for it.
 
@@ -606,7 +623,10 @@ def to_device(batch: Batch, dataset: CropDataset, device: torch.device) -> tuple
         return batch.images.to(device, non_blocking=True), labels, []
     skipped: list[int] = []
     try:
-        parts = list(batch.images.split(batch.sizes.tolist()))
+        sizes = batch.sizes.tolist()
+        if 0 in sizes:
+            raise RuntimeError("a crop that cannot be read")
+        parts = list(batch.images.split(sizes))
         decoded = decode_jpeg(parts, mode=ImageReadMode.RGB, device=device)
         if any(image.shape != (3, SIZE, SIZE) for image in decoded):
             raise RuntimeError("not all of the size of a crop")
@@ -660,6 +680,8 @@ def make_loader(
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        # A forked worker is a child of the trainer and ends when that is killed; one from a fork server never notices.
+        multiprocessing_context="fork" if workers else None,
     )
 
 
@@ -669,10 +691,14 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(models.MEAN, device=device), torch.tensor(models.STD, device=device)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 RGB [N, 112, 112, 3] to the network's input float32 [N, 3, 112, 112], channels-last in memory."""
+def normalise(images: Tensor, *, channels_last: bool = True) -> Tensor:
+    """uint8 RGB [N, 112, 112, 3] to the network's input float32 [N, 3, 112, 112], in memory as asked for.
+
+    Convolutions take the layout of their input: one in channels-last would give the whole network that layout.
+    """
     mean, std = _statistics(images.device)
-    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    inputs = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    return inputs if channels_last else inputs.contiguous()
 
 
 def denormalise(inputs: Tensor) -> Tensor:

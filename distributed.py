@@ -104,6 +104,15 @@ def _device_of(name: str, local_rank: int) -> torch.device:
     return utils.choose_device(f"cuda:{local_rank}") if device.type == "cuda" else device
 
 
+def prepare_device(device: torch.device) -> None:
+    """Settings of the whole process that make training faster: TensorFloat-32, and convolutions chosen by trial.
+
+    Every batch has the same shape, so the trials of cuDNN cost a few steps, once.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+
+
 def data_parallel(network: nn.Module, world: World) -> nn.Module:
     """The network whose backward pass sums gradients over the ranks; the network itself in a world of one."""
     if world.size == 1:
@@ -112,7 +121,7 @@ def data_parallel(network: nn.Module, world: World) -> nn.Module:
     parallel = DistributedDataParallel(
         network,
         device_ids=[world.device.index] if on_gpu else None,
-        broadcast_buffers=False,  # see average_statistics
+        broadcast_buffers=False,  # see averaged_statistics
         gradient_as_bucket_view=True,
         # Buckets are regrouped after the first backward pass unless this is set, and with them changes the order in
         # which three or more ranks are summed: a resumed run would differ from an unbroken one in the last bits. It
@@ -128,19 +137,43 @@ def _sum_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
     return work.get_future().then(lambda future: future.value()[0])
 
 
-@torch.no_grad()
-def average_statistics(network: nn.Module, world: World) -> None:
-    """Replace each rank's running batch-norm statistics by their mean over ranks, in place. Collective.
+@contextlib.contextmanager
+def averaged_statistics(network: nn.Module, world: World) -> Iterator[Tensor | None]:
+    """Inside, running batch-norm statistics are the mean over the ranks; after it, each rank has its own again.
 
-    They do not take part in training, so once before a checkpoint or a measurement is enough: the running average is
-    linear, and the mean of the ranks' averages is the average of the ranks' mean. In floating point it is so up to
-    rounding, which is why runs on several ranks agree to the last bit only if they save at the same steps.
+    Yields the statistics of all ranks, [world size, numbers] on the device, for a checkpoint (`restore_statistics`);
+    None in a world of one. They do not take part in training, so a checkpoint or a measurement is the only time to
+    average them: the running average is linear, and the mean of the ranks' averages is the average of the ranks' mean.
+    Collective.
     """
     if world.size == 1:
+        yield None
         return
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            world.sum(buffer).div_(world.size)
+    buffers = _statistics_of(network)
+    own = torch.cat([buffer.flatten() for buffer in buffers])[None]
+    every = own.new_empty((world.size, own.shape[1]))
+    dist.all_gather_into_tensor(every, own)
+    _fill(buffers, every.mean(0))
+    try:
+        yield every
+    finally:
+        _fill(buffers, own[0])
+
+
+def restore_statistics(network: nn.Module, every: Tensor | None, world: World) -> None:
+    """Give this rank its own running statistics back, if they were saved on as many ranks as there are now."""
+    if every is not None and len(every) == world.size > 1:
+        _fill(_statistics_of(network), every[world.rank])
+
+
+def _statistics_of(network: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+
+
+def _fill(buffers: list[Tensor], values: Tensor) -> None:
+    """Write the numbers of a vector into tensors, one after the other."""
+    for buffer, part in zip(buffers, values.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
 
 
 class _NormaliseOverRanks(torch.autograd.Function):

@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -72,6 +72,8 @@ def check_options(options: Train, world: World) -> None:
         raise InputError(f"--decode gpu: the network runs on {world.device}")
     if options.decode == "gpu" and not Augmentation.named(options.augment).only_mirror_and_colours:
         raise InputError(f"--decode gpu does mirror and colours only; --augment {options.augment} needs --decode cpu")
+    if options.decode == "gpu":
+        data_gen.check_decoder(world.device)
     if not options.resume and (options.out / checkpoints.CHECKPOINT).exists():
         raise InputError(f"{options.out}: holds a run; add --resume to go on with it, or choose another --out")
 
@@ -116,7 +118,7 @@ def resume(options: Train, state: State, data: dict[str, Any], world: World, log
     found = checkpoints.load_last(options.out, log)
     if found is not None:
         checkpoints.check_same_run(options, data, *found)
-        checkpoints.restore(state, *found)
+        checkpoints.restore(state, *found, world)
     if world.largest(state.step) != -world.largest(-state.step):
         raise InputError(f"{options.out}: not all processes find the same checkpoint; the nodes must share this folder")
 
@@ -334,7 +336,7 @@ def publish(options: Train, state: State, crops: Crops, data: dict[str, Any]) ->
     utils.write_json(options.out / "results.json", results)
 
 
-def note_skipped(skipped: list[int], state: State, crops: Crops, log: Callable[[str], None]) -> None:
+def note_skipped(skipped: Iterable[int], state: State, crops: Crops, log: Callable[[str], None]) -> None:
     """Name crops that were replaced because they cannot be read, each once."""
     for index in sorted(set(skipped) - state.skipped):
         state.skipped.add(index)
@@ -354,7 +356,7 @@ def train(options: Train, world: World) -> int:
     sets = [verification.open_set(path, options.out / "val", device=world.device) for path in val_sets]
 
     amp = options.amp if options.amp is not None else world.device.type == "cuda"
-    torch.set_float32_matmul_precision("high")
+    distributed.prepare_device(world.device)
     state = build(options, crops.identities, order.steps_per_epoch, world)
     if options.resume:
         resume(options, state, data, world, log)
@@ -376,8 +378,10 @@ def train(options: Train, world: World) -> int:
         checkpoints.remove_leftovers(options.out)
         data_gen.write_identities(options.out / checkpoints.IDENTITIES, data_gen.identity_names(crops))
         monitor.write_run(options.out, checkpoints.plain_options(options), data, sets, world)
-        if state.history and state.history[-1]["step"] == state.step:
-            publish(options, state, crops, data)  # in case the run was killed just after this checkpoint
+    if state.history and state.history[-1]["step"] == state.step:
+        with distributed.averaged_statistics(state.network, world):
+            if world.is_main:
+                publish(options, state, crops, data)  # in case the run was killed just after this checkpoint
 
     recipe = Augmentation.named(options.augment)
     dataset = CropDataset(
@@ -402,7 +406,7 @@ def train(options: Train, world: World) -> int:
                     raise InputError(batch.error)
                 images, labels, skipped = data_gen.to_device(batch, dataset, world.device)
                 note_skipped([*batch.skipped.tolist(), *skipped], state, crops, log)
-                inputs = data_gen.normalise(images)
+                inputs = data_gen.normalise(images, channels_last=options.channels_last)
                 if reporter.board and part == 0 and step % order.steps_per_epoch == 0:
                     reporter.board.crops(step, data_gen.denormalise(inputs[:SAMPLE_CROPS]))
                 last = part == options.accumulate - 1
@@ -424,16 +428,16 @@ def train(options: Train, world: World) -> int:
             if not action and not epoch_ends:
                 continue
             reporter.look()  # a checkpoint of a broken state must not be written
-            distributed.average_statistics(state.network, world)
-            if epoch_ends:
-                state.skipped = world.union(state.skipped)
-                reporter.end_epoch(sets)
-            content = checkpoints.collect(state, options, order.steps_per_epoch, data, world)
-            if content is not None:
-                checkpoints.write_last(options.out, content)
-                del content
+            note_skipped(world.union(state.skipped), state, crops, log)
+            with distributed.averaged_statistics(state.network, world) as statistics:
                 if epoch_ends:
-                    publish(options, state, crops, data)
+                    reporter.end_epoch(sets)
+                content = checkpoints.collect(state, options, order.steps_per_epoch, data, world, statistics)
+                if content is not None:
+                    checkpoints.write_last(options.out, content)
+                    del content
+                    if epoch_ends:
+                        publish(options, state, crops, data)
             world.wait()
             saved_at = time.monotonic()
             window.since = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import shutil
 
 import cv2
 import numpy as np
@@ -317,6 +318,40 @@ def test_a_damaged_crop_is_named_when_the_device_decodes(damaged):
         data_gen.to_device(dataset[(0, np.array([0, 2]))], dataset, torch.device("cpu"))
 
 
+def test_a_damaged_record_is_replaced_when_the_device_decodes(crops, tmp_path):
+    """Not the image but the record around it: the RecordIO reader refuses it."""
+    for name in ("train.idx", "train.rec"):
+        shutil.copyfile(crops.path.with_name(name), tmp_path / name)
+    set_of = recordio.open_crops(tmp_path)
+    payload, _ = set_of.read(3)
+    data = bytearray((tmp_path / "train.rec").read_bytes())
+    start = data.index(payload)
+    data[start - 32 : start] = bytes(32)
+    (tmp_path / "train.rec").write_bytes(data)
+    request = (0, np.array([0, 3, 1]))
+    for encoded in (False, True):
+        dataset = CropDataset(set_of, NONE, 0, encoded=encoded)
+        assert "train.rec" in dataset[request].error and "--skip-unreadable" in dataset[request].error
+        dataset = CropDataset(set_of, NONE, 0, encoded=encoded, skip_unreadable=True)
+        batch = dataset[request]
+        assert not batch.error
+        images, labels, skipped = data_gen.to_device(batch, dataset, torch.device("cpu"))
+        assert [*batch.skipped.tolist(), *skipped] == [3]
+        assert labels.tolist() == set_of.labels[[0, 4, 1]].tolist()
+        assert np.array_equal(images[1].numpy(), data_gen.decode_crop(set_of.read(4)[0]))
+
+
+def test_a_device_that_cannot_decode_is_found_before_the_first_batch(monkeypatch):
+    data_gen.check_decoder(torch.device("cpu"))
+
+    def fail(*_, **__):
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support\nmore")
+
+    monkeypatch.setattr(data_gen, "decode_jpeg", fail)
+    with pytest.raises(InputError, match=r"--decode gpu: cpu does not decode: .*not compiled with nvJPEG support$"):
+        data_gen.check_decoder(torch.device("cpu"))
+
+
 # --- augmentation ----------------------------------------------------------------------------------------------------
 
 
@@ -458,5 +493,7 @@ def test_normalise_is_torchvisions(photo):
     assert inputs.shape == (2, 3, 112, 112) and inputs.dtype == torch.float32
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-5)
+    plain = data_gen.normalise(images, channels_last=False)
+    assert plain.is_contiguous() and torch.equal(plain, inputs)
     pictures = data_gen.denormalise(inputs)
     torch.testing.assert_close(pictures, images.permute(0, 3, 1, 2) / 255, rtol=0, atol=1e-6)

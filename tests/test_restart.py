@@ -1,5 +1,6 @@
 """Runs that are killed, terminated, damaged and resumed."""
 
+import contextlib
 import os
 import random
 import signal
@@ -51,26 +52,43 @@ def wait_for_step(out, step, processes):
         time.sleep(0.02)
 
 
+def assert_groups_end(groups):
+    """Nothing is left of the process groups that these processes led."""
+
+    def alive(group):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, 0)
+            return True
+        return False
+
+    until = time.monotonic() + 30
+    while any(map(alive, groups)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not [group for group in groups if alive(group)]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_at_random_points_ends_with_the_same_bits(crops, unbroken, tmp_path, size):
     out, output = tmp_path / "run", tmp_path / "output"
-    # Another number of workers than the unbroken run: neither order nor augmentation may depend on it.
-    line = options(crops, out, **RECIPE | {"workers": 1}, resume=True)
+    # Another number of workers and other steps to save at than the unbroken run: nothing may depend on them.
+    line = options(crops, out, **RECIPE | {"workers": 1, "save_every": 4}, resume=True)
     chance = random.Random(7 + size)
-    kills = 0
+    kills, killed = 0, []
     for step in sorted(chance.sample(range(0, 90), 3)):
         processes = start(train_main, line, output=output, size=size)
         wait_for_step(out, step, processes)
         time.sleep(chance.uniform(0, 0.3))
         for process in processes:
-            process.kill()  # its workers notice
+            process.kill()
         kills += finish(processes) == [-signal.SIGKILL] * size
+        killed += [process.pid for process in processes]
     assert kills == 3
     assert load(out / "checkpoint.pt")["step"] < STEPS  # not over before the last kill
     code, text = train_run(line, output, size)
     assert code == 0, text
     assert_same_state(load(out / "checkpoint.pt"), unbroken[size])
     assert not list(out.glob("*.tmp"))
+    assert_groups_end(killed)  # the workers noticed
 
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(crops, unbroken, tmp_path):
