@@ -374,8 +374,8 @@ class Synthesize(Device):
 
 
 @dataclass
-class LfwEval(Device):
-    """Stage 4 (see lfw_eval.py)."""
+class Model(Device):
+    """An embedding model and how it is fed; shared by the stages that take any (see embedding.open_embedder)."""
 
     checkpoint: str = option(
         REQUIRED,
@@ -407,6 +407,15 @@ class LfwEval(Device):
     mirror: bool | None = option(
         None, "add the features of the mirror image; none means as the file says, else yes", group="model"
     )
+    batch_size: int | None = option(
+        None, "crops per batch; none means 16 on a CPU, 256 on a GPU", group="machine", metavar="N"
+    )
+
+
+@dataclass
+class LfwEval(Model):
+    """Stage 4 (see lfw_eval.py)."""
+
     lfw: Path | None = option(
         None, "folder of photos, IDENTITY/IDENTITY_0001.jpg, or one above it", group="data", metavar="DIR"
     )
@@ -438,9 +447,6 @@ class LfwEval(Device):
         metavar="DIR",
     )
     sheet: int = option(12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N")
-    batch_size: int | None = option(
-        None, "crops per batch; none means 16 on a CPU, 256 on a GPU", group="machine", metavar="N"
-    )
     workers: int = option(0, "threads that read photos and find faces; 0 means one per CPU", group="machine")
 
 
@@ -559,15 +565,9 @@ class Demo(Device):
 
 
 @dataclass
-class Doctor(Device):
-    """doctor.py: why is my accuracy wrong?"""
+class Doctor(Model):
+    """doctor.py: why is my accuracy wrong? The model's options say how it is fed now."""
 
-    checkpoint: str = option(
-        REQUIRED, "a checkpoint, an .onnx model, an address or released", group="model", metavar="FILE"
-    )
-    mean: list[float] | None = option(None, "how you feed it now: mean of the channels", group="model", metavar="X")
-    std: list[float] | None = option(None, "how you feed it now: their deviation", group="model", metavar="X")
-    channels: str | None = option(None, "how you feed it now: order of channels", group="model", choices=("rgb", "bgr"))
     lfw: Path | None = option(None, "folder of photos with its pairs", group="data", metavar="DIR")
     pairs: Path | None = option(
         None, "pairs of these photos; none means pairs.txt in --lfw", group="data", metavar="FILE"
@@ -578,29 +578,9 @@ class Doctor(Device):
 
 
 @dataclass
-class MegafaceEval(Device):
+class MegafaceEval(Model):
     """Stage 6 (see megaface_eval.py)."""
 
-    checkpoint: str = option(
-        REQUIRED,
-        "the model: a training checkpoint, a state_dict under the released key names, an .onnx embedding model, an "
-        "address, or released for the published network",
-        group="model",
-        metavar="FILE",
-    )
-    mean: list[float] | None = option(
-        None, "three numbers, in the order of --channels; none means as the file says", group="model", metavar="X"
-    )
-    std: list[float] | None = option(None, "as --mean", group="model", metavar="X")
-    channels: str | None = option(
-        None, "order of the channels; none means as the file says, else rgb", group="model", choices=("rgb", "bgr")
-    )
-    pixel_range: int | None = option(
-        None, "what white is before --mean and --std; none means as the file says", group="model", choices=(1, 255)
-    )
-    mirror: bool | None = option(
-        None, "add the features of the mirror image; none means as the file says, else yes", group="model"
-    )
     facescrub: Path = option(
         Path("megaface/FaceScrub_aligned"), "crops that align_facescrub.py made", group="data", metavar="DIR"
     )
@@ -650,9 +630,6 @@ class MegafaceEval(Device):
         [1e-6, 1e-5, 1e-4], "false accept rates at which the verification rate is given", group="results"
     )
     sheet: int = option(12, "misses shown on a sheet", group="results", metavar="N")
-    batch_size: int | None = option(
-        None, "crops per batch; none means 16 on a CPU, 256 on a GPU", group="machine", metavar="N"
-    )
     workers: int = option(0, "threads that read crops; 0 means one per CPU", group="machine", metavar="N")
 
 

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 import config
 import download
 import utils
-from embedding import Embedder, Preprocessing, load_embedder
+from embedding import Embedder, Preprocessing, open_embedder
 from models import CROP_SIZE, MEAN, STD
 from utils import InputError
 from verification import VerificationResult, VerificationSet, open_set, verify, worst_scores
@@ -251,18 +250,14 @@ def table(trials: list[Trial]) -> str:
 
 def _load(options: config.Doctor, device: torch.device) -> tuple[Embedder, Path]:
     checkpoint = download.checkpoint_path(options.checkpoint)
-    mean, std = options.mean, options.std
-    triples: dict[str, Any] = {"mean": mean, "std": std}
-    for name, values in triples.items():
-        if values is not None and len(values) != 3:
-            raise InputError(f"--{name}: three numbers are expected, not {len(values)}")
-    if checkpoint.suffix.lower() == ".onnx" and mean is None and std is None:
+    options = dataclasses.replace(options, checkpoint=str(checkpoint))
+    if checkpoint.suffix.lower() == ".onnx" and options.mean is None and options.std is None:
         try:
-            return load_embedder(checkpoint, device), checkpoint
+            return open_embedder(options, device), checkpoint
         except InputError as error:
             print(f"{error}\ntaken for now: InsightFace's", file=sys.stderr)
-            triples = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return load_embedder(checkpoint, device, channels=options.channels, **triples), checkpoint
+            options = dataclasses.replace(options, mean=[0.5], std=[0.5])
+    return open_embedder(options, device), checkpoint
 
 
 @utils.command

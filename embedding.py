@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import config
 import utils
 from download import checkpoint_path
 from models import CROP_SIZE, MEAN, STD, network_from_state
@@ -271,6 +272,28 @@ def load_embedder(
         sha256=utils.sha256_of(path),
         batch_size=batch_size,
     )
+
+
+def open_embedder(options: config.Model, device: torch.device | str = "cpu") -> Embedder:
+    """The model that a script's options describe, fed as they say; see `load_embedder`."""
+    return load_embedder(
+        options.checkpoint,
+        device,
+        mean=_triple("mean", options.mean),
+        std=_triple("std", options.std),
+        channels=options.channels,
+        pixel_range=options.pixel_range,
+        mirror=options.mirror,
+        batch_size=options.batch_size,
+    )
+
+
+def _triple(name: str, values: list[float] | None) -> Triple | None:
+    if values is None:
+        return None
+    if len(values) not in (1, 3):
+        raise InputError(f"--{name}: one number for all channels or three, not {len(values)}")
+    return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
 
 
 def _with_pixel_range(given: dict[str, Any]) -> dict[str, Any]:

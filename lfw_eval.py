@@ -14,7 +14,7 @@ import sys
 
 import config
 import utils
-from embedding import load_embedder
+from embedding import open_embedder
 from utils import InputError
 from verification import VerificationSet, open_set, verify
 from verification_report import report, table, write_set
@@ -26,16 +26,7 @@ def main() -> None:
     options = config.parse(config.LfwEval, __doc__)
     _check(options)
     device = utils.choose_device(options.device)
-    embedder = load_embedder(
-        options.checkpoint,
-        device,
-        mean=_triple("mean", options.mean),
-        std=_triple("std", options.std),
-        channels=options.channels,
-        pixel_range=options.pixel_range,
-        mirror=options.mirror,
-        batch_size=options.batch_size,
-    )
+    embedder = open_embedder(options, device)
     cache = options.cache or options.out / "cache"
     sets = [
         open_set(
@@ -80,14 +71,6 @@ def _check(options: config.LfwEval) -> None:
     for name, folder in (("out", options.out), ("cache", options.cache)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"--{name} {folder}: is a file, not a folder")
-
-
-def _triple(name: str, values: list[float] | None) -> tuple[float, float, float] | None:
-    if values is None:
-        return None
-    if len(values) not in (1, 3):
-        raise InputError(f"--{name}: one number for all channels or three, not {len(values)}")
-    return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
 
 
 def _stems(sets: list[VerificationSet]) -> list[str]:

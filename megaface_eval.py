@@ -26,7 +26,7 @@ import torch
 import config
 import figures
 import utils
-from embedding import Embedder, load_embedder
+from embedding import Embedder, open_embedder
 from faces import escape
 from megaface import curves
 from megaface.devkit_json import cmc_text, matches_text
@@ -50,16 +50,7 @@ def main() -> None:
     device = utils.choose_device(options.device)
     noise = _noise_lists(options)
     sides = _open_sides(options)
-    embedder = load_embedder(
-        options.checkpoint,
-        device,
-        mean=options.mean,
-        std=options.std,
-        channels=options.channels,
-        pixel_range=options.pixel_range,
-        mirror=options.mirror,
-        batch_size=options.batch_size,
-    )
+    embedder = open_embedder(options, device)
     name = _model_name(options.checkpoint)
     out = options.out or Path("results") / f"megaface-{name}"
     _report_missing(out, sides, [side.reasons for side in sides], options.allow_missing)
@@ -77,12 +68,6 @@ def main() -> None:
 
 
 def _check(options: config.MegafaceEval) -> None:
-    for name in ("mean", "std"):
-        values = getattr(options, name)
-        if values is not None and len(values) == 1:
-            setattr(options, name, values * 3)
-        elif values is not None and len(values) != 3:
-            raise InputError(f"--{name}: one number for all channels or three, not {len(values)}")
     for far in options.far:
         if not 0 < far < 1:
             raise InputError(f"--far {far:g}: a rate between 0 and 1 is expected")

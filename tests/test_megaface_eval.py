@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from torch import nn
 
+import embedding
 import megaface_eval
 from embedding import Embedder
 from faces import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, write_faces
@@ -46,7 +47,7 @@ def network(monkeypatch):
     def load(checkpoint, device, *, batch_size=None, **_):
         return Embedder.from_network(toy, "cpu", name=checkpoint, sha256="0" * 64, batch_size=batch_size or 7)
 
-    monkeypatch.setattr(megaface_eval, "load_embedder", load)
+    monkeypatch.setattr(embedding, "load_embedder", load)
     return toy
 
 
