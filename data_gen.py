@@ -302,7 +302,7 @@ class Augmenter:
         """Write crop number `position` of the batch, uint8 [112, 112, 3], changed, to `out` of the same shape."""
         mirror = self.mirror[position]
         if self.rest is None:
-            self._change_colours(position, _mirrored(rgb) if mirror else rgb, out)
+            self._change_colours(position, cv2.flip(rgb, 1) if mirror else rgb, out)
             return
         draw = _Draw(self.rest[position])
         rgb = _repaint_border(rgb, self.recipe, draw)
@@ -318,10 +318,10 @@ class Augmenter:
         if not self.changes_colours:
             out[:] = rgb
             return
-        red, green, blue, _ = cv2.mean(rgb)
-        mean_luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+        red, green, blue, _ = cv2.sumElems(rgb)  # a third faster than cv2.mean
+        luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
         matrix = self.matrices[position]
-        matrix[:, 3] = self.luma_factor[position] * mean_luma
+        matrix[:, 3] = self.luma_factor[position] / (SIZE * SIZE) * luma
         cv2.transform(rgb, matrix, dst=out)
 
 
@@ -337,11 +337,6 @@ def augment_on_device(images: Tensor, recipe: Augmentation, values: np.ndarray) 
     pixels = torch.baddbmm(offset[:, None, None], pixels, linear.float().mT).round_().clamp_(0, 255)
     pixels = pixels.to(torch.uint8).view(images.shape)
     return torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
-
-
-def _mirrored(rgb: np.ndarray) -> np.ndarray:
-    # By way of four channels: OpenCV flips pixels of 4 bytes with SIMD, of 3 bytes one by one (10 us against 25).
-    return cv2.cvtColor(cv2.flip(cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA), 1), cv2.COLOR_RGBA2RGB)
 
 
 def _repaint_border(rgb: np.ndarray, recipe: Augmentation, draw: _Draw) -> np.ndarray:
@@ -367,7 +362,7 @@ def _move(rgb: np.ndarray, recipe: Augmentation, draw: _Draw, mirror: bool) -> n
     zoom = math.exp(draw.between(-recipe.scale, recipe.scale))
     shift = (draw.between(-recipe.shift, recipe.shift), draw.between(-recipe.shift, recipe.shift))
     if not wanted:
-        return _mirrored(rgb) if mirror else rgb
+        return cv2.flip(rgb, 1) if mirror else rgb
     centre = (SIZE - 1) / 2
     cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
     linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-1.0 if mirror else 1.0, 1.0])
@@ -530,6 +525,18 @@ def decode_crop(encoded: bytes) -> np.ndarray:
     return rgb
 
 
+def _empty_images(count: int) -> Tensor:
+    """uint8 [count, 112, 112, 3]; in a worker of a loader, in the shared memory that the batch will be sent through.
+
+    As torch's own collate function does it: filling private memory first would cost a copy of the batch.
+    """
+    shape = (count, SIZE, SIZE, 3)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+
+
 class CropDataset(torch.utils.data.Dataset):
     """Maps (epoch, indices) to a `Batch`, decoded and augmented. An unreadable crop stops the run or is replaced.
 
@@ -557,7 +564,8 @@ class CropDataset(torch.utils.data.Dataset):
         try:
             if self.encoded:
                 return self._encoded(indices, values)
-            rgb = np.empty((len(indices), SIZE, SIZE, 3), np.uint8)
+            images = _empty_images(len(indices))
+            rgb = images.numpy()
             labels = np.empty(len(indices), np.int64)
             change = Augmenter(self.recipe, values)
             for position, index in enumerate(indices.tolist()):
@@ -565,7 +573,7 @@ class CropDataset(torch.utils.data.Dataset):
                 change(position, crop, rgb[position])
         except InputError as error:
             return Batch(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, str(error))
-        images, labels, indices = (torch.from_numpy(array) for array in (rgb, labels, indices))
+        labels, indices = torch.from_numpy(labels), torch.from_numpy(indices)
         return Batch(images, labels, indices, _NOTHING, _NOTHING, torch.tensor(skipped, dtype=torch.int64), "")
 
     def _encoded(self, indices: np.ndarray, values: np.ndarray) -> Batch:
