@@ -16,13 +16,14 @@ changing the counts (`ignored`). Counts are kept as integers: the devkit's float
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megaface import scores
-from megaface.tally import BEST, Questions, Tally, check_range, flat_nonzero, strict_products, survey, tally
+from megaface.tally import BEST, Questions, Tally, check_range, strict_products, survey, tally, worker_count
 from utils import InputError
 
 IMPOSTOR_PROBES = 100  # the devkit's ROC takes the impostor scores of the first 100 probes (hard-coded)
@@ -31,6 +32,7 @@ STEP = 0.01  # a curve's point is written when the value has risen by more than 
 MODULUS = 2**31 - 1  # minimal standard generator (Park and Miller 1988), std::minstd_rand0
 MULTIPLIER = 16807
 POSITION_ROWS = 4096  # probes whose gallery positions are found together
+PAIRS_TOGETHER = 8192  # genuine pairs that one worker scores at a time
 
 __all__ = ["BEST", "Identification", "Roc", "identification", "subsample"]
 
@@ -109,10 +111,9 @@ def identification(
     absent = np.zeros(len(probes), bool) if absent is None else np.asarray(absent, bool)
     _check_shapes(probes, ids, distractors, sizes)
     used = sorted({min(size, len(distractors)) for size in sizes})
-    with strict_products(1):
-        game = _Game(probes, ids, absent, torch.device(device))
+    game = _Game(probes, ids, absent, torch.device(device))
     answers = tally(
-        probes, distractors, game.questions, used, ignored=ignored, absent=absent, device=device, advance=advance
+        game.values, distractors, game.questions, used, ignored=ignored, absent=absent, device=device, advance=advance
     )
     by_columns = dict(zip(used, answers, strict=True))
     columns = [min(size, len(distractors)) for size in sizes]
@@ -158,34 +159,35 @@ class _Game:
 
     def __init__(self, probes: np.ndarray, ids: tuple[str, ...], absent: np.ndarray, device: torch.device) -> None:
         self.ids, self.absent = ids, absent
-        self.survey = survey(probes, "probe")
+        self.values = np.ascontiguousarray(probes)
+        workers = worker_count(device)
+        self.survey = survey(self.values, "probe", workers)
         largest = float(self.survey.squares.max())
         check_range(largest, largest)
-        self.probes = torch.from_numpy(np.ascontiguousarray(probes)).to(device)
+        self.probes = torch.from_numpy(self.values).to(device)
         self.squares = torch.from_numpy(self.survey.squares).to(device)
         self.groups = _groups(ids)
-        self.pairs, self.pair_scores = self._genuine()
-        self.galleries = [self._trial(gallery) for gallery in draw_galleries(self.groups)]
+        with strict_products(workers), ThreadPoolExecutor(workers) as pool:
+            self.pairs, self.pair_scores = self._genuine(pool)
+            self.keys = self.pairs @ [1, len(ids)]  # ascending
+            self.galleries = list(pool.map(self._trial, draw_galleries(self.groups)))
         self.questions = self._questions()
 
     # ------------------------------------------------------------------------------------------ genuine pairs
 
-    def _genuine(self) -> tuple[np.ndarray, np.ndarray]:
+    def _genuine(self, pool: Executor) -> tuple[np.ndarray, np.ndarray]:
         """All ordered pairs (a, b) int64 [P, 2] by b, then a; their scores float32 [P], -inf where one is absent."""
-        columns = [_ordered_pairs(members) for members in self.groups]
-        pairs = np.concatenate([pair for pair in columns if len(pair)])
-        pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
-        return pairs, self.score(pairs)
+        half = np.concatenate([_unordered_pairs(members) for members in self.groups])
+        values = np.concatenate(list(pool.map(self.score, np.array_split(half, -(-len(half) // PAIRS_TOGETHER)))))
+        pairs = np.concatenate([half, half[:, ::-1]])  # S(a, b) = S(b, a)
+        order = np.argsort(pairs @ [1, len(self.ids)])
+        return pairs[order], np.concatenate([values, values])[order]
 
     def score(self, pairs: np.ndarray) -> np.ndarray:
-        """Devkit scores float32 [P] of probe pairs int64 [P, 2]; -inf where one is absent. S(a, b) = S(b, a)."""
-        device = self.probes.device
-        low, high = torch.from_numpy(pairs.min(axis=1)).to(device), torch.from_numpy(pairs.max(axis=1)).to(device)
-        unique, inverse = torch.unique(low * len(self.ids) + high, return_inverse=True)
-        first, second = unique // len(self.ids), unique % len(self.ids)
+        """Devkit scores float32 [P] of probe pairs int64 [P, 2]; -inf where one is absent."""
+        first, second = (torch.from_numpy(np.ascontiguousarray(side)).to(self.probes.device) for side in pairs.T)
         values = scores.pair_scores(self.probes, self.probes, first, second, self.squares, self.squares)
-        values = values[inverse].cpu().numpy()
-        return np.where(self.absent[pairs].any(axis=1), np.float32(-np.inf), values)
+        return np.where(self.absent[pairs].any(axis=1), np.float32(-np.inf), values.cpu().numpy())
 
     # ------------------------------------------------------------------------------------------ traditional CMC
 
@@ -196,7 +198,7 @@ class _Game:
             mate[members] = image
         probe = np.concatenate(self.groups)
         probe = probe[mate[probe] != probe]
-        score = self.score(np.stack([probe, mate[probe]], axis=1))
+        score = self.pair_scores[np.searchsorted(self.keys, probe + len(self.ids) * mate[probe])]
         return _Trial(score, self._positions(probe, mate[probe], score, gallery))
 
     def _positions(self, probe: np.ndarray, mate: np.ndarray, score: np.ndarray, gallery: np.ndarray) -> np.ndarray:
@@ -220,18 +222,12 @@ class _Game:
         half = scores.half_scores(
             self.probes[rows], self.probes[images], self.squares[images], out, torch.empty_like(out)
         ).double()
-        better = (half > high).cpu().numpy()
-        unsure = flat_nonzero(((half >= low) & (half <= high)).contiguous())
-        row, column = unsure // len(gallery), unsure % len(gallery)
-        exact = (
-            scores.pair_scores(self.probes, self.probes, rows[row], images[column], self.squares, self.squares)
-            .cpu()
-            .numpy()
-        )
-        row, column = row.cpu().numpy(), column.cpu().numpy()
-        tie = (exact == score[row]) & (gallery[column] > mate[row])
-        better[row, column] = (exact > score[row]) | tie
-        better[gallery[None] == mate[:, None]] = False
+        better, unsure = (half > high).cpu().numpy(), ((half >= low) & (half <= high)).cpu().numpy()
+        own = gallery[None] == mate[:, None]
+        better[own] = unsure[own] = False
+        row, column = np.nonzero(unsure)
+        exact = self.score(np.stack([probe[row], gallery[column]], axis=1))
+        better[row, column] = (exact > score[row]) | ((exact == score[row]) & (gallery[column] > mate[row]))
         return better.sum(axis=1)
 
     # ------------------------------------------------------------------------------------------ questions
@@ -322,11 +318,10 @@ def _groups(ids: Sequence[str]) -> list[np.ndarray]:
     ]
 
 
-def _ordered_pairs(members: np.ndarray) -> np.ndarray:
-    """All ordered pairs of different members, int64 [c (c - 1), 2]."""
-    first, second = np.meshgrid(members, members)
-    different = first != second
-    return np.stack([first[different], second[different]], axis=1)
+def _unordered_pairs(members: np.ndarray) -> np.ndarray:
+    """All pairs a < b of members (ascending), int64 [c (c - 1) / 2, 2]."""
+    first, second = np.triu_indices(len(members), 1)
+    return np.stack([members[first], members[second]], axis=1)
 
 
 def draw_galleries(groups: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -31,14 +31,13 @@ from torch import Tensor
 
 from megaface import scores
 from megaface.scores import Bounds, GalleryClass, Survey
-from megaface.windows import ImpostorWindows, Windows
+from megaface.windows import TABLE_ROWS, ImpostorWindows, Windows
 from utils import InputError
 
 BEST = 5  # the devkit lists five distractors a probe
 DENSE_SHARE = 0.2  # from this share of uncertain scores on, scoring whole rows is cheaper than gathering pairs
-CPU_BLOCK = 512, 2048  # probes x distractors of one product: 4 MB of scores, in reach of the third-level cache
+CPU_BLOCK = 1024, 1024  # probes x distractors of one product: square, so that BLAS packs little; 4 MB of scores
 GPU_BLOCK = 4096, 1 << 16
-TABLE_SCORES = 1 << 17  # scores that go through the table together: 512 KB, in reach of the second-level cache
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,11 @@ def strict_products(workers: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def worker_count(device: torch.device) -> int:
+    """Threads that share the work: a GPU is fed by one."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 class FeatureError(InputError):
     """A feature that cannot be scored: number `row` of the `side` ("probe" or "distractor")."""
 
@@ -177,9 +181,8 @@ class _Scan:
         device: torch.device,
     ) -> None:
         self.device, self.distractors, self.questions, self.sizes = device, distractors, questions, list(sizes)
-        on_cpu = device.type == "cpu"
-        self.workers = torch.get_num_threads() if on_cpu else 1
-        self.rows, self.columns = CPU_BLOCK if on_cpu else GPU_BLOCK
+        self.workers = worker_count(device)
+        self.rows, self.columns = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
         self.absent = np.zeros(len(probes), bool) if absent is None else absent
         values = np.ascontiguousarray(probes, np.float32)
         of_probes = survey(values, "probe", self.workers)
@@ -189,7 +192,6 @@ class _Scan:
         self.bounds = Bounds(of_probes, rounds_nowhere(values, distractors, usable, tops))
         self.probes = torch.from_numpy(values).to(device)
         self.squares = torch.from_numpy(of_probes.squares).to(device)
-        self.thresholds = torch.from_numpy(questions.thresholds).to(device)
         self.genuine = torch.from_numpy(questions.genuine).to(device)
         self.segments = [_Segment(questions) for _ in sizes]
         self.blocks: list[_Block] = []
@@ -315,16 +317,22 @@ class _Work:
         """Sort the half scores of the `active` among probes `rows` into the gaps between their thresholds."""
         if not len(active):
             return
-        windows, width, codes = self.windows, half.shape[1], self.windows.count + 1
+        windows, codes = self.windows, self.windows.count + 1
         with self.kind.lock:
             table = windows.table(rows)
         histogram = torch.zeros(len(half), codes, dtype=torch.int64, device=half.device)
         marked = []
-        for part in active.split(max(1, TABLE_SCORES // width) if half.device.type == "cpu" else len(active)):
-            values = half.index_select(0, part)
-            code = table.index_select(0, windows.to_bins(values, part + rows.start, part).view(-1))
+        for part in active.split(TABLE_ROWS):
+            everyone = int(part[-1] - part[0]) == len(part) - 1  # the usual case: no copies
+            span = slice(int(part[0]), int(part[-1]) + 1)
+            values = half[span] if everyone else half.index_select(0, part)
+            bins = windows.to_bins(values, part + rows.start)
+            codes_of_bins = (table[span] if everyone else table.index_select(0, part)).view(-1)
+            code = codes_of_bins.index_select(0, bins.view(-1))
             unsure = flat_nonzero(code >= codes)
-            marked.append((part[unsure // width], unsure % width, values.view(-1)[unsure], code[unsure].long() - codes))
+            row, column = split_flat(unsure, values.shape[1])
+            value = values.reshape(-1).index_select(0, unsure)
+            marked.append((part.index_select(0, row), column, value, code.index_select(0, unsure).long() - codes))
             histogram[part] = self.bincount(code, 2 * codes, len(part))[:, :codes]
         row, column, value, above = (torch.cat(some) for some in zip(*marked, strict=True))
         if len(row):
@@ -347,20 +355,15 @@ class _Work:
 
         The table's bins are wider than the windows: many marked scores are outside of the window itself.
         """
-        low, high, stride = self.windows.low.view(-1), self.windows.high.view(-1), self.windows.count + 1
-        pending = torch.arange(len(probe), device=value.device)
-        unsure = []
-        while len(pending):
-            at, some = probe[pending] * stride + above[pending], value[pending]
-            over = some > high[at]
-            unsure.append(pending[~over & (some >= low[at])])
-            pending = pending[over]
-            above[pending] += 1
-        again = torch.cat(unsure)
-        if len(again):
-            exact = self.exact(probe[again], column[again], height)
-            above[again] = (self.scan.thresholds[probe[again]] < exact[:, None]).sum(dim=1)
-        return above
+        windows = self.windows
+        place = probe * (windows.count + 1) + above
+        unsure = climb(place, value, windows.high.view(-1), windows.low.view(-1))
+        if len(unsure):
+            exact = self.exact(probe[unsure], column[unsure], height)
+            exact_place = place[unsure]
+            climb(exact_place, exact, windows.thresholds.view(-1), None)
+            place[unsure] = exact_place
+        return place - probe * (windows.count + 1)
 
     def exact(self, probe: Tensor, column: Tensor, height: int) -> Tensor:
         """Devkit scores float32 [N] of pairs that lie in `height` rows; whole rows at once when most are wanted."""
@@ -438,6 +441,31 @@ def flat_nonzero(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.view(-1).nonzero().view(-1)
+
+
+def split_flat(index: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of flat indices into a matrix; division is slow, and most blocks are a power of two wide."""
+    if width & (width - 1):
+        row = index // width
+        return row, index - row * width
+    return index >> (width.bit_length() - 1), index & (width - 1)
+
+
+def climb(place: Tensor, value: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
+    """Move each place [N] up, in place, as long as its value exceeds `high` there; `high` rises up to an infinity.
+
+    Returns the indices of the values that ended between `low` and `high`, where nothing is decided.
+    """
+    pending = torch.arange(len(place), device=place.device)
+    between = []
+    while len(pending):
+        here, some = place.index_select(0, pending), value.index_select(0, pending)
+        over = some > high.index_select(0, here)
+        if low is not None:
+            between.append(pending[~over & (some >= low.index_select(0, here))])
+        pending = pending[over]
+        place.index_add_(0, pending, torch.ones_like(pending))
+    return torch.cat(between) if between else pending
 
 
 def ascending(values: Tensor) -> Tensor:

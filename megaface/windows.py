@@ -18,6 +18,7 @@ from megaface.scores import UNIT, Bounds, GalleryClass
 
 TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
 LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
+TABLE_ROWS = 64  # probes whose scores go through their tables together: row * bins has to be exact in float32
 IMPOSTOR_BINS = 1 << 16
 STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
 
@@ -60,6 +61,8 @@ class Windows:
         low = np.pad(np.where(self.finite, low, np.inf), ((0, 0), (0, 1)), constant_values=np.inf)
         high = np.pad(np.where(self.finite, high, np.inf), ((0, 0), (0, 1)), constant_values=np.inf)
         self.low, self.high = (torch.from_numpy(edge.astype(np.float32)).to(device) for edge in (low, high))
+        ended = np.pad(thresholds, ((0, 0), (0, 1)), constant_values=np.inf)
+        self.thresholds = torch.from_numpy(ended).to(device)
         self.lowest = self.low[:, 0].clone()
         bins = int(np.clip(TABLE_ENTRIES // max(1, len(low)), 256, LARGEST_TABLE))
         self.bins = 1 << (bins.bit_length() - 1)
@@ -74,34 +77,42 @@ class Windows:
         scale, offset = line(np.where(some, least, 0.0), np.where(some, most, 1.0), self.bins)
         return torch.from_numpy(scale).to(self.device), torch.from_numpy(offset).to(self.device)
 
-    def to_bins(self, values: Tensor, rows: Tensor, local: Tensor) -> Tensor:
-        """Entries int32 [r, N] of half scores [r, N] of probes `rows` [r], in a table where they are rows `local` [r].
+    def to_bins(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Bins int32 [r, N] of half scores [r, N] of probes `rows` [r]: those of the k-th row follow the others'.
 
         Multiplication and addition are two calls: a fused one might be used in some vector lanes and not in others.
         """
         bins = values * self.scale[rows][:, None]
         bins += self.offset[rows][:, None]
         bins.clamp_(0, self.bins - 1)
-        bins += (local * self.bins).float()[:, None]
+        bins += (torch.arange(len(rows), device=values.device) * self.bins).float()[:, None]
         return bins.to(torch.int32)
 
     def table(self, rows: slice) -> Tensor:
-        """[r * bins] for probes `rows`: how many thresholds are surely below a bin, plus K + 1 where the window of the
-        next threshold touches it. Call from one thread at a time."""
+        """uint8, int16 or int32 [r, bins] for probes `rows`: how many thresholds are surely below a bin, plus K + 1
+        where the window of the next threshold touches it. Call from one thread at a time."""
         if rows.start not in self._tables:
             self._tables[rows.start] = self._make_table(rows)
         return self._tables[rows.start]
 
     def _make_table(self, rows: slice) -> Tensor:
         size, codes = rows.stop - rows.start, self.count + 1
+        smallest = next(kind for kind in (np.uint8, np.int16, np.int32) if 2 * codes <= np.iinfo(kind).max)
+        table = np.empty((size, self.bins), smallest)
+        for start in range(0, size, TABLE_ROWS):
+            part = slice(start, min(start + TABLE_ROWS, size))
+            table[part] = self._make_rows(slice(rows.start + part.start, rows.start + part.stop))
+        return torch.from_numpy(table).to(self.device)
+
+    def _make_rows(self, rows: slice) -> np.ndarray:
+        size = rows.stop - rows.start
         where = torch.arange(rows.start, rows.stop, device=self.device)
         low, high = self.low[rows, : self.count], self.high[rows, : self.count]
-        local = torch.arange(size, device=self.device)
         finite = self.finite[rows]
         # The work arrays have one entry more per row, so that what ends in the last bin does not reach the next row.
         shift = np.arange(size)[:, None]
         first, last = (
-            (self.to_bins(edge, where, local).cpu().numpy().astype(np.int64) + shift)[finite]
+            (self.to_bins(edge, where).cpu().numpy().astype(np.int64) + shift)[finite]
             for edge in (torch.minimum(low, high), torch.maximum(low, high))
         )
         length = size * (self.bins + 1)
@@ -109,8 +120,7 @@ class Windows:
         ends = np.bincount(last + 1, minlength=length).reshape(size, -1)
         below = ends.cumsum(axis=1)[:, : self.bins]
         touched = starts.cumsum(axis=1)[:, : self.bins] > below
-        smallest = next(kind for kind in (np.uint8, np.int16, np.int32) if 2 * codes <= np.iinfo(kind).max)
-        return torch.from_numpy((below + codes * touched).astype(smallest).ravel()).to(self.device)
+        return below + (self.count + 1) * touched
 
 
 class ImpostorWindows:

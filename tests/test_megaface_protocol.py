@@ -29,7 +29,7 @@ def load_golden(shared, case):
 def use_tiny_blocks(monkeypatch, rows, columns):
     """Make every case need many blocks."""
     monkeypatch.setattr(tally, "CPU_BLOCK", (rows, columns))
-    monkeypatch.setattr(tally, "TABLE_SCORES", 2 * columns)
+    monkeypatch.setattr(tally, "TABLE_ROWS", 2)
     monkeypatch.setattr(windows, "TABLE_ENTRIES", 1)
     monkeypatch.setattr(protocol, "POSITION_ROWS", 3)
 
