@@ -39,6 +39,7 @@ class State:
     optimizer: torch.optim.SGD
     step: int = 0  # optimiser steps done
     epoch_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)  # of loss, top-1, steps, seconds
+    look_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 3)  # since the last line in TensorBoard
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a report for each finished epoch
     skipped: set[int] = dataclasses.field(default_factory=set)  # unreadable crops that were replaced
 
@@ -78,6 +79,7 @@ def collect(
         "step": state.step,
         "rng": {"seed": options.seed, "step": state.step},
         "epoch_sums": list(state.epoch_sums),
+        "look_sums": list(state.look_sums),
         "history": state.history,
         "skipped": sorted(state.skipped),
         "data": data,
@@ -105,6 +107,7 @@ def restore(state: State, content: dict[str, Any], path: Path, world: World) -> 
             _set_momentum(state, state.head.weight, state.head.own_rows(whole))
         state.step = content["step"]
         state.epoch_sums = list(content["epoch_sums"])
+        state.look_sums = list(content.get("look_sums", state.look_sums))
         state.history = content["history"]
         state.skipped = set(content["skipped"])
     except (KeyError, RuntimeError, ValueError) as error:

@@ -36,7 +36,7 @@ class Look:
 
     first: int
     losses: list[float]
-    top1: float
+    hits: list[float]  # share of each step's crops that were nearest to their own centre (top-1)
     seconds: float
     waited: float  # seconds of them spent waiting for data
     stats: dict[str, Tensor]  # the margin head's, of the last step, still on the device
@@ -45,6 +45,11 @@ class Look:
     def loss(self) -> float:
         """Mean loss of the steps."""
         return sum(self.losses) / len(self.losses)
+
+    @property
+    def top1(self) -> float:
+        """Mean top-1 of the steps."""
+        return sum(self.hits) / len(self.hits)
 
     @property
     def broken_step(self) -> int | None:
@@ -78,7 +83,7 @@ class Window:
             return None
         values = torch.stack([torch.stack(self.losses), torch.stack(self.top1).to(self.losses[0].dtype)]).tolist()
         seconds = time.perf_counter() - self.since
-        look = Look(self.first, values[0], sum(values[1]) / len(values[1]), seconds, self.waited, self.stats)
+        look = Look(self.first, *values, seconds, self.waited, self.stats)
         self._begin(self.first + len(self.losses))
         return look
 

@@ -198,7 +198,6 @@ class Reporter:
         self.crops, self.world, self.log = crops, world, log
         self.window = monitor.Window(state.step)
         self.watch = monitor.Watch(crops.identities, options.scale * cost_of_margin(options))
-        self.looks = 0
         self.waited = 0.0  # seconds of this epoch
         self.board, self.bar = None, None
         if world.is_main:
@@ -216,9 +215,15 @@ class Reporter:
             return
         if look.broken_step is not None:
             self._stop(look, look.broken_step)
-        sums = (sum(look.losses), look.top1 * len(look.losses), len(look.losses), look.seconds)
-        self.state.epoch_sums = [total + part for total, part in zip(self.state.epoch_sums, sums, strict=True)]
+        epoch, since = self.state.epoch_sums, self.state.look_sums
+        for measured in zip(look.losses, look.hits, strict=True):  # one by one: looks between change no rounding
+            for sums in (epoch, since):
+                sums[:3] = (total + value for total, value in zip(sums, (*measured, 1.0), strict=False))
+        epoch[3] += look.seconds
         self.waited += look.waited
+        loss, top1 = since[0] / since[2], since[1] / since[2]
+        if norm is not None:
+            self.state.look_sums = [0.0] * 3
         if self.board is None:
             return
         feature_norm = float(look.stats["feature_norm"].mean())
@@ -226,8 +231,8 @@ class Reporter:
             self.log(f"warning: {text}")
         step = self.state.step - 1
         values = {
-            "train/loss": look.loss,
-            "train/top1": look.top1,
+            "train/loss": loss,
+            "train/top1": top1,
             "train/learning_rate": learning_rate(step, self.order.steps_per_epoch, self.options),
             "train/feature_norm": feature_norm,
             "speed/crops_per_second": len(look.losses) * self.order.batch_size / look.seconds,
@@ -237,9 +242,8 @@ class Reporter:
         self._show(step // self.order.steps_per_epoch + 1, values)
         if norm is not None:
             self.board.scalars(self.state.step, values | {"train/gradient_norm": float(norm)})
-            if self.looks % HISTOGRAM_LOOKS == 0:
+            if self.state.step // self.options.log_every % HISTOGRAM_LOOKS == 1:
                 self.board.distributions(self.state.step, look.stats)
-            self.looks += 1
 
     def _show(self, epoch: int, values: dict[str, float]) -> None:
         self.bar.update(self.state.step - self.bar.n)

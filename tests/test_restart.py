@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from training import assert_same_state, finish, load, options, record_set, start, train_main, train_run
+from training import assert_same_state, finish, load, options, record_set, scalars, start, train_main, train_run
 
 import checkpoints
 
@@ -30,14 +30,14 @@ def crops(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(crops, tmp_path_factory):
-    """The checkpoint of a run that was never stopped, on one and on two processes."""
-    runs = {}
+    """The checkpoint of a run that was never stopped, on one and on two processes, and what TensorBoard shows."""
+    runs, shown = {}, {}
     for size in (1, 2):
         out = tmp_path_factory.mktemp("unbroken") / "run"
         code, output = train_run(options(crops, out, **RECIPE), out.parent / "output", size)
         assert code == 0, output
-        runs[size] = load(out / "checkpoint.pt")
-    return runs
+        runs[size], shown[size] = load(out / "checkpoint.pt"), scalars(out)
+    return runs, shown
 
 
 def wait_for_step(out, step, processes):
@@ -86,7 +86,10 @@ def test_killed_at_random_points_ends_with_the_same_bits(crops, unbroken, tmp_pa
     assert load(out / "checkpoint.pt")["step"] < STEPS  # not over before the last kill
     code, text = train_run(line, output, size)
     assert code == 0, text
-    assert_same_state(load(out / "checkpoint.pt"), unbroken[size])
+    states, shown = unbroken
+    assert_same_state(load(out / "checkpoint.pt"), states[size])
+    found = scalars(out)
+    assert found == shown[size] and len(found["train/loss"]) == STEPS // RECIPE["log_every"]
     assert not list(out.glob("*.tmp"))
     assert_groups_end(killed)  # the workers noticed
 
@@ -105,7 +108,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(crops, unbroken, tmp_
     )
     code, text = train_run(line, output)
     assert code == 0, text
-    assert_same_state(load(out / "checkpoint.pt"), unbroken[1])
+    assert_same_state(load(out / "checkpoint.pt"), unbroken[0][1])
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(crops, unbroken, tmp_path):
@@ -121,7 +124,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(crops, unbrok
     code, text = train_run(line, output)
     assert code == 0, text
     assert f"warning: {newest}: damaged" in text and "going back to checkpoint-previous.pt" in text
-    assert_same_state(load(newest), unbroken[1])
+    assert_same_state(load(newest), unbroken[0][1])
     newest.write_bytes(data[: len(data) // 3])
     previous.unlink()
     code, text = train_run(line, output)

@@ -382,7 +382,7 @@ def test_gradients_are_clipped_and_the_norm_is_of_the_unclipped(crops):
 
 
 def look(losses, top1=0.0, norm=20.0):
-    return monitor.Look(0, losses, top1, 1.0, 0.0, {}), norm
+    return monitor.Look(0, losses, [top1] * len(losses), 1.0, 0.0, {}), norm
 
 
 def test_warnings_come_once_and_say_what_to_do():

@@ -196,6 +196,16 @@ def tensors(content, prefix=""):
     return found
 
 
+def scalars(out):
+    """What TensorBoard shows of the training itself (not of speed): [(step, value), ...] by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(out))
+    board.Reload()
+    names = [name for name in board.Tags()["scalars"] if not name.startswith("speed/")]
+    return {name: [(event.step, event.value) for event in board.Scalars(name)] for name in names}
+
+
 def assert_same_state(first, second):
     """Two checkpoints hold the same state to the last bit."""
     a, b = tensors(first), tensors(second)
