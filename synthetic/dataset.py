@@ -204,7 +204,9 @@ def make_people(people: People, shard: Shard, device: torch.device, workers: int
     images = people.plan.images
     if not todo:
         return people.missing()
-    wp.load_module(kernels, device=str(device) if device.type == "cuda" else "cpu")  # compiled once, for all workers
+    place = str(device) if device.type == "cuda" else "cpu"
+    kernels.start(place)
+    wp.load_module(kernels, device=place)  # compiled once, for all workers
     initial = (len(mine) - len(todo)) * images
     with utils.progress(len(mine) * images, "synthesize", initial=initial, unit="photo") as bar:
         for made in _results(people, todo, str(device), workers):
@@ -244,13 +246,14 @@ def merge(people: People) -> dict[str, Any]:
     with people.merging() as needed:
         if not needed:
             return people.report()
-        truth, persons = ["\t".join(COLUMNS) + "\n"], ["identity\tnumber\tparameters\n"]
+        truth, persons = ["\t".join(COLUMNS) + "\n"], ["label\tidentity\tnumber\tparameters\n"]
         writer = CropWriter(people.out) if plan.crops else None
         with writer or contextlib.nullcontext():
             for chunk in range(people.count):
                 text, crops = people.load_identity(chunk)
                 record, _, rows = text.partition("\n")
-                persons.append(f"{plan.name(plan.first + chunk)}\t{plan.first + chunk}\t{record}\n")
+                number = plan.first + chunk
+                persons.append(f"{chunk}\t{plan.name(number)}\t{number}\t{record}\n")
                 truth.append(rows)
                 for crop in crops:
                     writer.write(crop, chunk)

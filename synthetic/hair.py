@@ -170,7 +170,7 @@ def _cut(identity: Identity, azimuth: np.ndarray, elevation: np.ndarray, normal:
         return cut(4.0 + 2 * top, random + 0.6 * down, 0.7, 0.25, 2.2, 0.5 + 0.3 * hair["curl"], 0.35, 0.5, 7,
                    roots=800)  # fmt: skip
     if style == "afro":
-        return cut(5.5 + 2.0 * top, random * 0.8, 1.0, 0.02, 5.5, 0.45, 0.5, 0.45, 5, roots=1300)
+        return cut(5.5 + 2.0 * top, random * 0.8, 1.0, 0.02, 5.5, 0.4, 0.5, 0.22, 4, roots=2000)
     if style == "fringe":
         return cut(np.where(front > 0.1, to_brow, 7.0), forward * blend + down * (1 - blend), 0.2, 0.5, 1.4, mild * 0.5,
                    segments=7, bangs=front > 0.1, roots=800)  # fmt: skip
@@ -375,10 +375,10 @@ def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Rib
     weights = np.clip(weights, 0.02, 1)
     weights /= weights.sum(1, keepdims=True)
     start = np.einsum("nk,nkc->nc", weights, vertices[corner])
-    base = {"full": 2.4, "moustache": 0.9, "short_boxed": 0.8, "sideburns": 0.9}.get(beard["style"], 1.0)
+    base = {"full": 1.9, "moustache": 0.7, "short_boxed": 0.5, "sideburns": 0.6}.get(beard["style"], 0.55)
     above_lip = (roots["place"][repeat][:, 1] > -6.4) & (np.abs(start[:, 0]) < 3)
     length = base * beard["length"] * rng.uniform(0.6, 1.2, len(repeat))
-    length = np.where(above_lip, np.minimum(length, 0.75), length)
+    length = np.where(above_lip, np.minimum(length, 0.5), length)
     # Beards are trimmed towards the ears.
     length *= np.clip(1.25 - 0.14 * np.abs(start[:, 0]), 0.3, 1.0)
     count, segments = len(repeat), 3
@@ -396,6 +396,6 @@ def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Rib
         place = place + along * (length / segments)[:, None]
         path[:, k + 1] = place
     taper = np.array([0.9, 1.0, 0.8, 0.35])
-    width = rng.uniform(0.10, 0.22, (count, 1)) * taper[None] * (0.7 + 0.3 * base)
+    width = rng.uniform(0.06, 0.14, (count, 1)) * taper[None] * (0.7 + 0.3 * base)
     outward = np.repeat(normal[:, None], segments + 1, 1)
     return _ribbons(path, width, outward, rng.uniform(1, 99, count), rng.uniform(0.55, 1, count), corner[:, 0])

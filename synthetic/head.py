@@ -68,8 +68,10 @@ class HeadModel:
     expression: np.ndarray  # [E, V, 3]
     torso_share: np.ndarray  # [V] 0 on the skull, 1 on the torso
     eye_vertices: tuple[np.ndarray, np.ndarray]  # person's right eye (image left), person's left eye
-    corners: tuple[int, int]  # vertices of the mouth's corners, person's right first
+    lids: tuple[np.ndarray, np.ndarray]  # vertices of the lids around an eye, person's right eye first
+    corners: tuple[int, int]  # vertices where the lips' seam ends on the face, person's right first
     nose_tip: int
+    nose_wings: tuple[int, int]  # vertices on the upper edge of the nostrils' wings, person's right first
     rings: np.ndarray = field(repr=False)  # [V, R] faces around a vertex, padded with F (an empty face)
 
     def macro_weights(self, who: dict[str, float]) -> np.ndarray:
@@ -286,8 +288,10 @@ def load_head() -> HeadModel:
         expression=expression,
         torso_share=_torso_share(folder, kept),
         eye_vertices=eyes,
+        lids=eyes,
         corners=(0, 0),
         nose_tip=0,
+        nose_wings=(0, 0),
         rings=vertex_rings(faces, len(kept)),
     )
     average = {"gender": 0.5, "years": 30.0, "muscle": 0.5, "weight": 0.5, "african": 1, "asian": 1, "caucasian": 1}
@@ -301,6 +305,14 @@ def _find_landmarks(model: HeadModel) -> None:
     skin = np.unique(model.faces[model.material == SKIN])
     nose = skin[(np.abs(place[skin, 0]) < 0.3) & (place[skin, 1] > -6) & (place[skin, 1] < -1)]
     model.nose_tip = int(nose[np.argmax(place[nose, 2])])
-    lips = sample_mask(mask_image("lips"), model.uv)
-    on_lips = np.unique(model.faces[(model.material == SKIN)[:, None] & (lips > 0.5)])
-    model.corners = (int(on_lips[np.argmin(place[on_lips, 0])]), int(on_lips[np.argmax(place[on_lips, 0])]))
+
+    def nearest(x: float, y: float, z: float) -> tuple[int, int]:
+        return tuple(int(skin[np.argmin(((place[skin] - [side * x, y, z]) ** 2).sum(1))]) for side in (-1, 1))
+
+    lids = []
+    for side in (-1, 1):
+        offset = (place[skin, :2] - [side * 2.95, -0.1]) / [1.35, 0.75]
+        lids.append(skin[(np.linalg.norm(offset, axis=1) < 1.25) & (place[skin, 2] > 0.3)])
+    model.lids = (lids[0], lids[1])
+    model.corners = nearest(2.38, -6.74, 2.06)
+    model.nose_wings = nearest(0.93, -3.18, 3.59)

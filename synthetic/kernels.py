@@ -10,6 +10,9 @@ by a hash; eyes are spheres painted in angles around the gaze. The price of this
 that bounces between surfaces; the gain is about two rays per pixel.
 """
 
+import os
+import sys
+
 import warp as wp
 
 # Warp reads the functions below as its own language: no return annotations on kernels, no `in`, and float(0.0) is how
@@ -25,6 +28,23 @@ wp.set_module_options(
         "-fapprox-func -mllvm=-inline-threshold=9000"
     }
 )
+
+
+def start(device: str) -> None:
+    """Initialise warp for `cpu` or `cuda...`; on a CPU without its warning (not Python's) of no driver."""
+    if device != "cpu":
+        wp.init()
+        return
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        wp.init()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
 
 # Materials of faces; the first six are head.SKIN ... head.LASH.
 SKIN = wp.constant(0)
@@ -597,15 +617,15 @@ def shade(
         spec = 0.0
     elif material == HAIR or material == BEARD:
         tangent = wp.normalize(q)
-        strand_tone = 0.7 + 0.6 * hash1(wp.floor(st[0] * 7.0), st[2] + 11.0)
+        strand_tone = 0.8 + 0.4 * hash1(wp.floor(st[0] * 7.0), st[2] + 11.0)
         clump = 0.8 + 0.4 * hash1(st[2], 5.0)
         if material == HAIR:
             albedo = mixed(u.hair_root, u.hair_tip, st[1]) * (strand_tone * clump)
-            aged = step(0.0, 0.5, u.hair_grey - 0.7 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
+            aged = step(-0.3, 0.7, u.hair_grey - 0.4 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
             albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
         else:
             albedo = u.beard * (strand_tone * clump)
-            aged = step(0.0, 0.5, u.beard_grey - 0.7 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
+            aged = step(-0.3, 0.7, u.beard_grey - 0.4 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
             albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
         open_sky = open_sky * (0.35 + 0.65 * st[1])
     elif material == HAND:
@@ -918,25 +938,29 @@ def scatter_light(
     green = wp.max(0.09 * pixels * soft, 0.7)
     blue = wp.max(0.05 * pixels * soft, 0.7)
     radius = wp.min(int(2.0 * red + 0.5), 5)
-    total = wp.vec3(0.0, 0.0, 0.0)
-    weights = wp.vec3(0.0, 0.0, 0.0)
-    for i in range(-radius, radius + 1):
-        xx = x
-        yy = y
-        if vertical == 1:
-            yy = wp.clamp(y + i, 0, source.shape[1] - 1)
-        else:
-            xx = wp.clamp(x + i, 0, source.shape[2] - 1)
-        value = source[b, yy, xx]
-        gap = wp.abs(extra[b, yy, xx][3] - depth)
-        if gap < 1.5 and wp.abs(value[3] - soft) < 0.6:
-            near = 1.0 - gap * 0.6667
-            d2 = -0.5 * float(i * i)
-            w = wp.vec3(
-                near * wp.exp(d2 / (red * red)), near * wp.exp(d2 / (green * green)), near * wp.exp(d2 / (blue * blue))
-            )
-            weights += w
-            total += wp.cw_mul(w, wp.vec3(value[0], value[1], value[2]))
+    # exp(-i i / 2 s s) for i = 1, 2, ... by two products each: the ratio of neighbours is itself a geometric series.
+    first = wp.vec3(wp.exp(-0.5 / (red * red)), wp.exp(-0.5 / (green * green)), wp.exp(-0.5 / (blue * blue)))
+    square = wp.cw_mul(first, first)
+    ratio = first
+    gauss = wp.vec3(1.0, 1.0, 1.0)
+    total = wp.vec3(centre[0], centre[1], centre[2])
+    weights = wp.vec3(1.0, 1.0, 1.0)
+    for i in range(1, radius + 1):
+        gauss = wp.cw_mul(gauss, ratio)
+        ratio = wp.cw_mul(ratio, square)
+        for side in range(2):
+            xx = x
+            yy = y
+            if vertical == 1:
+                yy = wp.clamp(y + i - 2 * i * side, 0, source.shape[1] - 1)
+            else:
+                xx = wp.clamp(x + i - 2 * i * side, 0, source.shape[2] - 1)
+            value = source[b, yy, xx]
+            gap = wp.abs(extra[b, yy, xx][3] - depth)
+            if gap < 1.5 and wp.abs(value[3] - soft) < 0.6:
+                w = gauss * (1.0 - gap * 0.6667)
+                weights += w
+                total += wp.cw_mul(w, wp.vec3(value[0], value[1], value[2]))
     target[b, y, x] = wp.vec4(total[0] / weights[0], total[1] / weights[1], total[2] / weights[2], soft)
 
 
@@ -992,6 +1016,26 @@ def compose(
         else:
             total += behind
     image[b, y, x] = total / float(rays + 1)
+
+
+@wp.kernel(enable_backward=False)
+def vertex_normals(
+    points: wp.array2d(dtype=wp.vec3),
+    faces: wp.array(dtype=wp.int32),
+    rings: wp.array2d(dtype=wp.int32),
+    normals: wp.array2d(dtype=wp.vec3),
+):
+    """Area-weighted normals of the first vertices of each photo; `rings` as of `head.vertex_rings`, in its order."""
+    b, i = wp.tid()
+    total = wp.vec3(0.0, 0.0, 0.0)
+    last = faces.shape[0] // 3
+    for k in range(rings.shape[1]):
+        face = rings[i, k]
+        if face >= last:
+            break
+        a = points[b, faces[3 * face]]
+        total += wp.cross(points[b, faces[3 * face + 1]] - a, points[b, faces[3 * face + 2]] - a)
+    normals[b, i] = wp.normalize(total)
 
 
 @wp.kernel(enable_backward=False)

@@ -165,7 +165,7 @@ GENTLE = {
     "neck-trans": 0.25,
     "mouth-trans-out": 0.06,
     "nose-trans-out": 0.06,
-    "head-angle": 0.45,
+    "head-angle": 0.15,
     "head-age": 0.4,
     "eye-trans": 0.6,
     "eye-scale": 0.55,
@@ -188,7 +188,14 @@ GENTLE = {
     "mouth-upperlip": 0.8,
     "nose-scale": 0.85,
     "nose-volume": 0.8,
-    "head-scale": 0.8,
+    "head-scale-depth": 0.8,
+    "head-scale": 0.5,
+    "nose-trans-up": 0.65,
+    "nose-base": 0.65,
+    "nose-point-up": 0.7,
+    "nose-hump": 0.8,
+    "mouth-trans-up": 0.65,
+    "mouth-angles": 0.7,
     "head-fat": 0.7,
 }
 
@@ -208,6 +215,8 @@ def _local_changes(rng: np.random.Generator, head: HeadModel, who: dict[str, flo
     drawn = dict(zip(unique, values, strict=True))
     asymmetry = dict(zip(unique, rng.normal(0, 0.10, len(unique)), strict=True))
     drawn["eye-epicanthus-out"] -= 1.2 * who["asian"]  # a fold at the inner corner
+    # MakeHuman's eyes stand close: 1.20 of the eye distance down to the mouth, where adults have about 1.1.
+    drawn["eye-trans-out"] += 2.0
     result = []
     for label, name in zip(labels, bare, strict=True):
         scale = next((share for prefix, share in GENTLE.items() if name.startswith(prefix)), 1.0)
@@ -264,7 +273,7 @@ def _hair(rng: np.random.Generator, who: dict[str, float], years: float) -> dict
         "root": [float(c) for c in np.clip(root, 0.004, 0.8)],
         "tip": [float(c) for c in np.clip(tip, 0.004, 0.8)],
         "grey": grey,
-        "shine": float(rng.uniform(0.1, 0.9)),
+        "shine": float(rng.uniform(0.1, 0.9) * (0.3 if style in ("afro", "dreads") else 1.0)),
         "length": float(np.exp(rng.normal(0, 0.22))),
         "volume": float(np.exp(rng.normal(0, 0.28))),
         "curl": float(rng.beta(1.2, 2.5)),
@@ -439,11 +448,11 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tu
         level = rng.uniform(0.15, 0.45)
         sky, ground = white(0.8, 1.5), white(0.5, 1.8)
     else:
-        first, second = _colour(rng, 0.5, 0.8, 1.4), _colour(rng, 0.6, 0.5, 1.2)
+        first, second = _colour(rng, 0.3, 0.8, 1.4), _colour(rng, 0.4, 0.5, 1.2)
         add(side * rng.uniform(20, 80), rng.uniform(5, 50), first, 0.08)
         add(-side * rng.uniform(20, 110), rng.uniform(0, 50), second, 0.1)
         level = rng.uniform(0.1, 0.3)
-        sky, ground = _colour(rng, 0.3, 0.5, 1.0), _colour(rng, 0.3, 0.3, 0.8)
+        sky, ground = _colour(rng, 0.2, 0.5, 1.0), _colour(rng, 0.2, 0.3, 0.8)
     sky = tuple(c * float(np.exp(warm * t)) for c, t in zip(sky, (0.05, 0.0, -0.07), strict=True))
     middle = [(a + b) / 2 * level for a, b in zip(sky, ground, strict=True)]
     slope_y = [(a - b) / 2 * level for a, b in zip(sky, ground, strict=True)]

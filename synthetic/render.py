@@ -26,15 +26,17 @@ from synthetic.photo import background, develop
 EYE_DISTANCE = 6.0  # centimetres, for the scale of `Photo.eye_pixels`
 FACE_CENTRE = np.array([0.0, -3.0, -1.0])  # what is put in the image's middle
 NECK_PIVOT = np.array([0.0, -11.5, -9.0], np.float32)
-# Where the detector puts its points, measured on 80 frontal photos, relative to the mesh's: the nose's tip and the
-# mouth's corners a little higher than the most protruding vertex and the ends of the lips (centimetres, x outwards).
-LANDMARK_OFFSETS = {"eye": (0.0, -0.08, 0.0), "nose": (0.0, 0.34, 0.0), "mouth": (0.08, 0.22, 0.0)}
+# From the mesh's anatomical points to those that photos are annotated with, in centimetres, x outwards: medians over
+# 150 frontal photos of one seed (the README's figures are of another). Eyes: from the middle of the lids' vertices.
+# Nose: the tip at the height of the wings' upper edge, which the detector keeps to where a tip points up or down.
+# Mouth: from the ends of the lips' seam.
+LANDMARK_OFFSETS = {"eye": (-0.16, 0.10, 0.0), "nose": (0.0, -0.25, 0.0), "mouth": (-0.07, 0.16, 0.0)}
 IRIS_ANGLE = 0.46  # radians seen from the eyeball's centre: 0.6 cm of iris on MakeHuman's 1.38 cm eyeball
 
 
 @dataclass
 class Truth:
-    """Where things are in the image [pixels of the image, pixel centres at .5 as in every other stage minus .5]."""
+    """Where things are in the image, in pixels as the detector counts them: the first pixel's centre is at 0.5."""
 
     box: np.ndarray  # [4] xyxy of the face from hairline to chin
     landmarks: np.ndarray  # [5, 2] image-left eye, image-right eye, nose, image-left and image-right mouth corner
@@ -89,6 +91,7 @@ class Renderer:
         self.batch = batch or (64 if device.type == "cuda" else 1)
         # With a GPU tracing, the host's part of a photo is shared among threads; a CPU has processes instead.
         self._threads = ThreadPoolExecutor(os.cpu_count()) if device.type == "cuda" else None
+        kernels.start(self.warp)
         self.head = load_head()
         self.canvas = skin.load_canvas()
         head = self.head
@@ -99,9 +102,11 @@ class Renderer:
         self.base = tensor(head.base)
         self.macro = tensor(head.macro.reshape(len(head.macro), -1))
         self.expression = tensor(head.expression.reshape(len(head.expression), -1))
-        self.rings = tensor(head.rings.astype(np.int64))
-        self.faces = tensor(head.faces.astype(np.int64))
-        self.share = tensor(head.torso_share)[None, :, None]
+        self.rings = wp.array(head.rings, dtype=wp.int32, device=self.warp)
+        self.head_faces = wp.array(head.faces.reshape(-1), dtype=wp.int32, device=self.warp)
+        below = np.nonzero(head.torso_share > 0)[0]
+        self.below = tensor(below)
+        self.share = tensor(head.torso_share[below])[None, :, None]
         self.eye_index = [tensor(eye) for eye in head.eye_vertices]
         self.masks = wp.array(self.canvas.masks, dtype=wp.uint8, device=self.warp)
         self.lash_strand = _lash_coordinates(head.faces[head.material == LASH], head.canonical)
@@ -115,8 +120,8 @@ class Renderer:
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
-    def _pose(self, person: Person, photos: list[Photo]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-        """Vertices [M, V, 3] in the head's frame, normals, and gaze directions [M, 2, 3]."""
+    def _pose(self, person: Person, photos: list[Photo]) -> tuple[torch.Tensor, np.ndarray]:
+        """Vertices [M, V, 3] in the head's frame and gaze directions [M, 2, 3]."""
         head, device = self.head, self.device
         who = [{**person.identity.who, "years": photo.years, "weight": photo.weight} for photo in photos]
         weights = np.stack([head.macro_weights(drifted) for drifted in who])
@@ -139,8 +144,9 @@ class Renderer:
             turn = torch.from_numpy(gaze[:, side].astype(np.float32)).to(device)
             vertices[:, index] = centre + torch.einsum("mij,mvj->mvi", turn, eye - centre)
         spin = torch.from_numpy(np.stack([self._torso(photo) for photo in photos]).astype(np.float32)).to(device)
-        vertices = _turn(vertices, spin[:, None] * self.share, torch.from_numpy(NECK_PIVOT).to(device))
-        return vertices, self._normals(vertices), gaze[:, :, :, 2]
+        pivot = torch.from_numpy(NECK_PIVOT).to(device)
+        vertices[:, self.below] = _turn(vertices[:, self.below], spin[:, None] * self.share, pivot)
+        return vertices, gaze[:, :, :, 2]
 
     def _gaze(self, photo: Photo) -> np.ndarray:
         """Rotations [2, 3, 3] of the right and left eyeball."""
@@ -154,14 +160,10 @@ class Renderer:
         )
         return cv2.Rodrigues(relative)[0][:, 0]
 
-    def _normals(self, vertices: torch.Tensor) -> torch.Tensor:
-        corners = vertices[:, self.faces]
-        flat = torch.linalg.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
-        flat = torch.cat([flat, torch.zeros_like(flat[:, :1])], 1)
-        total = flat[:, self.rings[:, 0]]
-        for k in range(1, self.rings.shape[1]):
-            total = total + flat[:, self.rings[:, k]]
-        return total / total.norm(dim=-1, keepdim=True).clamp_min(1e-9)
+    def _normals(self, points: wp.array, normals: wp.array) -> None:
+        """Fill the normals of the head's vertices, which come first in both arrays [M, N] of vec3."""
+        shape = (points.shape[0], len(self.head.canonical))
+        wp.launch(kernels.vertex_normals, shape, [points, self.head_faces, self.rings, normals], device=self.warp)
 
     def _ribbons(self, person: Person, photo: Photo, vertices: torch.Tensor) -> torch.Tensor:
         """Ribbon vertices [R, 3] of one photo: they follow their roots, and a hat presses them down."""
@@ -199,11 +201,11 @@ class Renderer:
 
     @staticmethod
     def project(camera: dict[str, Any], points: np.ndarray) -> np.ndarray:
-        """Image positions [N, 2] of points [N, 3] in the head's frame; the first pixel's centre is at (0, 0)."""
+        """Image positions [N, 2] of points [N, 3] in the head's frame; the first pixel's centre is at (0.5, 0.5)."""
         seen = points @ camera["rotation"].T + camera["translation"]
         x = camera["centre"][0] + camera["focal"] * seen[:, 0] / -seen[:, 2]
         y = camera["centre"][1] - camera["focal"] * seen[:, 1] / -seen[:, 2]
-        return np.stack([x, y], -1) - 0.5
+        return np.stack([x, y], -1)
 
     def _uniforms(self, person: Person, photo: Photo, camera: dict[str, Any], eyes: np.ndarray,
                   gaze: np.ndarray) -> dict[str, Any]:  # fmt: skip
@@ -292,13 +294,14 @@ class Renderer:
             "paint": self._array(person.paint, wp.uint8),
         }
         vertices = np.concatenate([person.rest, person.ribbons.points]).astype(np.float32)
-        rest = torch.from_numpy(person.rest).to(self.device)[None]
         count = len(person.rest)
         mesh = wp.Mesh(self._array(vertices, wp.vec3), arrays["faces"])
         occlusion = self._array(np.ones(len(vertices), np.float32), float)
-        normals = wp.from_torch(self._normals(rest)[0].contiguous(), dtype=wp.vec3)
-        self._settle()
-        wp.launch(kernels.occlude, count, [mesh.id, mesh.points, normals, count, 12, 7.0, occlusion], device=self.warp)
+        normals = wp.empty((1, count), dtype=wp.vec3, device=self.warp)
+        self._normals(mesh.points.reshape((1, -1)), normals)
+        wp.launch(
+            kernels.occlude, count, [mesh.id, mesh.points, normals[0], count, 9, 7.0, occlusion], device=self.warp
+        )
         values = occlusion.numpy()
         values[count:] = person.ribbons.open_sky
         arrays["occlusion"] = self._array(values, float)
@@ -307,13 +310,13 @@ class Renderer:
 
     def _trace(self, person: Person, photos: list[Photo], size: int, arrays: dict[str, Any],
                meshes: list[wp.Mesh]) -> tuple[np.ndarray, np.ndarray, list[Truth]]:  # fmt: skip
-        vertices, normals, gaze = self._pose(person, photos)
+        vertices, gaze = self._pose(person, photos)
         shown = vertices.cpu().numpy()
         count, total = len(photos), vertices.shape[1] + len(person.ribbons.points)
         points = torch.empty((count, total, 3), device=self.device)
         points[:, : vertices.shape[1]] = vertices
-        ribbon_normals = torch.from_numpy(person.ribbons.normals).to(self.device)
-        all_normals = torch.cat([normals, ribbon_normals.expand(count, -1, -1)], 1).contiguous()
+        all_normals = torch.empty_like(points)
+        all_normals[:, vertices.shape[1] :] = torch.from_numpy(person.ribbons.normals).to(self.device)
         cameras, rows, truths = [], [], []
         extras = [self._props(person, photo, shown[i]) for i, photo in enumerate(photos)]
         for i, photo in enumerate(photos):
@@ -322,8 +325,10 @@ class Renderer:
             eyes = np.stack([shown[i][eye].mean(0) for eye in self.head.eye_vertices])
             cameras.append(camera)
             rows.append(self._uniforms(person, photo, camera, eyes, gaze[i]))
-            truths.append(self._truth(camera, shown[i], eyes, gaze[i]))
+            truths.append(self._truth(camera, shown[i]))
         self._settle()
+        normals = wp.from_torch(all_normals, dtype=wp.vec3)
+        self._normals(wp.from_torch(points, dtype=wp.vec3), normals)
         for i in range(count):
             if i >= len(meshes):
                 meshes.append(arrays["mesh"] if not meshes else wp.Mesh(
@@ -343,7 +348,7 @@ class Renderer:
         for name in ("faces", "start", "normals", "colours", "info"):
             setattr(scene, f"prop_{name}", prop[name])
         buffers, (irradiance, albedo, extra_light, half, image) = self._buffers(count, size)
-        geometry = [scene, arrays["faces"], wp.from_torch(all_normals, dtype=wp.vec3)]
+        geometry = [scene, arrays["faces"], normals]
         colours = [arrays["paint"], self.masks]
         behind = self._array(np.stack(self._each(background, photos, [size] * count)), wp.vec3)
         whole, grid = (count, size, size), (count, (size + 1) // 2, (size + 1) // 2)
@@ -435,15 +440,13 @@ class Renderer:
             "info": self._array(np.concatenate(info).astype(np.float32), wp.vec3),
         }
 
-    def _truth(self, camera: dict[str, Any], vertices: np.ndarray, eyes: np.ndarray, gaze: np.ndarray) -> Truth:
+    def _truth(self, camera: dict[str, Any], vertices: np.ndarray) -> Truth:
         head = self.head
-        radius = np.linalg.norm(vertices[head.eye_vertices[0]] - eyes[0], axis=1).max()
-        forward = np.array([0.0, 0.0, 1.0])
-        pupils = eyes + radius * (0.5 * gaze + 0.5 * forward)
         outwards = np.array([[-1.0, 1, 1], [1, 1, 1]])
-        nose = vertices[[head.nose_tip]] + LANDMARK_OFFSETS["nose"]
+        lids = np.stack([vertices[lid].mean(0) for lid in head.lids]) + outwards * LANDMARK_OFFSETS["eye"]
+        nose = vertices[head.nose_tip] * [1, 0, 1] + vertices[list(head.nose_wings)].mean(0) * [0, 1, 0]
         mouth = vertices[list(head.corners)] + outwards * LANDMARK_OFFSETS["mouth"]
-        points = np.concatenate([pupils + LANDMARK_OFFSETS["eye"], nose, mouth])
+        points = np.concatenate([lids, nose[None] + LANDMARK_OFFSETS["nose"], mouth])
         outline = self.project(camera, vertices[self.face_vertices])
         return Truth(
             box=np.concatenate([outline.min(0), outline.max(0)]).astype(np.float32),

@@ -20,7 +20,10 @@ pytest.importorskip("warp")
 pytest.importorskip("anny")
 
 import torch
+import warp as wp
 
+import data_gen
+import synthesize
 from align import align_face
 from lfw import find_photos, read_pairs
 from photos import list_photos
@@ -99,8 +102,8 @@ def test_folders_photos_and_the_table_of_truth(made):
         assert record["yaw"] == pytest.approx(float(row["yaw"]), abs=0.01)
         assert {"lights", "expression", "camera", "glasses", "makeup", "background"} <= record.keys()
     people = [line.split("\t") for line in (made / "identities.tsv").read_text().splitlines()[1:]]
-    assert [person[0] for person in people] == ["s000000", "s000001", "s000002"]
-    assert json.loads(people[0][2])["local"] and json.loads(people[0][2])["melanin"] > 0
+    assert [person[:3] for person in people] == [[str(i), f"s{i:06d}", str(i)] for i in range(3)]
+    assert json.loads(people[0][3])["local"] and json.loads(people[0][3])["melanin"] > 0
     assert json.loads((made / "report.json").read_text())["photos"] == 6
     assert not (made / ".parts").exists()
 
@@ -146,6 +149,7 @@ def test_crops_are_what_aligning_with_the_true_landmarks_gives(made, renderer, t
     dataset.merge(people)
     crops = open_crops(tmp_path / "crops")
     assert len(crops) == 2 and crops.identities == 1
+    assert data_gen.identity_names(crops) == ["s000001"]  # as train.py does
     rows = [row for row in table_of(made) if row["identity"] == "s000001"]
     for index, row in enumerate(rows):
         points = np.array([float(row[name]) for name in dataset.COLUMNS[6:16]]).reshape(5, 2)
@@ -169,14 +173,24 @@ def test_lfw_layout_is_read_by_the_verification_stage(tmp_path):
     ("options", "message"),
     [
         (("--images", "0"), "--images 0"),
+        (("--identities", "0"), "--identities 0"),
+        (("--identities", "-3"), "--identities -3"),
+        (("--size", "20"), "--size"),
+        (("--first", "-1"), "--first"),
         (("--layout", "lfw", "--pairs", "500"), "--pairs 500"),
         (("--shard", "4/3"), "--shard 4/3"),
+        (("--out", "FILE"), "taken"),
     ],
 )
-def test_impossible_requests_are_one_line_before_any_work(tmp_path, options, message):
-    code, _, stderr = run(tmp_path / "out", *options)
+def test_impossible_requests_are_one_line_before_any_work(tmp_path, monkeypatch, capsys, options, message):
+    (tmp_path / "taken").write_text("a file")
+    options = [str(tmp_path / "taken") if option == "FILE" else option for option in options]
+    command = ["--identities", "3", "--images", "2", "--out", str(tmp_path / "out"), "--device", "cpu", *options]
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", *command])
+    code = synthesize.main()
+    stderr = capsys.readouterr().err
     assert code == 1 and message in stderr and stderr.count("\n") == 1
-    assert not (tmp_path / "out" / ".parts").exists()
+    assert not (tmp_path / "out" / ".parts").exists() and (tmp_path / "taken").read_text() == "a file"
 
 
 def test_facescrub_and_megaface_names():
@@ -246,6 +260,7 @@ def test_nothing_is_fetched(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
+    assert "Warp" not in done.stderr  # no news of drivers that a CPU does not need
 
 
 def test_head_mesh_is_whole_and_named_parts_are_where_they_should_be():
@@ -413,6 +428,41 @@ def test_develop_keeps_grey_grey_and_is_repeatable(renderer):
     np.testing.assert_array_equal(one, two)
     assert np.ptp(one.astype(int), axis=-1).max() <= 1
     assert one.mean() == pytest.approx(118 * 1.0, abs=25)  # sRGB of 18 % grey, up to the photo's exposure
+
+
+def test_landmarks_stay_on_the_face_in_every_pose(renderer):
+    """The same face from several sides: the points are where the mesh's eyes, nose tip and lip corners are seen."""
+    identity = parameters.draw_identity(3, 21, renderer.head)
+    person = render.Person(identity, renderer, frozenset())
+    anatomy = [*renderer.head.corners, renderer.head.nose_tip]
+    for yaw, pitch in ((0, 0), (40, 10), (-40, -10), (75, 0), (-90, 5)):
+        shot = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
+        shot.yaw, shot.pitch, shot.roll = float(yaw), float(pitch), 0.0
+        vertices, _ = renderer._pose(person, [shot])
+        vertices = vertices[0].numpy()
+        eyes = np.stack([vertices[eye].mean(0) for eye in renderer.head.eye_vertices])
+        camera = renderer._camera(shot, 256)
+        truth = renderer._truth(camera, vertices)
+        points = np.concatenate([eyes + np.array([0, 0, 1.2]), vertices[anatomy]])
+        seen = renderer.project(camera, points)[[0, 1, 4, 2, 3]]
+        assert np.linalg.norm(truth.landmarks - seen, axis=1).max() < 0.14 * shot.eye_pixels
+        # The nose leaves the middle of the eyes towards the side that the face turns to.
+        ahead = (truth.landmarks[2, 0] - truth.landmarks[:2, 0].mean()) / shot.eye_pixels
+        assert ahead == pytest.approx(np.sin(np.radians(yaw)) * 0.5, abs=0.3) and ahead * yaw >= 0
+
+
+def test_normals_are_those_of_the_faces_around_a_vertex(renderer):
+    head = renderer.head
+    points = wp.array(head.canonical[None], dtype=wp.vec3, device="cpu")
+    normals = wp.zeros((1, len(head.canonical)), dtype=wp.vec3, device="cpu")
+    renderer._normals(points, normals)
+    corners = head.canonical[head.faces].astype(float)
+    flat = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    expected = np.zeros_like(head.canonical, dtype=float)
+    for k in range(3):
+        np.add.at(expected, head.faces[:, k], flat)
+    expected /= np.maximum(np.linalg.norm(expected, axis=1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(normals.numpy()[0], expected, atol=2e-3)
 
 
 def test_the_detector_finds_them_where_the_mesh_says(renderer):
