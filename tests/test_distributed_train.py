@@ -158,6 +158,19 @@ def test_three_ranks_resume_on_one_two_and_four(crops, tmp_path, sample_rate):
         assert_close(resumed, unbroken | {"losses": unbroken["losses"][2:]}, 1e-9)
 
 
+def test_recomputed_activations_with_synchronised_batch_norm(crops, tmp_path):
+    found = []
+    for recompute in (False, True):
+        out = tmp_path / str(recompute)
+        out.mkdir()
+        line = options(crops, out, batch_size=4, sync_bn=True, lr=0.1, checkpoint_activations=recompute)
+        run(some_steps, line, out, torch.float64, 0, 1, False, output=out / "output", size=2)
+        found.append(load(out / "1.pt"))
+    assert_close(*found, 1e-9)
+    assert found[1]["model"]["stem.0.1.num_batches_tracked"] == 1
+    assert found[1]["model"]["blocks.0.layers.0.1.num_batches_tracked"] == 1
+
+
 def test_without_sync_bn_statistics_are_averaged_over_ranks(crops, tmp_path):
     """Each rank normalises by its own part of the batch; the checkpoint holds the mean of their running statistics."""
     out = tmp_path / "out"
