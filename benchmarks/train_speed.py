@@ -14,13 +14,15 @@ Alternatives, each in a process of its own, one after the other, `--rounds` time
   compile        channels-last with torch.compile
   ours           channels-last, bfloat16 autocast and torch.compile: train.py --amp --compile
 
-Columns: crops/s of wall-clock over all steps; then milliseconds per step (medians) of waiting for data and moving it,
-the backbone forward and backward, the head forward and backward, and the optimiser with clipping; CPU seconds per
-step of the training process (workers not counted: what the step costs when other work shares the cores, and on a GPU
-what the host has to do); peak memory (on a GPU as its allocator counts it, on CPU resident memory); and the
-backbone's share of the device's bfloat16 and float32 rate of matrix products, measured in the same run, at three
-times the forward pass's multiply-adds. On a GPU the parts are taken between events on the stream, read after the last
-step; nothing waits for the device inside "ours". Labels are spread over `--identities`, whatever the crops' are.
+Columns: crops/s of wall-clock over all steps; crops per CPU second of the training process (workers not counted: what
+a step costs when other work shares the cores; on a GPU, what the host has to do); then milliseconds per step (medians)
+of waiting for data and moving it, the backbone forward and backward, the head forward and backward, and the optimiser
+with clipping; peak memory (on a GPU as its allocator counts it, on CPU resident memory); and the backbone's share of
+the device's bfloat16 and float32 rate of matrix products, measured in the same run, counting three times the forward
+pass's multiply-adds. On a GPU the parts are taken between events on the stream, read after the last step, and nothing
+waits for the device inside "ours". On CPU they, and the products, are CPU time over the number of threads, so that a
+busy machine does little harm (with --threads 1; idle threads of a larger team spin). Labels are spread over
+`--identities`, whatever the crops' are.
 """
 
 import argparse
@@ -46,6 +48,7 @@ sys.path.insert(
 )  # in front of this folder, which has modules of the same names
 
 import data_gen
+import distributed
 import models
 from data_gen import Augmentation, BatchOrder, CropDataset
 
@@ -145,12 +148,12 @@ class Reference:
 
 class Ours:
     def __init__(self, options, device):
-        channels_last, self.amp, compiled = SETTINGS[options.child]
+        self.channels_last, self.amp, compiled = SETTINGS[options.child]
         self.device = device
-        torch.set_float32_matmul_precision("high")
+        distributed.prepare_device(device)
         self.network = models.build_network(
             options.network, embedding_size=options.embedding_size, recompute=options.recompute
-        ).to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        ).to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         self.run = torch.compile(self.network) if compiled else self.network
         self.head = models.MarginHead(
             options.embedding_size,
@@ -176,7 +179,7 @@ class Ours:
         assert not batch.error, batch.error
         batch = batch._replace(labels=spread(batch.labels, self.identities, step))
         images, labels, _ = data_gen.to_device(batch, self.dataset, self.device)
-        return data_gen.normalise(images), labels
+        return data_gen.normalise(images, channels_last=self.channels_last), labels
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -205,25 +208,31 @@ def spread(labels, identities, step):
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
+def busy_seconds():
+    """CPU seconds of this process per thread: wall-clock when its threads have the cores to themselves."""
+    return time.process_time() / torch.get_num_threads()
+
+
 class Clock:
-    """Marks in time: events on a GPU's stream, read at the end; the clock on CPU."""
+    """Marks in time: events on a GPU's stream, read at the end; on CPU both clocks."""
 
     def __init__(self, device):
         self.gpu = device.type == "cuda"
         self.marks = []
 
     def mark(self):
+        event = None
         if self.gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self.marks.append((time.perf_counter(), event))
-        else:
-            self.marks.append((time.perf_counter(), None))
+        self.marks.append((time.perf_counter(), busy_seconds(), event))
 
-    def between(self, first, second):
-        """Milliseconds; call after the device has finished."""
-        (host, event), (host_later, event_later) = self.marks[first], self.marks[second]
-        return event.elapsed_time(event_later) if self.gpu else (host_later - host) * 1e3
+    def between(self, first, *, waiting=False):
+        """Milliseconds from a mark to the next; `waiting` counts time in which nothing is computed. Device finished."""
+        (wall, busy, event), (wall_later, busy_later, event_later) = self.marks[first : first + 2]
+        if self.gpu and not waiting:
+            return event.elapsed_time(event_later)
+        return ((wall_later - wall) if waiting else (busy_later - busy)) * 1e3
 
 
 def train_steps(way, crops, options, device):
@@ -255,12 +264,12 @@ def train_steps(way, crops, options, device):
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
     spans = []
     for start in range(0, len(clock.marks), 6):
-        data, forward, head, backward, update = (clock.between(start + i, start + i + 1) for i in range(5))
-        spans.append((data, forward + backward, head, update))
+        forward, head, backward, update = (clock.between(start + i) for i in range(1, 5))
+        spans.append((clock.between(start, waiting=True), forward + backward, head, update))
     medians = [statistics.median(column) for column in zip(*spans, strict=True)]
     return {
         "crops/s": options.batch * options.steps / wall,
-        "cpu": cpu / options.steps,
+        "crops/CPU s": options.batch * options.steps / cpu,
         "memory": peak_memory(device),
         **dict(zip(PARTS, medians, strict=True)),
     }
@@ -284,10 +293,11 @@ def product_rate(device, dtype):
     seconds = []
     for _ in range(8):
         synchronise(device)
-        began = time.perf_counter()
+        now = time.perf_counter if device.type == "cuda" else busy_seconds
+        began = now()
         left @ right
         synchronise(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now() - began)
     return 2 * size**3 / min(seconds)
 
 
@@ -298,7 +308,7 @@ def forward_flop(options):
     return counter.get_total_flops()
 
 
-def run_child(options, name):
+def run_child(name):
     """One alternative in a process of its own: its figures, or why there are none."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -317,24 +327,23 @@ def child(options, device):
 
 def show(options, results, rates, flop):
     bf16, f32 = rates
-    print(f"{'':15}{'crops/s':>9}" + "".join(f"{part:>11}" for part in PARTS), end="")
-    print(f"{'CPU s/step':>12}{'memory':>10}{'of bf16':>9}{'of f32':>8}")
+    print(f"{'':15}{'crops/s':>9}{'/CPU s':>8}" + "".join(f"{part:>11}" for part in PARTS), end="")
+    print(f"{'memory':>10}{'of bf16':>9}{'of f32':>8}")
     middle = {}
     for name, rounds in results.items():
         good = [figures for figures in rounds if "failed" not in figures]
         if not good:
             print(f"{name:15} {rounds[-1]['failed']}")
             continue
-        middle[name] = {key: statistics.median(figures[key] for figures in good) for key in good[0]}
-        figures = middle[name]
+        figures = middle[name] = {key: statistics.median(figures[key] for figures in good) for key in good[0]}
         rate = 3 * flop * options.batch / (figures["backbone"] / 1e3)
-        print(f"{name:15}{figures['crops/s']:9.1f}" + "".join(f"{figures[part]:8.1f} ms" for part in PARTS), end="")
-        print(f"{figures['cpu']:12.2f}{figures['memory'] / 2**30:7.2f} GB{rate / bf16:9.1%}{rate / f32:8.1%}")
-    if "reference" in middle:
-        for name in middle.keys() - {"reference"}:
-            ratio = middle[name]["crops/s"] / middle["reference"]["crops/s"]
-            cpu = middle["reference"]["cpu"] / middle[name]["cpu"]
-            print(f"{name} / reference: {ratio:.2f} x the crops/s; {cpu:.2f} x the crops per CPU second")
+        print(f"{name:15}{figures['crops/s']:9.1f}{figures['crops/CPU s']:8.1f}", end="")
+        print("".join(f"{figures[part]:8.1f} ms" for part in PARTS), end="")
+        print(f"{figures['memory'] / 2**30:7.2f} GB{rate / bf16:9.1%}{rate / f32:8.1%}")
+    base = middle.pop("reference", None)
+    for name, figures in middle.items() if base else ():
+        wall, cpu = (figures[key] / base[key] for key in ("crops/s", "crops/CPU s"))
+        print(f"{name} / reference: {wall:.2f} x the crops/s, {cpu:.2f} x the crops per CPU second")
 
 
 def main():
@@ -368,12 +377,14 @@ def main():
     print(f"{name}; matrix products: bfloat16 {rates[0] / 1e12:.2f}, float32 {rates[1] / 1e12:.2f} TFLOP/s")
     print(
         f"{options.network}, {flop / 1e9:.2f} GFLOP forward per crop, batch {options.batch}, {options.identities} "
-        f"identities, sample rate {options.sample_rate:g}, medians of {options.rounds} rounds of {options.steps} steps"
+        f"identities, sample rate {options.sample_rate:g}, medians of {options.rounds} rounds of {options.steps} steps",
+        flush=True,
     )
     results = {name: [] for name in options.alternatives}
     for _ in range(options.rounds):
         for name in options.alternatives:
-            results[name].append(run_child(options, name))
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            results[name].append(run_child(name))
     show(options, results, rates, flop)
 
 
