@@ -51,7 +51,7 @@ CHUNKS = 16  # pieces in which the norms of prefixes and tails are known, for (2
 PIECE = 128  # dimensions per matrix product, for (1): shorter is more exact and slower
 PAIR_BATCH = 256  # pairs scored together: two [256, 512] float32 buffers stay in a core's second-level cache
 PAIR_BATCH_GPU = 1 << 17
-BLOCK_COLUMNS = 512  # columns scored together by `block_scores`, for the same reason
+BLOCK_SCORES = 1 << 17  # scores that `block_scores` adds up together: few calls, two buffers near the same size
 SURVEY_ROWS = 1024
 
 
@@ -125,15 +125,16 @@ def _pair_dots_gpu(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -
 def block_scores(left: Tensor, right: Tensor, left_squares: Tensor, right_squares: Tensor) -> Tensor:
     """Devkit scores float32 [n, m] of all pairs; dearer than a matrix product, cheaper per pair than `pair_scores`."""
     dots = torch.empty(len(left), len(right), device=left.device)
-    for start in range(0, len(right), BLOCK_COLUMNS):
-        columns = right[start : start + BLOCK_COLUMNS].t().contiguous()
+    width = max(1, BLOCK_SCORES // max(1, len(left)))
+    for start in range(0, len(right), width):
+        columns = right[start : start + width].t().contiguous()
         total = torch.zeros(len(left), columns.shape[1], device=left.device)
         product = torch.empty_like(total)
         for k in range(left.shape[1]):
             # Two calls on purpose: addcmul may fuse them and round once.
             torch.mul(left[:, k, None], columns[k], out=product)
             total += product
-        dots[:, start : start + BLOCK_COLUMNS] = total
+        dots[:, start : start + width] = total
     return _finish(dots, left_squares[:, None], right_squares[None])
 
 

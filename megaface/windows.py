@@ -18,7 +18,7 @@ from megaface.scores import UNIT, Bounds, GalleryClass
 
 TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
 LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
-TABLE_ROWS = 64  # probes whose scores go through their tables together: row * bins has to be exact in float32
+TABLE_ROWS = 128  # probes whose scores go through their tables together: row * bins has to be exact in float32
 IMPOSTOR_BINS = 1 << 16
 STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
 
