@@ -369,7 +369,7 @@ def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Rib
     roots = _root_candidates()
     density = skin.beard_region(beard["style"], roots["place"], roots["lip"])
     # The candidates are as sparse as scalp hair needs; beards take each of them several times, jittered.
-    repeat = np.repeat(np.nonzero(density > 0.25)[0], 5)
+    repeat = np.repeat(np.nonzero(density > 0.25)[0], 4)
     corner = head.faces[roots["face"][repeat]]
     weights = roots["bary"][repeat] + rng.uniform(-0.5, 0.5, (len(repeat), 3))
     weights = np.clip(weights, 0.02, 1)
@@ -396,6 +396,6 @@ def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Rib
         place = place + along * (length / segments)[:, None]
         path[:, k + 1] = place
     taper = np.array([0.9, 1.0, 0.8, 0.35])
-    width = rng.uniform(0.06, 0.14, (count, 1)) * taper[None] * (0.7 + 0.3 * base)
+    width = rng.uniform(0.05, 0.11, (count, 1)) * taper[None] * (0.7 + 0.3 * base)
     outward = np.repeat(normal[:, None], segments + 1, 1)
     return _ribbons(path, width, outward, rng.uniform(1, 99, count), rng.uniform(0.55, 1, count), corner[:, 0])

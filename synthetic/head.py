@@ -104,6 +104,7 @@ def data_folder() -> Path:
     return Path(spec.origin).parent / "data"
 
 
+@lru_cache(maxsize=1)  # the head's and the hand's
 def _read_obj(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Vertices [N, 3], texture coordinates [T, 2], quads [Q, 4], their texture indices [Q, 4], group names [Q]."""
     vertices, texture, quads, texture_quads, groups, group = [], [], [], [], [], ""

@@ -990,21 +990,33 @@ def compose(
         i = irradiance[b, y, x]
         colour = wp.vec3(a[0] * i[0] + e[0], a[1] * i[1] + e[1], a[2] * i[2] + e[2])
     edge = int(0)
+    hair = int(0)
+    around = wp.vec3(0.0, 0.0, 0.0)
+    if wp.abs(a[3] - 7.5) < 1.0:
+        hair = 1
     for k in range(4):
         xx = wp.clamp(x + wp.where(k == 0, 1, wp.where(k == 1, -1, 0)), 0, image.shape[2] - 1)
         yy = wp.clamp(y + wp.where(k == 2, 1, wp.where(k == 3, -1, 0)), 0, image.shape[1] - 1)
-        if albedo[b, yy, xx][3] != a[3] or wp.abs(extra[b, yy, xx][3] - e[3]) > 0.8:
+        beside = albedo[b, yy, xx]
+        shine = extra[b, yy, xx]
+        if beside[3] != a[3] or wp.abs(shine[3] - e[3]) > 0.8:
             edge = 1
+        if wp.abs(beside[3] - 7.5) > 1.0:
+            hair = 0
+        if hair == 1:
+            i = irradiance[b, yy, xx]
+            around += wp.vec3(beside[0] * i[0] + shine[0], beside[1] * i[1] + shine[1], beside[2] * i[2] + shine[2])
     if edge == 0:
         image[b, y, x] = colour
         return
+    if hair == 1:
+        # Nearly every pixel within hair is an edge: its neighbours are samples enough of strands finer than a pixel.
+        image[b, y, x] = colour * 0.5 + around * 0.125
+        return
     u = uniforms[b]
     total = colour
-    rays = more
-    if wp.abs(a[3] - 7.5) < 1.0:  # within hair one more is enough
-        rays = 1
     free = buffers.free[b, y, x]
-    for k in range(rays):
+    for k in range(more):
         # Points of a rotated grid around the centre that the first ray took.
         direction = camera_ray(u, float(x) + wp.where(k == 0, 0.23, 0.81), float(y) + wp.where(k == 0, 0.19, 0.83))
         hit = trace(b, scene, faces, normals, u, direction)
@@ -1015,7 +1027,7 @@ def compose(
             total += wp.cw_mul(s.albedo, s.irradiance) + s.extra
         else:
             total += behind
-    image[b, y, x] = total / float(rays + 1)
+    image[b, y, x] = total / float(more + 1)
 
 
 @wp.kernel(enable_backward=False)

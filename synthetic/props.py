@@ -258,7 +258,8 @@ def occluder_piece(photo: Photo) -> Piece:
         points = points * [side, 1, 1]
         if side < 0:
             faces = faces[:, ::-1]
-        points = (points - [0, 19.0, 0]) @ spin.T + anchor + [side * 1.5, 0.0, 1.2]
+        # A little lower and further out than things: finger tips reach the mouth, but never hide all of it.
+        points = (points - [0, 19.0, 0]) @ spin.T + anchor + [side * 2.5, -1.8, 1.2]
         return piece(points, faces, (1.0, 1.0, 1.0), skin_like=True)
     if kind == "phone":
         points, faces = _box((7.2, 14.5, 0.9))

@@ -117,6 +117,7 @@ class Renderer:
         self.face_vertices = np.nonzero(face)[0]
         self.eye_vertex = np.unique(head.faces[head.material == EYE])
         self._kept: tuple[Any, Any, Any] = (None, None, None)
+        self._tables: dict[int, tuple[wp.array, np.ndarray]] = {}  # uniforms on the host, by number of photos
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
@@ -363,13 +364,15 @@ class Renderer:
             kernels.compose, whole, [*geometry, *colours, uniforms, buffers, *light, behind, 2, image], device=self.warp
         )
         fallen, coverage = irradiance.numpy(), albedo.numpy()[..., 3]
-        exposure = np.array([_exposure(fallen[i], coverage[i]) for i in range(count)])
+        exposure = np.array([_exposure(fallen[i, ::2, ::2], coverage[i, ::2, ::2]) for i in range(count)])
         return image.numpy(), exposure, truths
 
     def _table(self, rows: list[dict[str, Any]]) -> wp.array:
         """The photos' uniforms on the device, filled in place on the host."""
-        host = wp.zeros(len(rows), dtype=kernels.Uniforms, device="cpu")
-        view = host.numpy()
+        if len(rows) not in self._tables:
+            host = wp.zeros(len(rows), dtype=kernels.Uniforms, device="cpu")
+            self._tables[len(rows)] = (host, host.numpy())
+        host, view = self._tables[len(rows)]
         for i, row in enumerate(rows):
             for name, value in row.items():
                 view[name][i] = value
@@ -457,7 +460,7 @@ class Renderer:
 def _exposure(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
     """Factors [3] that bring the light falling on skin to a camera's working level, and most of the way to white."""
     on_skin = coverage == 1.0 + kernels.SKIN
-    if on_skin.sum() < 50:
+    if on_skin.sum() < 15:
         on_skin = coverage > 0
     if not on_skin.any():
         return np.ones(3, np.float32)

@@ -206,7 +206,7 @@ def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) 
 
     chin = inside(-7.9 - y - 0.0 * x) * inside(3.0 - x, 0.8) * inside(y + 14.0, 1.0)
     under_lip = inside(0.9 - x, 0.4) * inside(-7.7 - y, 0.3) * inside(y + 9.0, 0.5)
-    moustache = inside(y + 6.35 - 0.0 * x, 0.35) * inside(-4.95 - y - 0.12 * x, 0.35) * inside(2.75 - x, 0.5)
+    moustache = inside(y + 6.2, 0.35) * inside(-5.1 - y - 0.12 * x, 0.35) * inside(2.2 - x, 0.5)
     drooping = np.maximum(moustache, inside(x - 2.25, 0.3) * inside(3.1 - x, 0.4) * inside(-5.6 - y) * inside(y + 8.5))
     jaw_line = -3.4 - 0.9 * np.clip(7.2 - x, 0, 5.5)
     jaw = inside(jaw_line - y, 1.2) * inside(x - 2.3, 0.8) * inside(y + 14.5, 1.5) * inside(z + 7.5, 1.0)
@@ -403,7 +403,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         tint = np.minimum(np.array(beard["colour"], np.float32), 0.12)
         tint = tint * (1 - beard["grey"]) + 0.22 * beard["grey"]
         shadow = _beard_on_canvas("stubble") * np.float32(beard["shadow"] * 0.30)
-        cut = {"none": 0.0, "stubble": 0.42}.get(beard["style"], 0.5) * beard["density"]
+        cut = {"none": 0.0, "stubble": 0.42}.get(beard["style"], 0.42) * beard["density"]
         shadow = np.maximum(shadow, _beard_on_canvas(beard["style"]) * np.float32(cut))
         hairs = np.clip(0.62 + 0.55 * fine + 0.2 * medium, 0, 1.3)
         opacity = np.clip(cv2.GaussianBlur(shadow, (0, 0), 2) * hairs, 0, 0.92)[..., None]
