@@ -12,7 +12,7 @@ annotation file, megaface a tree of distractors. Persons are numbered: sets whos
 nobody. The same seed gives the same bytes on the same kind of device; killed at any point, the same command goes on.
 
 Needs `pip install -r requirements-synthetic.txt` (head geometry: CC0 data inside an Apache-2.0 package; nothing is
-downloaded at run time). About 10 photos/s on one core; the first run compiles for half a minute.
+downloaded at run time). About 9 photos/s on one core; the first run compiles for half a minute.
 """
 
 import os
