@@ -1,6 +1,7 @@
 """Several processes train as one: same loss, same weights, same checkpoint."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from training import (
     SmallNetwork,
     assert_same_state,
     finish,
+    jpegs,
     load,
     options,
     record_set,
@@ -30,6 +32,7 @@ import checkpoints
 import config
 import data_gen
 import distributed
+import recordio
 import train
 
 STEPS = 4
@@ -224,6 +227,21 @@ def test_sigterm_to_one_rank_stops_all_with_one_checkpoint(crops, tmp_path):
     assert finish(processes) == [128 + signal.SIGTERM] * 2
     step = load(out / "checkpoint.pt")["step"]
     assert f"stopped after step {step} of 1400" in output.read_text()
+
+
+def test_unreadable_crops_of_all_processes_are_named_once(tmp_path):
+    items = list(jpegs(6, 4))
+    damaged = (2, 5, 9, 14, 20)
+    for index in damaged:
+        items[index] = (items[index][0][:200], items[index][1])
+    recordio.write_crops(tmp_path / "crops", items)
+    line = options(tmp_path / "crops", tmp_path / "run", skip_unreadable=True, save_every=1)
+    code, text = train_run(line, tmp_path / "output", size=2)
+    assert code == 0, text
+    assert [text.count(f"crop {index}: unreadable, replaced") for index in damaged] == [1] * len(damaged)
+    named = json.loads((tmp_path / "run" / "results.json").read_text())["unreadable_crops"]
+    assert [int(name.split()[-1]) for name in named] == list(damaged)
+    assert load(tmp_path / "run" / "checkpoint.pt")["skipped"] == list(damaged)
 
 
 def test_bad_input_is_one_line(crops, tmp_path):
