@@ -253,7 +253,8 @@ class _Scan:
                     kind.impostors = ImpostorWindows(
                         self.bounds, kind.gallery, self.questions.impostor_rows, self.questions.genuine, device
                     )
-                kind.windows = Windows(self.bounds, kind.gallery, thresholds, self.absent, device)
+                count = len(self.distractors)
+                kind.windows = Windows(self.bounds, kind.gallery, thresholds, self.absent, count, device)
         return kind
 
     # ------------------------------------------------------------------------------------------ the work

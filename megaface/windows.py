@@ -18,6 +18,7 @@ from megaface.scores import UNIT, Bounds, GalleryClass
 
 TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
 LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
+SCORES_PER_BIN = 8  # of a probe: fewer would not repay the making of a table
 TABLE_ROWS = 128  # probes whose scores go through their tables together: row * bins has to be exact in float32
 IMPOSTOR_BINS = 1 << 16
 STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
@@ -46,9 +47,16 @@ class Windows:
     """The windows of all probes' thresholds against one class of distractors, and their tables."""
 
     def __init__(
-        self, bounds: Bounds, gallery: GalleryClass, thresholds: np.ndarray, absent: np.ndarray, device: torch.device
+        self,
+        bounds: Bounds,
+        gallery: GalleryClass,
+        thresholds: np.ndarray,
+        absent: np.ndarray,
+        distractors: int,
+        device: torch.device,
     ) -> None:
-        """`thresholds` float32 [n, K] ascending, padded with +inf; `absent` bool [n] probes that count nothing."""
+        """`thresholds` float32 [n, K] ascending, padded with +inf; `absent` bool [n] probes that count nothing;
+        `distractors`: about how many scores a probe will have."""
         self.device = device
         self.count = thresholds.shape[1]
         self.finite = np.isfinite(thresholds) & ~absent[:, None]
@@ -64,7 +72,8 @@ class Windows:
         ended = np.pad(thresholds, ((0, 0), (0, 1)), constant_values=np.inf)
         self.thresholds = torch.from_numpy(ended).to(device)
         self.lowest = self.low[:, 0].clone()
-        bins = int(np.clip(TABLE_ENTRIES // max(1, len(low)), 256, LARGEST_TABLE))
+        bins = min(TABLE_ENTRIES // max(1, len(low)), distractors // SCORES_PER_BIN)
+        bins = int(np.clip(bins, 256, LARGEST_TABLE))
         self.bins = 1 << (bins.bit_length() - 1)
         self.scale, self.offset = self._lines(low.astype(np.float64), high.astype(np.float64))
         self._tables: dict[int, Tensor] = {}
