@@ -4,8 +4,8 @@ A `.bin` file is 16 bytes of header and 2 KB of numbers, and a million of them c
 features are kept packed: one `.npy` that is read memory-mapped, and a table of names beside it. The devkit's files are
 read and written for those who have or need them.
 
-Reading is three system calls a file straight into the result, by several threads: of some 9 microseconds a file in
-the page cache 2 are Python's. A file that is not exactly as expected is looked at again, slowly, to say what is wrong.
+Reading is three system calls a file straight into the result, by several threads when the disk is slow. A file that is
+not exactly as expected is looked at again, slowly, to say what is wrong.
 
 A store is a folder: `features.npy` (float32 [n, d]; a row of NaN has no feature), `names.jsonl` (for each row a line
 of JSON: its name and, if it has no feature, why), `info.json` (what made it). While it is written the array is
@@ -20,7 +20,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ TYPES = {5: np.dtype("<f4"), 6: np.dtype("<f8")}  # OpenCV's CV_32F and CV_64F
 LARGEST = 1 << 20  # more numbers than that are no feature
 READERS = 8  # threads: enough to keep a disk or a network file system busy
 FILES_PER_TASK = 256
+SLOW_FILE = 1e-4  # seconds; one that is cached takes a tenth of it
 COMMIT_SECONDS = 5.0
 STORE_FORMAT = "face-features-1"
 
@@ -97,14 +98,9 @@ def read_bins(
         dimensions = _first_dimensions(paths)
     features = np.empty((len(paths), dimensions), "<f4")
     reader = _Reader(paths, features, dimensions)
-    pool = ThreadPoolExecutor(READERS)
-    try:
-        tasks = range(0, len(paths), FILES_PER_TASK)
-        for start, problems in zip(tasks, pool.map(reader.read, tasks), strict=True):
-            reader.problems += problems
-            advance(min(FILES_PER_TASK, len(paths) - start))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for start, problems in reader.tasks():
+        reader.problems += problems
+        advance(min(FILES_PER_TASK, len(paths) - start))
     if reader.problems:
         first = min(reader.problems, key=lambda problem: problem.order)
         others = len(reader.problems) - 1
@@ -123,8 +119,29 @@ def _first_dimensions(paths: Sequence[str]) -> int:
 class _Reader:
     def __init__(self, paths: Sequence[str], features: np.ndarray, dimensions: int) -> None:
         self.paths, self.features, self.dimensions = paths, features, dimensions
-        self.header = HEADER.pack(dimensions, 1, 4 * dimensions, 5)
+        self.header = HEADER.pack(dimensions, 1, 4, 5)
         self.problems: list[_Problem] = []
+
+    def tasks(self) -> Iterator[tuple[int, list[_Problem]]]:
+        """Read everything, a task at a time: (start, problems).
+
+        One thread as long as the files are in the page cache: several would only take the interpreter's lock from each
+        other (six times as long). Many as soon as the disk is what everybody waits for.
+        """
+        starts = iter(range(0, len(self.paths), FILES_PER_TASK))
+        for start in starts:
+            began = time.perf_counter()
+            problems = self.read(start)
+            slow = time.perf_counter() - began > SLOW_FILE * FILES_PER_TASK
+            yield start, problems
+            if slow:
+                break
+        rest = list(starts)
+        pool = ThreadPoolExecutor(READERS)
+        try:
+            yield from zip(rest, pool.map(self.read, rest), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def read(self, start: int) -> list[_Problem]:
         """Read a task's files into their rows; returns those that cannot be used."""

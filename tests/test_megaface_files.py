@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaface import features
+from megaface import features
 from megaface.features import StoreWriter, bin_bytes, open_store, read_bin, read_bins, write_bin, write_bins
 from megaface.lists import PhotoIndex, photo_key, read_noise_list, read_template_list
 from utils import InputError
@@ -119,6 +120,22 @@ def test_missing_files_come_first_and_all_are_counted(tmp_path):
         read_bins([str(tmp_path / "0.bin")])
     with pytest.raises(InputError, match="Is a directory"):
         read_bins([str(tmp_path)])
+
+
+@pytest.mark.parametrize("slow_file", [-1.0, 1e9], ids=["slow disk", "page cache"])
+def test_whole_files_are_read_without_a_second_look(tmp_path, monkeypatch, slow_file):
+    """The devkit's header is a column's: rows = dimensions, stride = 4."""
+    paths = [str(tmp_path / f"{number}.bin") for number in range(700)]
+    matrix = RNG.standard_normal((700, 5)).astype(np.float32)
+    write_bins(paths, matrix)
+    looked_at = []
+    monkeypatch.setattr(features, "read_bin", lambda path: looked_at.append(path) or read_bin(path))
+    monkeypatch.setattr(features, "SLOW_FILE", slow_file)
+    assert np.array_equal(read_bins(paths, dimensions=5), matrix)
+    assert looked_at == []
+    write_bin(paths[-1], np.ones(4))
+    with pytest.raises(InputError, match=r"699\.bin: 4 dimensions instead of 5$"):
+        read_bins(paths, dimensions=5)
 
 
 def test_progress_counts_files(tmp_path):
