@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaface import features
-from megaface import features
 from megaface.features import StoreWriter, bin_bytes, open_store, read_bin, read_bins, write_bin, write_bins
 from megaface.lists import PhotoIndex, photo_key, read_noise_list, read_template_list
 from utils import InputError
