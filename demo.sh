@@ -25,7 +25,7 @@ stage "Stage 3: train"
 if [ ! -e "$run/train/results.json" ]; then
   python train.py --data "$data/crops" --network mfn --embedding-size 128 --out "$run/train" --resume \
     --batch-size 64 --epochs 16 --lr 0.1 --schedule cosine --warmup 1 --margin 0.3 --margin-warmup 8 --scale 24 \
-    --augment strong --val "$data/lfw" --val-every 16
+    --augment strong --log-every 5 --val "$data/lfw" --val-every 16
 fi
 
 stage "Stage 4: verification pairs"

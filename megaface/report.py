@@ -202,7 +202,7 @@ def _paste_miss(
     for column, ((side, row, colour), text) in enumerate(zip(places, texts, strict=True)):
         left = x + column * (_CELL + _GAP)
         sheet.paste(_crop(side, int(row)), (left, y))
-        name = side.names[int(row)].rsplit("/", 1)[-1]
+        name = "/".join(side.names[int(row)].split("/")[-2:])  # distractors of one name lie in many folders
         name = name if len(name) <= _NAME else "…" + name[1 - _NAME :]  # the end tells photos of a person apart
         figures.draw_text(sheet, (left, y + _CELL + 3), name, size=11, width=_CELL, colour=colour)
         figures.draw_text(sheet, (left, y + _CELL + 18), text, size=11, width=_CELL, colour=colour)
