@@ -13,6 +13,7 @@ Decisions and their price:
   in each epoch) is not seen in that epoch.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -691,6 +692,23 @@ def make_loader(
         # A forked worker is a child of the trainer and ends when that is killed; one from a fork server never notices.
         multiprocessing_context="fork" if workers else None,
     )
+
+
+@contextlib.contextmanager
+def loading(
+    dataset: CropDataset, order: BatchOrder, start: int, stop: int, *, workers: int, pin_memory: bool
+) -> Iterator[Iterator[Batch]]:
+    """The batches of `make_loader`; its workers have ended when the block is left, however that happens.
+
+    Without this they end when nothing refers to the iterator any more. If something still does at the end of the
+    program, multiprocessing sends the workers SIGTERM, which they ignore, and waits for them for ever.
+    """
+    batches = iter(make_loader(dataset, order, start, stop, workers=workers, pin_memory=pin_memory))
+    try:
+        yield batches
+    finally:
+        if workers:
+            batches._shutdown_workers()  # what its destructor does; there is no public name for it
 
 
 @functools.cache

@@ -392,8 +392,11 @@ def train(options: Train, world: World) -> int:
         crops, recipe, options.seed, skip_unreadable=options.skip_unreadable, encoded=options.decode == "gpu"
     )
     workers, pin = choose_workers(options, world), world.device.type == "cuda"
-    batches = iter(data_gen.make_loader(dataset, order, state.step, steps, workers=workers, pin_memory=pin))
-    with contextlib.closing(Reporter(options, state, order, crops, world, log)) as reporter:
+    with (
+        # Workers are forked before the reporter has threads.
+        data_gen.loading(dataset, order, state.step, steps, workers=workers, pin_memory=pin) as batches,
+        contextlib.closing(Reporter(options, state, order, crops, world, log)) as reporter,
+    ):
         window = reporter.window
         saved_at = time.monotonic()
         while state.step < steps:

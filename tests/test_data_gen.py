@@ -3,6 +3,8 @@
 import dataclasses
 import pickle
 import shutil
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional
-from training import folder_set, jpegs, record_set
+from training import ROOT, folder_set, jpegs, record_set
 
 import data_gen
 import models
@@ -497,3 +499,20 @@ def test_normalise_is_torchvisions(photo):
     assert plain.is_contiguous() and torch.equal(plain, inputs)
     pictures = data_gen.denormalise(inputs)
     torch.testing.assert_close(pictures, images.permute(0, 3, 1, 2) / 255, rtol=0, atol=1e-6)
+
+
+def test_workers_end_with_the_block_even_if_something_still_refers_to_the_batches(tmp_path):
+    """A program that ends with such workers never ends: they ignore the SIGTERM that multiprocessing sends them."""
+    record_set(tmp_path / "crops", identities=2, each=4)
+    code = (
+        "import sys, multiprocessing, data_gen\n"
+        "crops = data_gen.open_training_set(sys.argv[1])\n"
+        "dataset = data_gen.CropDataset(crops, data_gen.Augmentation.named('none'), 0)\n"
+        "order = data_gen.BatchOrder(len(crops), 2, 0)\n"
+        "with data_gen.loading(dataset, order, 0, 100, workers=1, pin_memory=False) as batches:\n"
+        "    print(len(next(batches).labels), len(multiprocessing.active_children()))\n"
+        "print(len(multiprocessing.active_children()))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "crops")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "2 1\n0\n"), done.stderr
