@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The whole sequence on people who do not exist, by the commands of the README. `make demo` runs it inside .venv.
 #
-# About 18 minutes of CPU: 19 on the clock when measured on two busy cores, less on quiet ones. Killed at any point, it
-# goes on where it was when it is started again;
+# 8 minutes on two idle cores. Killed at any point, it goes on where it was when it is started again;
 # `rm -rf data/demo runs/demo` starts afresh. DEMO_DATA and DEMO_RUN put the files elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")"
