@@ -262,6 +262,7 @@ def train_steps(way, crops, options, device):
         clock.mark()
     synchronise(device)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+    assert next(batches, None) is None  # used up, so that its workers end: the program would wait for them for ever
     spans = []
     for start in range(0, len(clock.marks), 6):
         forward, head, backward, update = (clock.between(start + i) for i in range(1, 5))
