@@ -38,10 +38,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
+
+from megaface import kernels
 
 UNIT = 2.0**-24  # float32: largest relative error of one rounding
 UNDERFLOW = 2.0**-126  # float32: largest absolute error of one operation that underflows, even when flushed to zero
@@ -49,7 +50,6 @@ LARGEST = 0.99 * float(np.finfo(np.float32).max)
 
 CHUNKS = 16  # pieces in which the norms of prefixes and tails are known, for (2)
 PIECE = 128  # dimensions per matrix product, for (1): shorter is more exact and slower
-PAIR_BATCH = 256  # pairs scored together: two [256, 512] float32 buffers stay in a core's second-level cache
 PAIR_BATCH_GPU = 1 << 17
 BLOCK_SCORES = 1 << 17  # scores that `block_scores` adds up together: few calls, two buffers near the same size
 SURVEY_ROWS = 1024
@@ -77,37 +77,11 @@ def pair_scores(
     `left` [n, d] and `right` [m, d] are float32; `*_squares` [n], [m] are their `Survey.squares`.
     """
     if left.device.type == "cpu":
-        dots = _pair_dots(left.numpy(), right.numpy(), rows.numpy(), columns.numpy())
+        dots = torch.empty(len(rows))
+        kernels.pair_dots(left.numpy(), right.numpy(), rows.numpy(), columns.numpy(), dots.numpy())
     else:
         dots = _pair_dots_gpu(left, right, rows, columns)
     return _finish(dots, left_squares[rows], right_squares[columns])
-
-
-def _pair_dots(left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Tensor:
-    """Sequential dot products on a CPU: products pair by pair, then a sum over the dimensions of all pairs at once.
-
-    NumPy adds along the slow axis row by row (it sums in pairs only along the fast axis in memory), which is the
-    order wanted. OpenCV's transpose is four times as fast as torch's and NumPy's.
-    """
-    dots = np.empty(len(rows), np.float32)
-    first = np.empty((PAIR_BATCH, left.shape[1]), np.float32)
-    second = np.empty_like(first)
-    turned = np.empty(first.shape[::-1], np.float32)
-    # Pairs in the order of their columns find each row of `right` in the cache.
-    order = np.argsort(columns, kind="stable")
-    for start in range(0, len(rows), PAIR_BATCH):
-        part = order[start : start + PAIR_BATCH]
-        used = len(part)
-        np.take(left, rows[part], axis=0, out=first[:used], mode="clip")
-        np.take(right, columns[part], axis=0, out=second[:used], mode="clip")
-        # A last batch that is not full leaves old products behind it, so that the sum always sees many columns:
-        # with a single one the slow axis would be the fast one.
-        np.multiply(first[:used], second[:used], out=first[:used])
-        if used < PAIR_BATCH:
-            first[used:] = 0
-        cv2.transpose(first, dst=turned)
-        dots[part] = np.add.reduce(turned, axis=0)[:used]
-    return torch.from_numpy(dots)
 
 
 def _pair_dots_gpu(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -6,9 +6,7 @@ genuine score. `tally` answers all three for any number of thresholds without a 
 distractors times chunks of probes go through a matrix product, and only scores so close to a threshold that rounding
 could decide are computed again in the devkit's own order (`scores` proves how close that is).
 
-Per score the work after the product is a maximum per row. A row whose maximum is below all its thresholds is done:
-with a good model that is nearly every row. Otherwise the row goes through a table (`windows`): some five passes over
-the chunk in place of a search per score.
+This module plans the pass and adds up its answers; `tally_cpu` and `tally_gpu` do the work per score.
 
 Two kinds of input would defeat the bound, so they are handled apart: identical distractors (they tie with everything
 that their twins tie with) are scored once and counted as often as they occur, and distractors of very different norms
@@ -23,19 +21,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megaface import scores
 from megaface.scores import Bounds, GalleryClass, Survey
-from megaface.windows import TABLE_ROWS, ImpostorWindows, Windows
+from megaface.segments import BEST, Segment, exceeding
+from megaface.tally_cpu import CpuWork
+from megaface.tally_gpu import GpuWork
+from megaface.windows import ImpostorWindows, Windows
 from utils import InputError
 
-BEST = 5  # the devkit lists five distractors a probe
-DENSE_SHARE = 0.2  # from this share of uncertain scores on, scoring whole rows is cheaper than gathering pairs
 CPU_BLOCK = 1024, 1024  # probes x distractors of one product: square, so that BLAS packs little; 4 MB of scores
 GPU_BLOCK = 4096, 1 << 16
 
@@ -61,7 +59,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Distractors of one segment and one class of norms that are scored together."""
 
     segment: int
@@ -70,28 +68,41 @@ class _Block:
     weights: np.ndarray | None  # int64: how often each occurs; None: once
 
 
-class _Segment:
-    """The answers for the distractors between two sizes."""
+class Kind:
+    """A class of norms: its bounds, and the windows around all thresholds, which it makes when a block needs them."""
 
-    def __init__(self, questions: Questions) -> None:
-        n, k = questions.thresholds.shape
-        self.histogram = np.zeros((n, k + 1), np.int64)  # scores above exactly k thresholds (column 0 is not kept)
-        self.best_index = np.full((n, BEST), -1, np.int64)
-        self.best_score = np.full((n, BEST), -np.inf, np.float32)
-        self.accepted = np.zeros(len(questions.genuine), np.int64)
-        self.recomputed = 0
+    def __init__(self, scan: "Scan", gallery: GalleryClass) -> None:
+        self.scan, self.gallery = scan, gallery
         self.lock = threading.Lock()
+        self.windows: Windows | None = None
+        self.impostors: ImpostorWindows | None = None
 
+    def open(self) -> tuple[Windows, ImpostorWindows | None]:
+        """The windows, made at the first call."""
+        scan = self.scan
+        with self.lock:
+            if self.windows is not None:
+                return self.windows, self.impostors
+            asked, device = scan.questions, scan.device
+            self.any_width = scan.bounds.half_width(self.gallery)  # float64 [n]: of the window of any decision
+            if len(asked.genuine):
+                self.impostors = ImpostorWindows(scan.bounds, self.gallery, asked.impostor_rows, asked.genuine, device)
+            count = len(scan.distractors)
+            self.windows = Windows(scan.bounds, self.gallery, asked.thresholds, scan.absent, count, device)
+            return self.windows, self.impostors
 
-@dataclass
-class _Kind:
-    """A class of norms: its bounds, and its windows once a block needs them."""
+    def close(self) -> None:
+        """Let go of the windows; blocks that are under way keep theirs."""
+        with self.lock:
+            self.windows = self.impostors = None
 
-    gallery: GalleryClass
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    windows: Windows | None = None
-    impostors: ImpostorWindows | None = None
-    any_width: np.ndarray | None = None  # float64 [n]: half width of the score for any decision
+    def least(self, rows: slice, fifth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For probes `rows` with these fifth best scores: the least half score of a candidate for the five best, and
+        by how much a candidate can be below the fifth best half score of its own block. float64 [r] both."""
+        # A candidate's exact score may be W above its half score's, and the fifth best W below.
+        width = self.any_width[rows]
+        least = (fifth + self.scan.bounds.squares[rows] - width) / 2
+        return np.where(self.scan.absent[rows], np.inf, least), width
 
 
 @contextmanager
@@ -154,7 +165,7 @@ def tally(
     too large.
     """
     usable = np.ones(sizes[-1], bool) if ignored is None else ~np.asarray(ignored[: sizes[-1]], bool)
-    scan = _Scan(probes, distractors[: sizes[-1]], questions, sizes, usable, absent, torch.device(device))
+    scan = Scan(probes, distractors[: sizes[-1]], questions, sizes, usable, absent, torch.device(device))
     scan.plan(usable)
     advance(int((~usable).sum()))
     pool = ThreadPoolExecutor(scan.workers)
@@ -167,7 +178,7 @@ def tally(
     return scan.collect()
 
 
-class _Scan:
+class Scan:
     """The state of one pass."""
 
     def __init__(
@@ -186,6 +197,7 @@ class _Scan:
         self.absent = np.zeros(len(probes), bool) if absent is None else absent
         values = np.ascontiguousarray(probes, np.float32)
         of_probes = survey(values, "probe", self.workers)
+        self.values, self.survey_of_probes = values, of_probes
         self.survey = survey(distractors, "distractor", self.workers, usable)
         tops = float(of_probes.squares.max()), float(self.survey.squares[usable].max(initial=0))
         check_range(*tops)
@@ -193,9 +205,9 @@ class _Scan:
         self.probes = torch.from_numpy(values).to(device)
         self.squares = torch.from_numpy(of_probes.squares).to(device)
         self.genuine = torch.from_numpy(questions.genuine).to(device)
-        self.segments = [_Segment(questions) for _ in sizes]
-        self.blocks: list[_Block] = []
-        self.kinds: list[_Kind] = []
+        self.segments = [self.new_segment() for _ in sizes]
+        self.blocks: list[Block] = []
+        self.kinds: list[Kind] = []
         self.twins: dict[int, np.ndarray] = {}  # first of identical distractors -> the last `BEST` of them
 
     # ------------------------------------------------------------------------------------------ the plan
@@ -211,13 +223,13 @@ class _Scan:
         members, times, segment = np.concatenate(leaders), np.concatenate(weights), np.concatenate(segments)
         groups = scores.split_by_norm(self.survey.squares[members])
         for kind in range(groups.max(initial=-1) + 1):
-            self.kinds.append(_Kind(scores.gallery_class(self.survey, members[groups == kind])))
+            self.kinds.append(Kind(self, scores.gallery_class(self.survey, members[groups == kind])))
             for number in range(len(self.sizes)):
                 for repeated in (False, True):
                     inside = np.flatnonzero((groups == kind) & (segment == number) & ((times > 1) == repeated))
                     for first in range(0, len(inside), self.columns):
                         part = inside[first : first + self.columns]
-                        self.blocks.append(_Block(number, kind, members[part], times[part] if repeated else None))
+                        self.blocks.append(Block(number, kind, members[part], times[part] if repeated else None))
 
     def unique(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One of each set of identical distractors among `members`, ascending, and how often it occurs."""
@@ -240,28 +252,35 @@ class _Scan:
             self.twins[int(leaders[k])] = grouped[ends[k] - min(BEST, times[k]) : ends[k]]
         return leaders, times
 
-    def kind(self, number: int) -> _Kind:
-        """A class of norms with its windows, made at first use; those of earlier classes are dropped."""
-        kind = self.kinds[number]
-        with kind.lock:
-            if kind.windows is None:
-                for earlier in self.kinds[: max(0, number - 1)]:
-                    earlier.windows = None
-                thresholds, device = self.questions.thresholds, self.device
-                kind.any_width = self.bounds.half_width(kind.gallery)
-                if len(self.genuine):
-                    kind.impostors = ImpostorWindows(
-                        self.bounds, kind.gallery, self.questions.impostor_rows, self.questions.genuine, device
-                    )
-                count = len(self.distractors)
-                kind.windows = Windows(self.bounds, kind.gallery, thresholds, self.absent, count, device)
-        return kind
+    def kind(self, number: int) -> Kind:
+        """A class of norms; the windows of classes before the last are dropped."""
+        for earlier in self.kinds[: max(0, number - 1)]:
+            earlier.close()
+        return self.kinds[number]
+
+    def new_segment(self) -> Segment:
+        """One without answers."""
+        return Segment(*self.questions.thresholds.shape, len(self.questions.genuine))
 
     # ------------------------------------------------------------------------------------------ the work
 
-    def score(self, block: _Block) -> int:
+    def read(self, block: Block) -> np.ndarray:
+        """The block's features, float32 [N, d], in memory."""
+        columns = block.columns
+        contiguous = columns[-1] - columns[0] == len(columns) - 1
+        return np.array(
+            self.distractors[columns[0] : columns[-1] + 1] if contiguous else self.distractors[columns], np.float32
+        )
+
+    def impostors_in(self, rows: slice) -> np.ndarray:
+        """The probes among `rows` whose scores are the ROC's impostors; none when there is nothing to compare with."""
+        asked = self.questions
+        first, last = np.searchsorted(asked.impostor_rows, [rows.start, rows.stop])
+        return asked.impostor_rows[first : last if len(asked.genuine) else first]
+
+    def score(self, block: Block) -> int:
         """Score one block against all probes; returns how many distractors it stands for."""
-        work = _Work(self, block)
+        work = CpuWork(self, block) if self.device.type == "cpu" else GpuWork(self, block)
         for start in range(0, len(self.probes), self.rows):
             work.chunk(slice(start, min(start + self.rows, len(self.probes))))
         return int(len(block.columns) if block.weights is None else block.weights.sum())
@@ -269,211 +288,22 @@ class _Scan:
     def collect(self) -> list[Tally]:
         """Add the segments up to each size."""
         answers: list[Tally] = []
-        total = _Segment(self.questions)
-        everyone = np.repeat(np.arange(len(self.probes)), BEST)
+        total = self.new_segment()
         for segment in self.segments:
-            total.histogram += segment.histogram
-            total.accepted += segment.accepted
-            total.recomputed += segment.recomputed
-            keep_best(
-                total.best_index, total.best_score, everyone, segment.best_index.ravel(), segment.best_score.ravel()
-            )
-            above = total.histogram[:, :0:-1].cumsum(axis=1)[:, ::-1]
+            total.add(segment)
             answers.append(
-                Tally(above, total.best_index.copy(), total.best_score.copy(), total.accepted.copy(), total.recomputed)
+                Tally(
+                    exceeding(total.histogram),
+                    total.best_index.copy(),
+                    total.best_score.copy(),
+                    total.accepted.copy(),
+                    total.recomputed,
+                )
             )
         return answers
 
 
-class _Work:
-    """One block of distractors on its way past all probes. Each worker thread has its own."""
-
-    def __init__(self, scan: _Scan, block: _Block) -> None:
-        self.scan, self.block = scan, block
-        self.segment = scan.segments[block.segment]
-        self.kind = scan.kind(block.kind)
-        self.windows = self.kind.windows
-        columns = block.columns
-        contiguous = columns[-1] - columns[0] == len(columns) - 1
-        values = scan.distractors[columns[0] : columns[-1] + 1] if contiguous else scan.distractors[columns]
-        self.gallery = torch.from_numpy(np.array(values, np.float32)).to(scan.device)
-        self.squares = torch.from_numpy(scan.survey.squares[columns]).to(scan.device)
-        self.weights = None if block.weights is None else torch.from_numpy(block.weights).to(scan.device)
-        self.out = torch.empty(min(scan.rows, len(scan.probes)), len(columns), device=scan.device)
-        self.scratch = torch.empty_like(self.out)
-
-    def chunk(self, rows: slice) -> None:
-        """Score probes `rows` against the block and add what that tells to the segment."""
-        scan, size = self.scan, rows.stop - rows.start
-        half = scores.half_scores(scan.probes[rows], self.gallery, self.squares, self.out[:size], self.scratch[:size])
-        top = half.amax(dim=1)
-        self.count(rows, half, flat_nonzero(top >= self.windows.lowest[rows]))
-        self.find_best(rows, half, top)
-        first, last = np.searchsorted(scan.questions.impostor_rows, [rows.start, rows.stop])
-        if last > first and len(scan.genuine):
-            some = torch.from_numpy(scan.questions.impostor_rows[first:last]).to(scan.device)
-            self.count_impostors(some, half[some - rows.start])
-
-    def count(self, rows: slice, half: Tensor, active: Tensor) -> None:
-        """Sort the half scores of the `active` among probes `rows` into the gaps between their thresholds."""
-        if not len(active):
-            return
-        windows, codes = self.windows, self.windows.count + 1
-        with self.kind.lock:
-            table = windows.table(rows)
-        histogram = torch.zeros(len(half), codes, dtype=torch.int64, device=half.device)
-        marked = []
-        for part in active.split(TABLE_ROWS):
-            everyone = int(part[-1] - part[0]) == len(part) - 1  # the usual case: no copies
-            span = slice(int(part[0]), int(part[-1]) + 1)
-            values = half[span] if everyone else half.index_select(0, part)
-            bins = windows.to_bins(values, part + rows.start)
-            codes_of_bins = (table[span] if everyone else table.index_select(0, part)).view(-1)
-            code = codes_of_bins.index_select(0, bins.view(-1))
-            unsure = flat_nonzero(code >= codes)
-            row, column = split_flat(unsure, values.shape[1])
-            value = values.reshape(-1).index_select(0, unsure)
-            marked.append((part.index_select(0, row), column, value, code.index_select(0, unsure).long() - codes))
-            histogram[part] = self.bincount(code, 2 * codes, len(part))[:, :codes]
-        row, column, value, above = (torch.cat(some) for some in zip(*marked, strict=True))
-        if len(row):
-            above = self.resolve(row + rows.start, column, value, above, len(active))
-            weights = None if self.weights is None else self.weights[column].double()
-            counts = torch.bincount(row * codes + above, weights, minlength=histogram.numel())
-            histogram += counts.long().view(histogram.shape)
-        with self.segment.lock:
-            self.segment.histogram[rows] += histogram.cpu().numpy()
-
-    def bincount(self, code: Tensor, codes: int, rows: int) -> Tensor:
-        """Histogram int64 [rows, codes] of each row of codes, with the distractors' multiplicities."""
-        code = code.to(torch.int32).view(rows, -1)
-        code += codes * torch.arange(rows, dtype=torch.int32, device=code.device)[:, None]
-        weights = None if self.weights is None else self.weights.double().expand(rows, -1).reshape(-1)
-        return torch.bincount(code.view(-1), weights, minlength=rows * codes).long().view(rows, codes)
-
-    def resolve(self, probe: Tensor, column: Tensor, value: Tensor, above: Tensor, height: int) -> Tensor:
-        """How many thresholds each marked half score exceeds, int64, starting from `above` that it surely does.
-
-        The table's bins are wider than the windows: many marked scores are outside of the window itself.
-        """
-        windows = self.windows
-        place = probe * (windows.count + 1) + above
-        unsure = climb(place, value, windows.high.view(-1), windows.low.view(-1))
-        if len(unsure):
-            exact = self.exact(probe[unsure], column[unsure], height)
-            exact_place = place[unsure]
-            climb(exact_place, exact, windows.thresholds.view(-1), None)
-            place[unsure] = exact_place
-        return place - probe * (windows.count + 1)
-
-    def exact(self, probe: Tensor, column: Tensor, height: int) -> Tensor:
-        """Devkit scores float32 [N] of pairs that lie in `height` rows; whole rows at once when most are wanted."""
-        scan = self.scan
-        with self.segment.lock:
-            self.segment.recomputed += len(probe)
-        if len(probe) < DENSE_SHARE * height * len(self.gallery):
-            return scores.pair_scores(scan.probes, self.gallery, probe, column, scan.squares, self.squares)
-        rows, local = probe.unique(return_inverse=True)
-        block = scores.block_scores(scan.probes[rows], self.gallery, scan.squares[rows], self.squares)
-        return block[local, column]
-
-    def find_best(self, rows: slice, half: Tensor, top: Tensor) -> None:
-        """Update the five best of probes `rows`."""
-        scan, segment = self.scan, self.segment
-        width = torch.from_numpy(self.kind.any_width[rows]).to(scan.device)
-        with segment.lock:
-            fifth = torch.from_numpy(segment.best_score[rows, -1].copy()).to(scan.device)
-        # A candidate's exact score may be W above its half score's, and the fifth best W below.
-        least = (fifth.double() + scan.squares[rows] - width) / 2
-        present = torch.from_numpy(~scan.absent[rows]).to(scan.device)
-        local = flat_nonzero((top >= least) & present)
-        if not len(local):
-            return
-        values = half[local]
-        here = values.topk(min(BEST, values.shape[1]), dim=1).values[:, -1]
-        least = torch.maximum(least[local], here.double() - width[local]) if values.shape[1] >= BEST else least[local]
-        marked = flat_nonzero(values >= least[:, None])
-        row, column = marked // values.shape[1], marked % values.shape[1]
-        which = local + rows.start
-        if scan.bounds.exact:
-            score = 2 * values[row, column] - scan.squares[which[row]]
-        else:
-            score = self.exact(which[row], column, len(values))
-        self.add_best(which[row].cpu().numpy(), self.block.columns[column.cpu().numpy()], score.cpu().numpy())
-
-    def add_best(self, probe: np.ndarray, index: np.ndarray, score: np.ndarray) -> None:
-        if self.block.weights is not None:  # a repeated distractor stands for its last few occurrences
-            twins = [self.scan.twins[int(leader)] for leader in index]
-            times = [len(some) for some in twins]
-            probe, score, index = np.repeat(probe, times), np.repeat(score, times), np.concatenate(twins)
-        with self.segment.lock:
-            keep_best(self.segment.best_index, self.segment.best_score, probe, index, score)
-
-    def count_impostors(self, which: Tensor, half: Tensor) -> None:
-        """Add the scores of the ROC's probes `which` to the impostors above each genuine score."""
-        scan, windows = self.scan, self.kind.impostors
-        score = 2 * half - scan.squares[which][:, None]
-        kept = flat_nonzero(score > windows.lowest)
-        if not len(kept):
-            return
-        value = score.view(-1)[kept]
-        near = flat_nonzero(windows.near.index_select(0, windows.to_bins(value)))
-        if len(near):
-            row, column = kept[near] // half.shape[1], kept[near] % half.shape[1]
-            value[near] = self.exact(which[row], column, len(half))
-        accepted = self.exceeding(value, None if self.weights is None else self.weights[kept % half.shape[1]])
-        with self.segment.lock:
-            self.segment.accepted += accepted.cpu().numpy()
-
-    def exceeding(self, value: Tensor, weights: Tensor | None) -> Tensor:
-        """How many of `value` (with multiplicity) are above each genuine score, int64 [U]."""
-        if weights is None:
-            return len(value) - torch.searchsorted(ascending(value), self.scan.genuine, right=True)
-        order = value.argsort()
-        below = torch.nn.functional.pad(weights[order].cumsum(0), (1, 0))
-        return below[-1] - below[torch.searchsorted(value[order], self.scan.genuine, right=True)]
-
-
-# ---------------------------------------------------------------------------------------------- helpers
-
-
-def flat_nonzero(mask: Tensor) -> Tensor:
-    """Flat indices int64 of true entries; NumPy is several times faster than torch at it on a CPU."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.view(-1).nonzero().view(-1)
-
-
-def split_flat(index: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of flat indices into a matrix; division is slow, and most blocks are a power of two wide."""
-    if width & (width - 1):
-        row = index // width
-        return row, index - row * width
-    return index >> (width.bit_length() - 1), index & (width - 1)
-
-
-def climb(place: Tensor, value: Tensor, high: Tensor, low: Tensor | None) -> Tensor:
-    """Move each place [N] up, in place, as long as its value exceeds `high` there; `high` rises up to an infinity.
-
-    Returns the indices of the values that ended between `low` and `high`, where nothing is decided.
-    """
-    pending = torch.arange(len(place), device=place.device)
-    between = []
-    while len(pending):
-        here, some = place.index_select(0, pending), value.index_select(0, pending)
-        over = some > high.index_select(0, here)
-        if low is not None:
-            between.append(pending[~over & (some >= low.index_select(0, here))])
-        pending = pending[over]
-        place.index_add_(0, pending, torch.ones_like(pending))
-    return torch.cat(between) if between else pending
-
-
-def ascending(values: Tensor) -> Tensor:
-    """Sorted copy; NumPy has vector code for it on a CPU."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy()))
-    return values.sort().values
+# ---------------------------------------------------------------------------------------------- what may not be
 
 
 def check_range(left_square: float, right_square: float) -> None:
@@ -493,15 +323,3 @@ def rounds_nowhere(
             if not scores.is_exact(step, *largest_squares):
                 return False
     return True
-
-
-def keep_best(index: np.ndarray, score: np.ndarray, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
-    """Merge candidates (row, column, score) into lists [n, 5] in place: score descending, larger index first."""
-    touched = np.unique(rows)
-    all_rows = np.concatenate([np.repeat(touched, BEST), rows])
-    all_columns = np.concatenate([index[touched].ravel(), columns])
-    all_scores = np.concatenate([score[touched].ravel(), values])
-    order = np.lexsort((-all_columns, -all_scores, all_rows))
-    starts = np.searchsorted(all_rows[order], touched)
-    picked = order[starts[:, None] + np.arange(BEST)]
-    index[touched], score[touched] = all_columns[picked], all_scores[picked]

@@ -8,12 +8,18 @@ To sort millions of scores into the gaps between some fifty thresholds a row, th
 bins, and a table says for each bin how many thresholds lie below it, or that a window touches it. The map from values
 to bins is monotone, and values and window edges go through the same operations, so a bin can never contradict a
 comparison: at worst a bin is marked that need not have been.
+
+A CPU goes from its table to the thresholds themselves (`kernels.sort_in`), so there the table only says where to start;
+a GPU, which has no loop per score, reads the whole answer from the table where no window is near.
 """
+
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megaface import kernels
 from megaface.scores import UNIT, Bounds, GalleryClass
 
 TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
@@ -41,6 +47,11 @@ def line(least: np.ndarray, most: np.ndarray, bins: int) -> tuple[np.ndarray, np
     span = np.maximum(most - least, np.maximum(np.abs(least) * 1e-5, bins / STEEPEST))
     scale = (bins - 5) / span
     return scale.astype(np.float32), (2 - least * scale).astype(np.float32)
+
+
+def smallest_kind(most: int) -> type[np.integer]:
+    """The smallest integers, among those that torch has, that count up to `most`."""
+    return next(kind for kind in (np.uint8, np.int16, np.int32) if most <= np.iinfo(kind).max)
 
 
 class Windows:
@@ -97,6 +108,21 @@ class Windows:
         bins += (torch.arange(len(rows), device=values.device) * self.bins).float()[:, None]
         return bins.to(torch.int32)
 
+    def for_kernel(self, rows: slice) -> tuple[np.ndarray, ...]:
+        """What `kernels.count_rows` takes as windows, for probes `rows`. Call from one thread at a time."""
+        if rows.start not in self._tables:
+            self._tables[rows.start] = torch.from_numpy(self._make_starts(rows))
+        low, high, thresholds, scale, offset = (
+            some[rows].numpy() for some in (self.low, self.high, self.thresholds, self.scale, self.offset)
+        )
+        return low, high, thresholds, self._tables[rows.start].numpy(), scale, offset
+
+    def _make_starts(self, rows: slice) -> np.ndarray:
+        starts = np.empty((rows.stop - rows.start, self.bins), smallest_kind(self.count))
+        high, scale, offset = (some[rows].numpy() for some in (self.high, self.scale, self.offset))
+        kernels.fill_all_starts(high, scale, offset, starts)
+        return starts
+
     def table(self, rows: slice) -> Tensor:
         """uint8, int16 or int32 [r, bins] for probes `rows`: how many thresholds are surely below a bin, plus K + 1
         where the window of the next threshold touches it. Call from one thread at a time."""
@@ -106,8 +132,7 @@ class Windows:
 
     def _make_table(self, rows: slice) -> Tensor:
         size, codes = rows.stop - rows.start, self.count + 1
-        smallest = next(kind for kind in (np.uint8, np.int16, np.int32) if 2 * codes <= np.iinfo(kind).max)
-        table = np.empty((size, self.bins), smallest)
+        table = np.empty((size, self.bins), smallest_kind(2 * codes))
         for start in range(0, size, TABLE_ROWS):
             part = slice(start, min(start + TABLE_ROWS, size))
             table[part] = self._make_rows(slice(rows.start + part.start, rows.start + part.stop))
@@ -145,15 +170,33 @@ class ImpostorWindows:
         )  # 2 D - |p|^2 rounds again
         exact = np.array(genuine, np.float64)
         low, high = outward(exact - width, exact + width)
-        self.lowest = float(genuine[0] if bounds.exact else low[0])
-        scale, offset = line(low[:1].astype(np.float64), high[-1:].astype(np.float64), IMPOSTOR_BINS)
+        if bounds.exact:  # nothing rounds, so a score on a genuine one is not above it
+            high, low = genuine, np.nextafter(genuine, np.float32(np.inf))
+        self.device, self.exact = device, bounds.exact
+        self.low, self.high, self.genuine = (np.append(some, np.float32(np.inf)) for some in (low, high, genuine))
+        self.lowest = float(min(low[0], high[0]))
+        scale, offset = line(np.minimum(low, high)[:1].astype(float), high[-1:].astype(float), IMPOSTOR_BINS)
         self.scale, self.offset = float(scale[0]), float(offset[0])
-        self.near = torch.zeros(IMPOSTOR_BINS, dtype=torch.bool, device=device)
-        if bounds.exact:
-            return
-        first, last = (self.to_bins(torch.from_numpy(edge)).numpy().astype(np.int64) for edge in (low, high))
+        self._starts = np.empty((1, 0), np.int32)
+
+    def for_kernel(self) -> tuple[np.ndarray, ...]:
+        """What `kernels.count_rows` takes as windows, one row for all. Call from one thread at a time."""
+        scale, offset = np.array([self.scale], np.float32), np.array([self.offset], np.float32)
+        if not self._starts.size:
+            self._starts = np.empty((1, IMPOSTOR_BINS), np.int32)
+            kernels.fill_all_starts(self.high[None], scale, offset, self._starts)
+        return self.low[None], self.high[None], self.genuine[None], self._starts, scale, offset
+
+    @cached_property
+    def near(self) -> Tensor:
+        """Whether a bin touches a window, bool [bins]."""
+        if self.exact:
+            return torch.zeros(IMPOSTOR_BINS, dtype=torch.bool, device=self.device)
+        first, last = (
+            self.to_bins(torch.from_numpy(edge[:-1])).numpy().astype(np.int64) for edge in (self.low, self.high)
+        )
         opened = np.bincount(first, minlength=IMPOSTOR_BINS + 1) - np.bincount(last + 1, minlength=IMPOSTOR_BINS + 1)
-        self.near = torch.from_numpy(opened.cumsum()[:IMPOSTOR_BINS] > 0).to(device)
+        return torch.from_numpy(opened.cumsum()[:IMPOSTOR_BINS] > 0).to(self.device)
 
     def to_bins(self, values: Tensor) -> Tensor:
         """Bins int32 of scores; monotone."""

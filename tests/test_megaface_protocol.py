@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaface import protocol, scores, tally, windows
+from megaface import protocol, scores, tally, tally_gpu, windows
 from megaface.devkit_json import array_text, cmc_text, float_text, matches_text
 from megaface.protocol import identification, subsample
 from utils import InputError
@@ -29,7 +29,7 @@ def load_golden(shared, case):
 def use_tiny_blocks(monkeypatch, rows, columns):
     """Make every case need many blocks."""
     monkeypatch.setattr(tally, "CPU_BLOCK", (rows, columns))
-    monkeypatch.setattr(tally, "TABLE_ROWS", 2)
+    monkeypatch.setattr(tally_gpu, "TABLE_ROWS", 2)
     monkeypatch.setattr(windows, "TABLE_ENTRIES", 1)
     monkeypatch.setattr(protocol, "POSITION_ROWS", 3)
 
