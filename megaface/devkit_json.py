@@ -4,7 +4,7 @@ The devkit writes them with an old jsoncpp (`StyledStreamWriter` with a tab): ke
 the document, arrays on one line when short, and floats as `%#.16g` of the float32 with trailing zeros cut to one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,11 +28,12 @@ def array_text(items: Sequence[str], indent: str) -> str:
     """A JSON array of printed scalars, as it stands after `"key" : ` or on a line of its own."""
     if not items:
         return "[]"
-    length = 2 + 2 + 2 * (len(items) - 1) + sum(map(len, items))
-    if 3 * len(items) < RIGHT_MARGIN and length < RIGHT_MARGIN:
-        return f"[ {', '.join(items)} ]"
-    lines = ",\n".join(f"{indent}\t{item}" for item in items)
-    return f"\n{indent}[\n{lines}\n{indent}]"
+    if 3 * len(items) < RIGHT_MARGIN:
+        line = f"[ {', '.join(items)} ]"
+        if len(line) < RIGHT_MARGIN:
+            return line
+    lines = f",\n{indent}\t".join(items)
+    return f"\n{indent}[\n{indent}\t{lines}\n{indent}]"
 
 
 def cmc_text(result: Identification) -> str:
@@ -53,20 +54,18 @@ def cmc_text(result: Identification) -> str:
 
 def matches_text(result: Identification) -> str:
     """The text of `matches_*.json`: for every probe its best distractors, and the ranks of its mates."""
-    starts = np.searchsorted(result.pairs[:, 1], np.arange(len(result.ids) + 1))
+    # Printed all at once: a call per probe would take longer than the printing.
+    mates, ranks = _integers(result.pairs[:, 0]), _integers(result.ranks)
+    best, scores = _integers(result.best_index.ravel()), _floats(result.best_score.ravel())
+    starts = np.searchsorted(result.pairs[:, 1], np.arange(len(result.ids) + 1)).tolist()
+    listed = (result.best_index >= 0).sum(axis=1).tolist()
+    width = result.best_index.shape[1]
     entries = []
     for probe in range(len(result.ids)):
-        mates = slice(starts[probe], starts[probe + 1])
-        best = result.best_index[probe] >= 0
-        distractors = _object(
-            {
-                "idx": _integers(result.best_index[probe, best]),
-                "score": _floats(result.best_score[probe, best]),
-            }
-        )
-        probes = " null"
-        if mates.stop > mates.start:
-            probes = _object({"idx": _integers(result.pairs[mates, 0]), "rank": _integers(result.ranks[mates])})
+        some = slice(probe * width, probe * width + listed[probe])
+        distractors = _object({"idx": best[some], "score": scores[some]})
+        some = slice(starts[probe], starts[probe + 1])
+        probes = _object({"idx": mates[some], "rank": ranks[some]}) if mates[some] else " null"
         entries.append(f'\t\n\t{{\n\t\t"distractors" :{distractors},\n\t\t"probes" :{probes}\n\t}}')
     return "\n[\n" + ",\n".join(entries) + "\n]\n"
 
@@ -81,8 +80,8 @@ def _rank_curve(curve: np.ndarray) -> tuple[list[str], list[str]]:
     return _integers(kept), _floats(curve[kept])
 
 
-def _integers(values: Iterable[int]) -> list[str]:
-    return [str(int(value)) for value in values]
+def _integers(values: Sequence[int] | np.ndarray) -> list[str]:
+    return list(map(str, np.asarray(values).tolist()))
 
 
 def _floats(values: np.ndarray) -> list[str]:

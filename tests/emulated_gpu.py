@@ -266,7 +266,9 @@ class EmulatedGpu(TorchFunctionMode):
                 return value
             if (wrapper := known.get(id(value))) is None:
                 return OnGpu(value)
-            assert wrapper.shape == value.shape and wrapper.stride() == value.stride(), f"{func} changes shapes in place"
+            assert wrapper.shape == value.shape and wrapper.stride() == value.stride(), (
+                f"{func} changes shapes in place"
+            )
             return wrapper
 
         return _pytree.tree_map(wrap, func(*args, **kwargs))

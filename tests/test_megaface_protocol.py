@@ -34,6 +34,14 @@ def use_tiny_blocks(monkeypatch, rows, columns):
     monkeypatch.setattr(protocol, "POSITION_ROWS", 3)
 
 
+@pytest.fixture(params=["loops", "arrays"])
+def both_ways(request, monkeypatch):
+    """The compiled loops of a CPU, and the whole-array operations of a GPU, run here."""
+    if request.param == "arrays":
+        monkeypatch.setattr(tally, "CpuWork", tally_gpu.GpuWork)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("case", GOLDEN)
 def test_the_devkits_files_to_the_byte(shared, case, tiny, monkeypatch):
@@ -122,17 +130,28 @@ def check_against_transcription(probes, ids, distractors, size):
     return result
 
 
+@pytest.mark.usefixtures("both_ways")
 @settings(deadline=None, max_examples=150, suppress_health_check=list(hypothesis.HealthCheck))
 @given(game=games())
 def test_any_game_is_the_transcriptions(game):
     check_against_transcription(*game)
 
 
+@pytest.mark.usefixtures("both_ways")
 @settings(deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
 @given(game=games())
 def test_any_game_in_tiny_blocks_is_the_transcriptions(game, monkeypatch):
     use_tiny_blocks(monkeypatch, 5, 4)
     check_against_transcription(*game)
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_scores_that_nearly_all_have_to_be_computed_again():
+    """Everything lies within rounding of everything else, so whole rows are scored in the devkit's order at once."""
+    rng = np.random.default_rng(30)
+    probes, distractors = (np.float32(1) + np.float32(1e-6) * rng.random((n, 70), np.float32) for n in (40, 600))
+    result = check_against_transcription(probes, [f"id{i % 3}" for i in range(40)], distractors, 600)
+    assert result.recomputed > 40 * 600
 
 
 def random_game(seed, n=130, m=60, dimensions=48, identities=12, noise=1.2):
@@ -145,6 +164,7 @@ def random_game(seed, n=130, m=60, dimensions=48, identities=12, noise=1.2):
     return sides[0].astype(np.float32), ids, sides[1].astype(np.float32)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_only_the_first_hundred_probes_are_impostors():
     probes, ids, distractors = random_game(1)
     result = check_against_transcription(probes, ids, distractors, 60)
@@ -157,11 +177,13 @@ def test_fewer_than_a_hundred_probes_are_all_impostors():
     assert (result.impostor_probes, result.roc.impostors) == (40, 2400)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_crowd_of_thresholds_needs_a_wider_table():
     probes, ids, distractors = random_game(3, n=150, identities=1)
     check_against_transcription(probes, ids, distractors, 60)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_several_sizes_in_one_pass_are_the_same_as_one_by_one():
     probes, ids, distractors = random_game(4)
     sizes = [60, 3, 17, 100, 17]
@@ -221,6 +243,7 @@ def test_progress_counts_every_distractor_once():
 # ---------------------------------------------------------------------------------------------- out of competition
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_ignored_distractors_are_as_good_as_far_away():
     probes, ids, distractors = random_game(10)
     ignored = np.zeros(60, bool)
@@ -235,6 +258,7 @@ def test_ignored_distractors_are_as_good_as_far_away():
     assert (cmc_text(found), matches_text(found)) == (cmc_text(wanted), matches_text(wanted))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_absent_probes_fail_every_comparison():
     probes, ids, distractors = random_game(11, identities=8)
     absent = np.zeros(len(probes), bool)
@@ -266,6 +290,7 @@ def test_absent_probes_fail_every_comparison():
     json.loads(matches_text(found))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_all_probes_absent():
     probes, ids, distractors = random_game(12, n=20)
     (result,) = identification(probes, ids, distractors, [60], absent=np.ones(20, bool))
@@ -313,11 +338,13 @@ def recomputed_share(probes, ids, distractors):
     return result.recomputed / (len(probes) * len(distractors))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_little_is_recomputed_when_identities_are_apart():
     probes, ids, distractors = random_game(14, n=200, m=5000, dimensions=256, identities=40, noise=0.7)
     assert recomputed_share(probes, ids, distractors) < 0.01
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_identical_distractors_are_scored_once():
     probes, ids, distractors = random_game(15, n=60, m=4000)
     distractors[:] = probes[7]  # each ties with the mate of a genuine pair
@@ -333,6 +360,7 @@ def test_one_huge_distractor_does_not_widen_every_window():
     assert recomputed_share(probes, ids, distractors) < 0.01
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_quantised_features_need_no_recomputation():
     rng = np.random.default_rng(17)
     probes, distractors = (rng.integers(-2, 3, (count, 32)).astype(np.float32) / 4 for count in (60, 2000))

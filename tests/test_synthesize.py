@@ -28,7 +28,7 @@ from align import align_face
 from lfw import find_photos, read_pairs
 from photos import list_photos
 from recordio import open_crops
-from synthetic import dataset, hair, kernels, parameters, photo, render, skin
+from synthetic import dataset, hair, kernels, parameters, photo, props, render, skin
 from synthetic.head import CAVITY, EYE, LASH, SKIN, TEETH, TONGUE, data_folder, load_head
 from utils import InputError
 
@@ -37,6 +37,18 @@ IDENTITIES, IMAGES = 3, 2
 
 # Runs of the script cost 7 s of CPU each; on a machine that is shared they may take minutes.
 pytestmark = pytest.mark.timeout(900)
+
+
+@wp.kernel(enable_backward=False)
+def covered(
+    mesh: wp.uint64,
+    points: wp.array(dtype=wp.vec3),
+    directions: wp.array(dtype=wp.vec3),
+    hidden: wp.array(dtype=wp.int32),
+):
+    i = wp.tid()
+    if wp.mesh_query_ray_anyhit(mesh, points[i], directions[i], 100.0):
+        hidden[i] = 1
 
 
 def start(out, *options, environment=None):
@@ -388,13 +400,60 @@ def test_every_hair_style_grows_outside_the_head(renderer, style):
     assert inside.mean() < 0.03
 
 
-@pytest.mark.parametrize("style", [style for style in parameters.BEARDS if style not in ("none", "stubble")])
-def test_every_beard_grows_below_the_nose(renderer, style):
+@pytest.mark.parametrize("style", [style for style in parameters.BEARDS if style not in skin.PAINTED_BEARDS])
+def test_every_long_beard_grows_below_the_nose(renderer, style):
     identity = parameters.draw_identity(0, 4, renderer.head)
     identity.beard["style"] = style
     ribbons = hair.grow_beard(identity, renderer.head, renderer.head.canonical)
     assert len(ribbons.faces) > 50
     assert np.isfinite(ribbons.points).all() and ribbons.points[:, 1].max() < 2
+
+
+@pytest.mark.parametrize("style", [style for style in parameters.BEARDS if style != "none"])
+def test_beards_darken_their_region_and_leave_the_corners_of_the_mouth_free(renderer, style):
+    identity = parameters.draw_identity(0, 4, renderer.head)
+    identity.beard |= {"style": "none", "shadow": 0.0, "density": 1.0, "grey": 0.0, "colour": [0.02, 0.02, 0.02]}
+    bare = skin.paint(identity).astype(int)
+    identity.beard["style"] = style
+    darker = (bare - skin.paint(identity))[..., :3].mean(-1)
+    region = skin.beard_region(style, skin.load_canvas().place, skin.load_canvas().lips)
+    assert darker[region > 0.9].mean() > 20 and abs(darker[cv2.dilate(region, np.ones((15, 15))) == 0]).max() <= 1
+    corners = skin.Canvas.texel(renderer.head.canonical[list(renderer.head.corners)]).round().astype(int)
+    assert region[corners[:, 1], corners[:, 0]].max() < 0.2
+
+
+def test_light_is_coloured_on_stage_only(renderer):
+    """Ambient light has one hue from whichever side it comes, as the sky of a photo; no light is much redder than white."""
+    identity = parameters.draw_identity(0, 3, renderer.head)
+    plain = 0
+    for k in range(120):
+        shot = parameters.draw_photo(identity, k, renderer.head)
+        if shot.ambient["kind"] == "stage":
+            continue
+        plain += 1
+        sums = [np.array(shot.ambient["mean"]) + np.array(shot.ambient[axis]) for axis in "xz"]
+        sums += [np.array(light["colour"]) for light in shot.lights]
+        assert all(colour.max() / colour.min() < 2.5 for colour in sums)
+    assert plain > 110  # the stage is rare
+
+
+def test_what_is_held_hides_little_of_the_face(renderer):
+    """Over the objects as drawn: one photo in 25 has one, and it covers a small part of the face."""
+    identity = parameters.draw_identity(0, 3, renderer.head)
+    shots = [parameters.draw_photo(identity, k, renderer.head) for k in range(1500)]
+    held = [shot for shot in shots if shot.occluder]
+    assert 0.025 < len(held) / len(shots) < 0.055
+    person = render.Person(identity, renderer, frozenset())
+    face = person.rest[renderer.face_vertices]
+    points = wp.array(face + [0, 0, 0.1], dtype=wp.vec3, device="cpu")
+    ahead = wp.array(np.tile(np.float32([[0, 0, 1]]), (len(face), 1)), dtype=wp.vec3, device="cpu")
+    shares = []
+    for shot in held:
+        part = props.occluder_piece(shot)
+        hidden = wp.zeros(len(face), dtype=wp.int32, device="cpu")
+        wp.launch(covered, len(face), [renderer._mesh(part.points, part.faces).id, points, ahead, hidden], device="cpu")
+        shares.append(hidden.numpy().mean())
+    assert np.mean(shares) < 0.12 and np.max(shares) < 0.4 and np.max(shares) > 0.02
 
 
 def test_everything_worn_can_be_photographed(renderer):
@@ -403,7 +462,7 @@ def test_everything_worn_can_be_photographed(renderer):
     bare = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
     [plain], _ = renderer.photograph(identity, [bare])
     photos = []
-    for k in range(400):
+    for k in range(1500):
         shot = parameters.draw_photo(identity, k, renderer.head)
         for worn in ("glasses", "hat", "scarf", "occluder"):
             what = getattr(shot, worn)
