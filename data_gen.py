@@ -326,16 +326,22 @@ class Augmenter:
         cv2.transform(rgb, matrix, dst=out)
 
 
-def augment_on_device(images: Tensor, recipe: Augmentation, values: np.ndarray) -> Tensor:
+def pack_colours(recipe: Augmentation, values: np.ndarray) -> Tensor:
+    """`draw_colours` as `augment_on_device` takes it, one float32 row for each crop: mirror, luma factor, matrix."""
+    mirror, linear, luma_factor = draw_colours(recipe, values)
+    packed = np.concatenate([mirror[:, None], luma_factor[:, None], linear.reshape(-1, 9)], axis=1)
+    return torch.from_numpy(packed.astype(np.float32))
+
+
+def augment_on_device(images: Tensor, colours: Tensor) -> Tensor:
     """What `Augmenter` does with mirror and colours, for uint8 [n, 112, 112, 3] on any device; the same to one grey
-    level.
+    level. `colours` [n, 11] is of `pack_colours`, on that device.
     """
-    colours = draw_colours(recipe, values)
-    mirror, linear, luma_factor = (torch.from_numpy(part).to(images.device, non_blocking=True) for part in colours)
+    mirror, luma_factor, linear = colours[:, 0] > 0, colours[:, 1], colours[:, 2:].view(-1, 3, 3)
     pixels = images.flatten(1, 2).float()
-    luma = torch.from_numpy(LUMA).to(images.device, torch.float32, non_blocking=True)
-    offset = luma_factor.float() * (pixels @ luma).mean(1)
-    pixels = torch.baddbmm(offset[:, None, None], pixels, linear.float().mT).round_().clamp_(0, 255)
+    luma = sum(share * mean for share, mean in zip(LUMA.tolist(), pixels.mean(1).unbind(1), strict=True))
+    offset = luma_factor * luma
+    pixels = torch.baddbmm(offset[:, None, None], pixels, linear.mT).round_().clamp_(0, 255)
     pixels = pixels.to(torch.uint8).view(images.shape)
     return torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
 
@@ -502,7 +508,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [n]
     indices: Tensor  # int64 [n] positions in the training set
     sizes: Tensor  # int64 [n] bytes of each encoded crop; [0] when the images are decoded
-    values: Tensor  # float64 [n, 64] the random numbers of encoded crops; [0] when they are decoded
+    colours: Tensor  # float32 [n, 11] what is to be changed of encoded crops; [0] when they are decoded
     skipped: Tensor  # int64 [k] unreadable crops that were replaced by the next readable one
     error: str  # not empty: the run must stop with this message
 
@@ -582,7 +588,8 @@ class CropDataset(torch.utils.data.Dataset):
         images = torch.frombuffer(bytearray(b"".join(crop for crop, _ in crops)), dtype=torch.uint8)
         labels = torch.tensor([label for _, label in crops])
         sizes = torch.tensor([len(crop) for crop, _ in crops])
-        return Batch(images, labels, torch.from_numpy(indices), sizes, torch.from_numpy(values), _NOTHING, "")
+        colours = pack_colours(self.recipe, values)
+        return Batch(images, labels, torch.from_numpy(indices), sizes, colours, _NOTHING, "")
 
     def _read(self, index: int) -> tuple[bytes, int]:
         """The encoded crop and its label; no bytes for one that cannot be read and is to be replaced."""
@@ -644,7 +651,7 @@ def to_device(batch: Batch, dataset: CropDataset, device: torch.device) -> tuple
         pairs = [dataset.readable(index, skipped) for index in batch.indices.tolist()]
         images = torch.from_numpy(np.stack([crop for crop, _ in pairs])).to(device)
         labels = torch.tensor([label for _, label in pairs], device=device)
-    return augment_on_device(images, dataset.recipe, batch.values.numpy()), labels, skipped
+    return augment_on_device(images, batch.colours.to(device, non_blocking=True)), labels, skipped
 
 
 class _Requests(torch.utils.data.Sampler):

@@ -84,7 +84,10 @@ def join(device_name: str) -> Iterator[World]:
     """The world as torchrun describes it in RANK, LOCAL_RANK and WORLD_SIZE; a world of one without them."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(0, 1, utils.choose_device(device_name))
+        device = utils.choose_device(device_name)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # else what asks for "cuda" (pinned memory, the compiler) takes the first one
+        yield World(0, 1, device)
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     device = _device_of(device_name, local_rank)

@@ -207,7 +207,7 @@ class Embedder:
 
     def _evaluating(self) -> contextlib.AbstractContextManager[None]:
         network = getattr(self.model, "network", None)
-        return contextlib.nullcontext() if network is None else _evaluation_mode(network)
+        return contextlib.nullcontext() if network is None else _evaluation_mode(network, self.model.device)
 
     def describe(self) -> dict[str, Any]:
         """What a report has to say about the model, ready for JSON."""
@@ -317,15 +317,16 @@ class _NetworkModel:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the whole network; afterwards each module is in its own earlier mode again.
+def _evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode for the whole network, in true float32; afterwards each module is in its own earlier mode again.
 
     Not `network.train(before)`: that would wake modules that their owner has frozen.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        yield
+        with utils.true_float32(device):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -10,6 +10,7 @@ import pickle
 import platform
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,33 @@ def choose_device(name: str) -> "torch.device":
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+_precision = threading.RLock()
+
+
+@contextlib.contextmanager
+def true_float32(device: "torch.device") -> Iterator[None]:
+    """Inside, a GPU's convolutions and matrix products keep float32's 24 bits, and are the same in every run.
+
+    By default cuDNN multiplies with TensorFloat-32, whose 11 bits of mantissa move features by a thousandth and
+    landmarks by tenths of a pixel, and train.py lets it choose kernels by trial. That is right for training and wrong
+    for what is measured. The price: an H100 computes some five times as long. The switches are the whole process's, so
+    threads that want them take turns; on a CPU nothing happens.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    import torch
+
+    with _precision:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 CHECKPOINT_FORMAT = "face-checkpoint-1"

@@ -88,7 +88,8 @@ def per_core(crops, indices, repeats):
                 for payload in payloads[start : start + BATCH]
             ]
             images = torch.stack(decoded).permute(0, 2, 3, 1)
-            data_gen.augment_on_device(images, recipe, data_gen.uniforms(0, 0, batches[start // BATCH], 64))
+            colours = data_gen.pack_colours(recipe, data_gen.uniforms(0, 0, batches[start // BATCH], 64))
+            data_gen.augment_on_device(images, colours)
 
     runs = {
         "decoder (torchvision)": bare_torchvision,

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from retinaface.decoding import Cells
 from retinaface.network import MEAN_BGR, STRIDE, Weights, forward, fuse_heads
+from utils import true_float32
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -227,7 +228,7 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def run(self, photos: Sequence[np.ndarray]) -> Tensor:
         x = torch.from_numpy(np.stack(photos)).to(self.device).float().sub_(self._mean).permute(0, 3, 1, 2)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with true_float32(self.device):
             return forward(self, x)
 
     def convolve(self, name: str, x: Tensor, slope: float | None = None) -> Tensor:

@@ -69,10 +69,8 @@ class OnGpu(Tensor):
     @staticmethod
     def __new__(cls, held, requires_grad=False):
         assert type(held) is Tensor, f"a {type(held).__name__} on the GPU"
-        return Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device="cpu",
-            requires_grad=requires_grad
-        )  # fmt: skip
+        place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "device": "cpu"}
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, requires_grad=requires_grad, **place)
 
     def __init__(self, held, requires_grad=False):
         self.held = held
@@ -283,9 +281,7 @@ class EmulatedGpu(TorchFunctionMode):
         if torch.Tag.pointwise in func.tags or func in INDEXING or func is aten.fill_.Tensor:
             strange = [tensor for tensor in strange if tensor.ndim]
         if strange:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
-            )
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu! ({func})")
 
     @staticmethod
     def _check_layout(func, args):

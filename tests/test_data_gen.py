@@ -401,9 +401,8 @@ def test_the_device_augments_as_the_workers_do(photo):
     recipe = Augmentation(jitter=0.3, grey=0.3)
     values = data_gen.uniforms(2, 0, np.arange(30), 64)
     images = torch.from_numpy(np.repeat(photo[None], 30, axis=0))
-    difference = (
-        data_gen.augment_on_device(images, recipe, values).int() - torch.from_numpy(changed(recipe, photo, 30, 2)).int()
-    )
+    there = data_gen.augment_on_device(images, data_gen.pack_colours(recipe, values))
+    difference = there.int() - torch.from_numpy(changed(recipe, photo, 30, 2)).int()
     assert difference.abs().max() <= 1 and (difference != 0).float().mean() < 0.1  # OpenCV has 10-bit factors
 
 

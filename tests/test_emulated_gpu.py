@@ -14,7 +14,7 @@ import pytest
 import torch
 from emulated_gpu import EmulatedGpu
 from torch import nn
-from training import SmallNetwork, assert_same_state, jpegs, load, options, record_set
+from training import ROOT, SmallNetwork, assert_same_state, jpegs, load, options, record_set
 
 import config
 import data_gen
@@ -196,12 +196,12 @@ def start(monkeypatch, tmp_path):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
 
-    def run(data, name, *, small=True, **changes):
+    def run(data, name, *, small=True, code=0, **changes):
         if small:
             monkeypatch.setattr(models, "build_network", lambda name, se, size, recompute: SmallNetwork(size))
         chosen = config.parse(config.Train, argv=options(data, tmp_path / name, **changes))
         with distributed.join(chosen.device) as world:
-            assert train.train(chosen, world) == 0
+            assert train.train(chosen, world) == code
         return tmp_path / name
 
     yield run
@@ -278,9 +278,9 @@ def test_a_run_and_its_resumption_are_the_cpus(crops, gpu, start, sample_rate, m
     def stop(options, step, seconds, termination):
         return train.STOP if step == 5 else 0
 
-    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+    with monkeypatch.context() as patch:
         patch.setattr(train, "next_action", stop)
-        start(crops, "gpu", device="cuda", **settings)
+        start(crops, "gpu", device="cuda", code=143, **settings)
     out = start(crops, "gpu", device="cuda", resume=True, **settings)
     assert_same_state(load(out / "checkpoint.pt"), expected)
 
@@ -341,20 +341,20 @@ def test_evaluation_script(checkpoint, pairs, gpu, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [*map(str, line), "--out", str(out), "--device", device])
         assert lfw_eval.main() == 0
         reports.append(json.loads((out / "results.json").read_text()))
-    assert gpu.computed > 500 and reports[1]["model"]["device"] == "cuda"
-    assert reports[0]["sets"] == reports[1]["sets"]
+    assert gpu.computed > 400 and reports[1]["model"]["device"] == "cuda"
+    [here], [there] = (report["sets"] for report in reports)
+    assert (here["auc"], here["accuracy_kfold_mean"]) == (there["auc"], there["accuracy_kfold_mean"])
+    assert here["threshold_best"]["cosine"] == pytest.approx(there["threshold_best"]["cosine"], abs=1e-5)
 
 
 def photos():
-    """Smooth random pictures of three sizes; with a low threshold there is something to see in them."""
-    random = np.random.default_rng(3)
-    small = [random.integers(0, 256, (6, 8, 3), np.uint8) for _ in range(4)]
-    sizes = [(160, 120), (160, 120), (96, 128), (200, 150)]
-    return [cv2.resize(some, size, interpolation=cv2.INTER_CUBIC) for some, size in zip(small, sizes, strict=True)]
+    """Parts of the picture in the README, in three sizes; its people do not exist."""
+    picture = cv2.imread(str(ROOT / "images" / "pipeline.jpg"))
+    return [picture, picture[:-40], picture[:, 50:], picture[:-40]]
 
 
 def test_faces_are_those_of_the_cpu(gpu):
-    settings = {"score_threshold": 0.02, "max_side": 160}
+    settings = {"score_threshold": 0.5, "max_side": 600}
     expected = RetinaFace(device="cpu", **settings).detect(photos())
     detector = RetinaFace(**settings)
     found = detector.detect(photos())
