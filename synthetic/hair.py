@@ -363,7 +363,7 @@ def _bun(rng: np.random.Generator, knot: np.ndarray, root: int, volume: float) -
 def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Ribbons:
     """Beard and moustache longer than stubble; their ribbons follow the skin they grow on."""
     beard = identity.beard
-    if beard["style"] in ("none", "stubble"):
+    if beard["style"] in skin.PAINTED_BEARDS:
         return empty_ribbons()
     rng = np.random.default_rng([identity.seed, identity.number, 1 << 22])
     roots = _root_candidates()

@@ -57,6 +57,8 @@ HAIR = wp.constant(6)
 BEARD = wp.constant(7)
 PROP = wp.constant(8)
 HAND = wp.constant(9)
+# What a pixel of hair is marked with that no ray was sent through.
+UNSEEN = wp.constant(-1.0)
 
 # The sphere that the paint is wrapped on, in canonical coordinates: see `skin.Canvas`.
 CENTRE_Y = -3.0
@@ -719,6 +721,13 @@ def store(buffers: Buffers, b: int, y: int, x: int, hit: Hit, free: wp.vec3):
 
 
 @wp.func
+def store_nothing(buffers: Buffers, b: int, y: int, x: int):
+    """A miss; what else there is of the pixel is never read."""
+    buffers.place[b, y, x] = wp.vec4(0.0, 0.0, 0.0, FAR)
+    buffers.flat[b, y, x] = wp.vec4(0.0, 0.0, 0.0, -1.0)
+
+
+@wp.func
 def load(buffers: Buffers, b: int, y: int, x: int) -> Hit:
     out = Hit()
     n = buffers.normal[b, y, x]
@@ -814,19 +823,28 @@ def trace_rest(
 ):
     """The pixels between the grid's: interpolated where all their neighbours saw the same smooth skin, else traced.
 
+    Within hair only the pixels with an even sum of coordinates are traced; `fill_hair` makes the others' light of
+    their four neighbours'.
     Shadows are the neighbours' of the same material wherever there are any, so a quarter of the pixels pays for shadow
     rays; the blur of `scatter_light` hides the difference.
     """
     b, y, x = wp.tid()
     if x % 2 == 0 and y % 2 == 0:
         return
-    u = uniforms[b]
     height = buffers.free.shape[1]
     width = buffers.free.shape[2]
     x0 = x - x % 2
     y0 = y - y % 2
     x1 = wp.min(x + x % 2, width - 1 - (width - 1) % 2)
     y1 = wp.min(y + y % 2, height - 1 - (height - 1) % 2)
+    some = wp.max(
+        wp.max(buffers.flat[b, y0, x0][3], buffers.flat[b, y0, x1][3]),
+        wp.max(buffers.flat[b, y1, x0][3], buffers.flat[b, y1, x1][3]),
+    )
+    if some < 0.0:  # nothing around it, nothing here
+        store_nothing(buffers, b, y, x)
+        return
+    u = uniforms[b]
     direction = camera_ray(u, float(x) + 0.5, float(y) + 0.5)
     first = load(buffers, b, y0, x0)
     near = first.depth
@@ -838,10 +856,18 @@ def trace_rest(
     sky = float(0.0)
     free = wp.vec3(0.0, 0.0, 0.0)
     depth = float(0.0)
+    twist = float(0.0)
+    hairy = int(0)
+    if first.material == HAIR and (x + y) % 2 == 1:
+        hairy = 1
     for k in range(4):
         hit = load(buffers, b, wp.where(k < 2, y0, y1), wp.where(k % 2 == 0, x0, x1))
-        if hit.material != first.material or wp.dot(hit.normal, first.normal) < 0.88:
+        if hit.material != first.material:
             same = 0
+            hairy = 0
+        if wp.dot(hit.normal, first.normal) < 0.88:
+            same = 0
+        twist += hit.depth * wp.where(k == 0 or k == 3, 1.0, -1.0)
         near = wp.min(near, hit.depth)
         far = wp.max(far, hit.depth)
         normal += hit.normal
@@ -851,21 +877,24 @@ def trace_rest(
         depth += 0.25 * hit.depth
         free += 0.25 * buffers.free[b, wp.where(k < 2, y0, y1), wp.where(k % 2 == 0, x0, x1)]
     smooth = int(0)
-    if first.material == -1:
-        smooth = same
-    elif first.material == SKIN and same == 1 and far - near < 0.4:
+    if first.material == SKIN and same == 1 and (far - near < 0.4 or (far - near < 1.2 and wp.abs(twist) < 0.1)):
         smooth = 1 - delicate(place * 0.25)
-    if smooth == 1 and scene.flags[b, 0] == 1:
+    if smooth + hairy > 0 and scene.flags[b, 0] == 1:
         r = wp.mesh_query_ray(scene.props[b], u.origin, direction, depth)
         if r.result:
             smooth = 0
+            hairy = 0
+    if hairy == 1:
+        first.depth = depth
+        first.detail = wp.vec4(0.0, 0.0, 0.0, UNSEEN)
+        store(buffers, b, y, x, first, free)
+        return
     if smooth == 1:
-        if first.material >= 0:
-            first.normal = wp.normalize(normal)
-            first.place = place * 0.25
-            first.flat = wp.normalize(flat)
-            first.sky = sky
-            first.depth = depth
+        first.normal = wp.normalize(normal)
+        first.place = place * 0.25
+        first.flat = wp.normalize(flat)
+        first.sky = sky
+        first.depth = depth
         store(buffers, b, y, x, first, free)
         return
     hit = trace(b, scene, faces, normals, u, direction)
@@ -899,11 +928,16 @@ def light_up(
 ):
     """Shade every pixel: (irradiance, scatter), (albedo, 1 + material or 0), (extra radiance, depth)."""
     b, y, x = wp.tid()
-    hit = load(buffers, b, y, x)
-    if hit.material < 0:
+    if buffers.flat[b, y, x][3] < 0.0:
         irradiance[b, y, x] = wp.vec4(0.0, 0.0, 0.0, 0.0)
         albedo[b, y, x] = wp.vec4(0.0, 0.0, 0.0, 0.0)
         extra[b, y, x] = wp.vec4(0.0, 0.0, 0.0, FAR)
+        return
+    hit = load(buffers, b, y, x)
+    if hit.material == HAIR and hit.detail[3] == UNSEEN:
+        irradiance[b, y, x] = wp.vec4(0.0, 0.0, 0.0, UNSEEN)
+        albedo[b, y, x] = wp.vec4(0.0, 0.0, 0.0, 1.0 + float(hit.material))
+        extra[b, y, x] = wp.vec4(0.0, 0.0, 0.0, hit.depth)
         return
     u = uniforms[b]
     direction = camera_ray(u, float(x) + 0.5, float(y) + 0.5)
@@ -911,6 +945,38 @@ def light_up(
     irradiance[b, y, x] = wp.vec4(s.irradiance[0], s.irradiance[1], s.irradiance[2], s.scatter)
     albedo[b, y, x] = wp.vec4(s.albedo[0], s.albedo[1], s.albedo[2], 1.0 + float(s.material))
     extra[b, y, x] = wp.vec4(s.extra[0], s.extra[1], s.extra[2], hit.depth)
+
+
+@wp.kernel(enable_backward=False)
+def fill_hair(
+    irradiance: wp.array3d(dtype=wp.vec4), albedo: wp.array3d(dtype=wp.vec4), extra: wp.array3d(dtype=wp.vec4)
+):
+    """Pixels of hair that `trace_rest` left out: the average of the neighbours that saw hair, all of them traced."""
+    b, y, x = wp.tid()
+    if irradiance[b, y, x][3] != UNSEEN:
+        return
+    light = wp.vec3(0.0, 0.0, 0.0)
+    colour = wp.vec3(0.0, 0.0, 0.0)
+    shine = wp.vec3(0.0, 0.0, 0.0)
+    count = float(0.0)
+    for k in range(4):
+        xx = x + wp.where(k == 0, 1, wp.where(k == 1, -1, 0))
+        yy = y + wp.where(k == 2, 1, wp.where(k == 3, -1, 0))
+        if xx >= 0 and yy >= 0 and xx < irradiance.shape[2] and yy < irradiance.shape[1]:
+            a = albedo[b, yy, xx]
+            if a[3] == 1.0 + float(HAIR):
+                i = irradiance[b, yy, xx]
+                e = extra[b, yy, xx]
+                light += wp.vec3(i[0], i[1], i[2])
+                colour += wp.vec3(a[0], a[1], a[2])
+                shine += wp.vec3(e[0], e[1], e[2])
+                count += 1.0
+    light = light / count
+    colour = colour / count
+    shine = shine / count
+    irradiance[b, y, x] = wp.vec4(light[0], light[1], light[2], 0.0)
+    albedo[b, y, x] = wp.vec4(colour[0], colour[1], colour[2], albedo[b, y, x][3])
+    extra[b, y, x] = wp.vec4(shine[0], shine[1], shine[2], extra[b, y, x][3])
 
 
 @wp.kernel(enable_backward=False)
@@ -990,7 +1056,7 @@ def compose(
         i = irradiance[b, y, x]
         colour = wp.vec3(a[0] * i[0] + e[0], a[1] * i[1] + e[1], a[2] * i[2] + e[2])
     edge = int(0)
-    hair = int(0)
+    hair = int(0)  # of this pixel and its neighbours, how many saw hair or beard
     around = wp.vec3(0.0, 0.0, 0.0)
     if wp.abs(a[3] - 7.5) < 1.0:
         hair = 1
@@ -1001,24 +1067,29 @@ def compose(
         shine = extra[b, yy, xx]
         if beside[3] != a[3] or wp.abs(shine[3] - e[3]) > 0.8:
             edge = 1
-        if wp.abs(beside[3] - 7.5) > 1.0:
-            hair = 0
-        if hair == 1:
+        if wp.abs(beside[3] - 7.5) < 1.0:
+            hair += 1
+        if beside[3] > 0.0:
             i = irradiance[b, yy, xx]
             around += wp.vec3(beside[0] * i[0] + shine[0], beside[1] * i[1] + shine[1], beside[2] * i[2] + shine[2])
+        else:
+            around += background[b, yy, xx]
     if edge == 0:
         image[b, y, x] = colour
         return
-    if hair == 1:
+    if hair == 5:
         # Nearly every pixel within hair is an edge: its neighbours are samples enough of strands finer than a pixel.
-        image[b, y, x] = colour * 0.5 + around * 0.125
+        image[b, y, x] = colour * 0.6 + around * 0.1
         return
+    if hair > 0:  # where hair ends, neighbours stand for one of the rays
+        more = 1
     u = uniforms[b]
     total = colour
     free = buffers.free[b, y, x]
     for k in range(more):
         # Points of a rotated grid around the centre that the first ray took.
-        direction = camera_ray(u, float(x) + wp.where(k == 0, 0.23, 0.81), float(y) + wp.where(k == 0, 0.19, 0.83))
+        first = wp.where(hair > 0, (x + y) % 2, k) == 0
+        direction = camera_ray(u, float(x) + wp.where(first, 0.23, 0.81), float(y) + wp.where(first, 0.19, 0.83))
         hit = trace(b, scene, faces, normals, u, direction)
         if hit.material >= 0:
             if a[3] == 0.0:
@@ -1027,7 +1098,10 @@ def compose(
             total += wp.cw_mul(s.albedo, s.irradiance) + s.extra
         else:
             total += behind
-    image[b, y, x] = total / float(more + 1)
+    total = total / float(more + 1)
+    if hair > 0:
+        total = total * 0.8 + around * 0.05
+    image[b, y, x] = total
 
 
 @wp.kernel(enable_backward=False)

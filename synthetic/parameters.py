@@ -183,19 +183,19 @@ GENTLE = {
     "measure-neck": 0.5,
     "mouth-trans-forward": 0.6,
     "ear-wing": 0.8,
-    "mouth-scale": 0.8,
-    "mouth-lowerlip": 0.8,
-    "mouth-upperlip": 0.8,
-    "nose-scale": 0.85,
+    "mouth-scale": 0.6,
+    "mouth-lowerlip": 0.65,
+    "mouth-upperlip": 0.65,
+    "nose-scale": 0.65,
     "nose-volume": 0.8,
     "head-scale-depth": 0.8,
-    "head-scale": 0.5,
-    "nose-trans-up": 0.65,
-    "nose-base": 0.65,
-    "nose-point-up": 0.7,
-    "nose-hump": 0.8,
-    "mouth-trans-up": 0.65,
-    "mouth-angles": 0.7,
+    "head-scale": 0.4,
+    "nose-trans-up": 0.5,
+    "nose-base": 0.5,
+    "nose-point-up": 0.55,
+    "nose-hump": 0.6,
+    "mouth-trans-up": 0.5,
+    "mouth-angles": 0.55,
     "head-fat": 0.7,
 }
 
@@ -286,7 +286,12 @@ def _hair(rng: np.random.Generator, who: dict[str, float], years: float) -> dict
 
 
 def _facial_hair(rng: np.random.Generator, who: dict[str, float], years: float, hair: dict[str, Any]) -> dict[str, Any]:
-    weights = [5, 3, 0.8, 1.0, 0.9, 1.5, 1.3, 0.4] if who["gender"] > 0.5 and years > 19 else [1] + [0] * 7
+    # Shares about as in CelebA's attributes: of men a fifth wears a beard or moustache, as many a stubble.
+    weights = np.array([6, 2, 0.45, 0.45, 0.45, 0.75, 0.5, 0.15])
+    if years < 27:
+        weights[2:] *= 0.5
+    if who["gender"] < 0.5:
+        weights[1:] = 0
     style = _choice(rng, BEARDS, weights)
     root = np.array(hair["root"] if hair["colour"] not in ("dyed", "platinum") else HAIR_COLOURS["brown"])
     return {
@@ -403,7 +408,7 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tu
     Brightness is relative: the camera's exposure normalises it.
     """
     kind = _choice(rng, ["sun", "overcast", "window", "studio", "flash", "backlit", "lamp", "stage"],
-                   [2, 2.5, 2.5, 2.5, 1.2, 0.7, 1.5, 0.6])  # fmt: skip
+                   [2, 3.5, 2.5, 3, 2, 0.4, 1.2, 0.2])  # fmt: skip
     warm = rng.normal(0, 1)
 
     def white(amount: float, temperature: float) -> tuple[float, float, float]:
@@ -418,46 +423,48 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tu
 
     sky, ground, level = white(1.0, -0.4), white(0.35, 0.6), 0.5
     if kind == "sun":
-        add(side * rng.uniform(5, 95), rng.uniform(15, 65), white(rng.uniform(1.2, 2.2), 0.7), 0.02)
-        level = rng.uniform(0.25, 0.6)
+        add(side * rng.uniform(5, 95), rng.uniform(15, 65), white(rng.uniform(0.9, 1.8), 0.5), 0.02)
+        level = rng.uniform(0.45, 0.9)
         sky = white(1.0, -1.2)
     elif kind == "overcast":
         add(side * rng.uniform(0, 70), rng.uniform(40, 80), white(rng.uniform(0.2, 0.6), 0.0), 0.6)
         level = rng.uniform(0.7, 1.0)
     elif kind == "window":
-        add(side * rng.uniform(25, 95), rng.uniform(0, 35), white(rng.uniform(0.8, 1.8), -0.5), 0.35)
-        level = rng.uniform(0.2, 0.5)
+        add(side * rng.uniform(25, 95), rng.uniform(0, 35), white(rng.uniform(0.6, 1.4), -0.4), 0.35)
+        level = rng.uniform(0.4, 0.8)
         sky, ground = white(0.7, 0.8), white(0.5, 0.8)
     elif kind == "studio":
         add(side * rng.uniform(15, 55), rng.uniform(15, 50), white(rng.uniform(0.8, 1.3), 0.0), 0.25)
         add(-side * rng.uniform(20, 70), rng.uniform(0, 30), white(rng.uniform(0.15, 0.6), 0.0), 0.35)
         if rng.random() < 0.5:
             add(-side * rng.uniform(120, 165), rng.uniform(20, 50), white(rng.uniform(0.5, 1.6), 0.0), 0.1)
-        level = rng.uniform(0.12, 0.4)
+        level = rng.uniform(0.3, 0.6)
     elif kind == "flash":
-        add(side * rng.uniform(0, 8), rng.uniform(0, 10), white(rng.uniform(0.9, 1.4), -0.2), 0.03)
-        level = rng.uniform(0.15, 0.45)
+        add(side * rng.uniform(0, 8), rng.uniform(0, 10), white(rng.uniform(0.7, 1.2), -0.2), 0.03)
+        level = rng.uniform(0.3, 0.6)
     elif kind == "backlit":
         add(side * rng.uniform(125, 175), rng.uniform(15, 50), white(rng.uniform(1.5, 3.0), 0.6), 0.03)
         add(side * rng.uniform(-30, 60), rng.uniform(5, 30), white(rng.uniform(0.15, 0.4), 0.0), 0.5)
         level = rng.uniform(0.45, 0.7)
     elif kind == "lamp":
-        add(side * rng.uniform(0, 80), rng.uniform(20, 75), white(rng.uniform(0.7, 1.6), 1.8), 0.12)
+        add(side * rng.uniform(0, 80), rng.uniform(20, 75), white(rng.uniform(0.6, 1.3), 1.2), 0.15)
         if rng.random() < 0.5:
             add(-side * rng.uniform(20, 110), rng.uniform(-10, 40), white(rng.uniform(0.2, 0.7), 1.0), 0.2)
-        level = rng.uniform(0.15, 0.45)
-        sky, ground = white(0.8, 1.5), white(0.5, 1.8)
+        level = rng.uniform(0.35, 0.7)
+        sky, ground = white(0.8, 1.0), white(0.5, 1.2)
     else:
         first, second = _colour(rng, 0.3, 0.8, 1.4), _colour(rng, 0.4, 0.5, 1.2)
         add(side * rng.uniform(20, 80), rng.uniform(5, 50), first, 0.08)
         add(-side * rng.uniform(20, 110), rng.uniform(0, 50), second, 0.1)
-        level = rng.uniform(0.1, 0.3)
+        level = rng.uniform(0.3, 0.6)
         sky, ground = _colour(rng, 0.2, 0.5, 1.0), _colour(rng, 0.2, 0.3, 0.8)
     sky = tuple(c * float(np.exp(warm * t)) for c, t in zip(sky, (0.05, 0.0, -0.07), strict=True))
     middle = [(a + b) / 2 * level for a, b in zip(sky, ground, strict=True)]
     slope_y = [(a - b) / 2 * level for a, b in zip(sky, ground, strict=True)]
-    slope_x = [c * float(rng.normal(0, 0.25)) for c in middle]
-    slope_z = [c * float(rng.normal(0.15, 0.25)) for c in middle]
+    # Brighter on one side and in front; on stage the sides differ in colour, too.
+    hue = 0.2 if kind == "stage" else 0.035
+    slope_x = [float(c) for c in np.array(middle) * (rng.normal(0, 0.25) + rng.normal(0, hue, 3))]
+    slope_z = [float(c) for c in np.array(middle) * (rng.normal(0.15, 0.15) + rng.normal(0, hue, 3))]
     ambient = {
         "mean": tuple(float(c) for c in middle),
         "x": tuple(slope_x),
@@ -478,8 +485,8 @@ def _worn(rng: np.random.Generator, off: frozenset[str], identity: Identity) -> 
     worn: dict[str, Any] = {"glasses": None, "hat": None, "scarf": None, "occluder": None}
     if "occlusion" in off:
         return worn
-    if rng.random() < 0.2:
-        dark = rng.random() < 0.22
+    if rng.random() < 0.13:
+        dark = rng.random() < 0.15
         worn["glasses"] = {
             "shape": _choice(rng, ["round", "square", "wide", "oval", "aviator"]),
             "size": float(rng.normal(1.0, 0.07)),
@@ -491,7 +498,7 @@ def _worn(rng: np.random.Generator, off: frozenset[str], identity: Identity) -> 
             "mirror": float(rng.uniform(0.0, 0.08)),
             "drop": float(rng.normal(0.0, 0.18)),
         }  # fmt: skip
-    if rng.random() < 0.11:
+    if rng.random() < 0.06:
         worn["hat"] = {
             "kind": _choice(rng, ["beanie", "cap", "brim", "band"]),
             "colour": _colour(rng, float(rng.beta(0.8, 1.5)), 0.015, 0.6),
@@ -499,16 +506,16 @@ def _worn(rng: np.random.Generator, off: frozenset[str], identity: Identity) -> 
             "height": float(rng.uniform(0.0, 1.0)),
             "turn": float(rng.normal(0, 12)),
         }
-    if rng.random() < 0.08:
+    if rng.random() < 0.04:
         worn["scarf"] = {
             "colour": _colour(rng, float(rng.beta(0.8, 1.5)), 0.03, 0.6),
             "size": float(rng.uniform(0.8, 1.5)),
-            "rise": float(rng.uniform(-1.5, 0.8)),
+            "rise": float(rng.uniform(-1.8, 0.0)),
         }
-    if rng.random() < 0.09:
+    if rng.random() < 0.04:
         worn["occluder"] = {
-            "kind": _choice(rng, ["hand", "hand", "phone", "microphone", "cup", "bar"]),
-            "place": _choice(rng, ["chin", "cheek", "side", "mouth"], [3, 3, 3, 0.7]),
+            "kind": _choice(rng, ["hand", "hand", "phone", "microphone", "microphone", "cup", "bar"]),
+            "place": _choice(rng, ["chin", "cheek", "side", "mouth"], [3, 3, 3, 0.5]),
             "side": float(rng.choice([-1, 1])),
             "turn": float(rng.uniform(-40, 40)),
             "colour": _colour(rng, float(rng.beta(0.6, 1.8)), 0.01, 0.7),
@@ -536,17 +543,17 @@ def _makeup(rng: np.random.Generator, identity: Identity) -> dict[str, Any]:
 def _camera(rng: np.random.Generator) -> dict[str, Any]:
     low = rng.random() < 0.22
     return {
-        "exposure": float(rng.normal(0.0, 0.32)),
+        "exposure": float(rng.normal(0.0, 0.25)),
         "contrast": float(rng.normal(1.0, 0.12)),
-        "saturation": float(np.clip(rng.normal(1.0, 0.2), 0.2, 1.7)),
-        "balance": [float(c) for c in np.exp(rng.normal(0, 0.05, 3))],
+        "saturation": float(np.clip(rng.normal(0.98, 0.11), 0.5, 1.25)),
+        "balance": [float(c) for c in np.exp(rng.normal(0, 0.035, 3))],
         "grey": bool(rng.random() < 0.05),
         "vignette": float(max(0.0, rng.normal(0.05, 0.12))),
         "blur": float(abs(rng.normal(0, 0.55))) if rng.random() < 0.6 else 0.0,
         "motion": float(rng.uniform(1.5, 5)) if rng.random() < 0.06 else 0.0,
         "motion_angle": float(rng.uniform(0, 180)),
         "downscale": float(rng.uniform(0.3, 0.8)) if low else 1.0,
-        "noise": float(np.exp(rng.normal(-4.6, 0.8))),
+        "noise": float(min(0.05, np.exp(rng.normal(-4.6, 0.8)))),
         "sharpen": float(rng.uniform(0.2, 0.9)) if rng.random() < 0.3 else 0.0,
         "quality": int(rng.integers(45, 97)),
     }
@@ -563,7 +570,7 @@ def draw_photo(
     if frontal:
         yaw, pitch, roll = yaw / 18, pitch / 6, roll / 4
     torso_yaw = float(np.clip(yaw * rng.uniform(0.3, 1.0) + rng.normal(0, 12), yaw - 50, yaw + 50))
-    distance = float(np.clip(np.exp(rng.normal(np.log(110), 0.5)), 38, 350))
+    distance = float(np.clip(np.exp(rng.normal(np.log(150), 0.5)), 50, 500))
     expression = _expression(rng, head)
     gaze = (float(rng.normal(-0.35 * yaw, 9)), float(rng.normal(-0.3 * pitch, 5)))
     lights, ambient = _light(rng)

@@ -66,7 +66,7 @@ def background(photo: Photo, size: int) -> np.ndarray:
             grain = cv2.resize(grain, (side, side), interpolation=cv2.INTER_CUBIC)
             canvas *= np.exp(grain)[..., None]
     canvas = cv2.GaussianBlur(canvas, (0, 0), float(np.clip(what["blur"], 0.4, 9)))
-    return np.clip(cv2.resize(canvas, (size, size), interpolation=cv2.INTER_CUBIC), 0, 8)
+    return np.clip(cv2.resize(canvas, (size, size), interpolation=cv2.INTER_CUBIC), 0, 2.5)
 
 
 _GRAIN = 1024

@@ -213,7 +213,7 @@ def scarf_piece(photo: Photo, rng: np.random.Generator) -> Piece:
 
 @lru_cache(maxsize=1)
 def _hand() -> tuple[np.ndarray, np.ndarray]:
-    """MakeHuman's right hand, fingers towards +y, palm towards -z, wrist at the origin, in centimetres."""
+    """MakeHuman's right hand, fingers towards +y, their tips at y 0, palm towards -z, with the forearm, in cm."""
     vertices, _, quads, _, groups = _read_obj(data_folder() / "mpfb2" / "3dobjs" / "base.obj")
     body = quads[groups == "body"]
     arm = body[(vertices[body][:, :, 0] > 3.55).all(1)]
@@ -225,7 +225,7 @@ def _hand() -> tuple[np.ndarray, np.ndarray]:
     axes[0] *= np.sign((points[points[:, 0].argmax()] - points.mean(0)) @ axes[0])  # towards the finger tips
     axes[2] = np.cross(axes[1], axes[0])
     points = centred @ np.stack([axes[1], axes[0], axes[2]]).T
-    points[:, 1] -= points[:, 1].min()
+    points[:, 1] -= points[:, 1].max()
     faces = np.concatenate([index[:, [0, 1, 2]], index[:, [0, 2, 3]]])
     return points.astype(np.float32), faces.astype(np.int32)
 
@@ -258,8 +258,8 @@ def occluder_piece(photo: Photo) -> Piece:
         points = points * [side, 1, 1]
         if side < 0:
             faces = faces[:, ::-1]
-        # A little lower and further out than things: finger tips reach the mouth, but never hide all of it.
-        points = (points - [0, 19.0, 0]) @ spin.T + anchor + [side * 2.5, -1.8, 1.2]
+        # Finger tips rest beside and a little above the anchor: they reach the cheek or the chin.
+        points = (points + np.array([0, 3.0, 0])) @ spin.T + anchor + [side * 2.5, -1.5, 1.2]
         return piece(points, faces, (1.0, 1.0, 1.0), skin_like=True)
     if kind == "phone":
         points, faces = _box((7.2, 14.5, 0.9))

@@ -30,7 +30,7 @@ NECK_PIVOT = np.array([0.0, -11.5, -9.0], np.float32)
 # 150 frontal photos of one seed (the README's figures are of another). Eyes: from the middle of the lids' vertices.
 # Nose: the tip at the height of the wings' upper edge, which the detector keeps to where a tip points up or down.
 # Mouth: from the ends of the lips' seam.
-LANDMARK_OFFSETS = {"eye": (-0.16, 0.10, 0.0), "nose": (0.0, -0.25, 0.0), "mouth": (-0.07, 0.16, 0.0)}
+LANDMARK_OFFSETS = {"eye": (-0.13, 0.11, 0.0), "nose": (0.0, -0.23, 0.0), "mouth": (-0.03, 0.15, 0.0)}
 IRIS_ANGLE = 0.46  # radians seen from the eyeball's centre: 0.6 cm of iris on MakeHuman's 1.38 cm eyeball
 
 
@@ -358,6 +358,7 @@ class Renderer:
         wp.launch(kernels.soften, grid, [uniforms, buffers], device=self.warp)
         wp.launch(kernels.trace_rest, whole, [*geometry, uniforms, buffers], device=self.warp)
         wp.launch(kernels.light_up, whole, [scene, *colours, uniforms, buffers, *light], device=self.warp)
+        wp.launch(kernels.fill_hair, whole, light, device=self.warp)
         wp.launch(kernels.scatter_light, whole, [irradiance, extra_light, uniforms, 0, half], device=self.warp)
         wp.launch(kernels.scatter_light, whole, [half, extra_light, uniforms, 1, irradiance], device=self.warp)
         wp.launch(

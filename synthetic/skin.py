@@ -154,8 +154,8 @@ def load_canvas() -> Canvas:
         "sun": np.clip((y - 1) / 8, -0.6, 0.8) + 0.5 * np.exp(-((side / 2) ** 2) - ((y + 2) / 2) ** 2),
         "pores": 0.5 + 0.5 * np.exp(-((side / 4) ** 2)),
         # Where little light gets in and vertices are too few to say so: between the lips, their corners, the nostrils.
-        "hollows": 0.55 * np.exp(-(((y + 6.72) / 0.11) ** 2) - (side / 2.25) ** 8) * front
-        + 0.35 * np.exp(-(((side - 2.3) / 0.22) ** 2) - ((y + 6.74) / 0.18) ** 2) * front
+        "hollows": 0.75 * np.exp(-(((y + 6.72) / 0.11) ** 2) - (side / 2.25) ** 8) * front
+        + 0.55 * np.exp(-(((side - 2.3) / 0.22) ** 2) - ((y + 6.74) / 0.18) ** 2) * front
         + 0.6 * np.exp(-(((side - 0.64) / 0.34) ** 2) - ((y + 4.42) / 0.2) ** 2) * front,
     }
     rng = np.random.default_rng(7)
@@ -197,6 +197,10 @@ def scalp(identity: Identity, theta: np.ndarray, phi: np.ndarray) -> np.ndarray:
     return inside.astype(np.float32)
 
 
+# Trimmed hair is finer than a pixel: it is painted. Moustaches and full beards get ribbons as well.
+PAINTED_BEARDS = ("none", "stubble", "goatee", "circle", "short_boxed", "sideburns")
+
+
 def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) -> np.ndarray:
     """Density [..] in [0, 1] of a beard style at canonical positions [..., 3]."""
     x, y, z = np.abs(place[..., 0]), place[..., 1], place[..., 2]
@@ -206,11 +210,13 @@ def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) 
 
     chin = inside(-7.9 - y - 0.0 * x) * inside(3.0 - x, 0.8) * inside(y + 14.0, 1.0)
     under_lip = inside(0.9 - x, 0.4) * inside(-7.7 - y, 0.3) * inside(y + 9.0, 0.5)
-    moustache = inside(y + 6.2, 0.35) * inside(-5.1 - y - 0.12 * x, 0.35) * inside(2.2 - x, 0.5)
+    moustache = inside(y + 6.2, 0.35) * inside(-5.1 - y - 0.12 * x, 0.35) * inside(1.7 - x, 1.4)
     drooping = np.maximum(moustache, inside(x - 2.25, 0.3) * inside(3.1 - x, 0.4) * inside(-5.6 - y) * inside(y + 8.5))
     jaw_line = -3.4 - 0.9 * np.clip(7.2 - x, 0, 5.5)
     jaw = inside(jaw_line - y, 1.2) * inside(x - 2.3, 0.8) * inside(y + 14.5, 1.5) * inside(z + 7.5, 1.0)
     sideburn = inside(x - 6.2, 0.5) * inside(z + 6.5, 0.8) * inside(-1.0 - z, 1.0) * inside(0.5 - y) * inside(y + 6.5)
+    # Beards are trimmed where they would hang over the mouth's corners.
+    corner = np.clip(np.hypot((x - 2.4) / 0.75, (y + 6.8) / 0.6) - 0.5, 0, 1)
     parts = {
         "moustache": moustache,
         "goatee": np.maximum(chin * inside(2.2 - x, 0.6), under_lip),
@@ -221,7 +227,7 @@ def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) 
         "sideburns": np.maximum(sideburn, jaw * inside(x - 4.8, 0.8)),
         "none": np.zeros_like(x),
     }
-    density = parts[style] * (z > -9)
+    density = parts[style] * (z > -9) * corner
     return density if lips is None else density * (1 - np.clip(lips * 2, 0, 1))
 
 
@@ -357,7 +363,9 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     melanin += (socket * 0.55 + upper * 0.35) * identity.under_eye * (0.10 + 0.22 * identity.melanin)
     blood += (socket + 0.7 * upper) * identity.under_eye * 0.22
     lips = canvas.lips
-    lip_melanin = identity.melanin * (0.72 + 0.10 * identity.lip_colour) + 0.02
+    # Dark skin's upper lip is nearly as dark as the skin around it, the lower one lighter.
+    share = np.where(y > -6.72, 0.92, 0.78).astype(np.float32)
+    lip_melanin = identity.melanin * (share + 0.10 * identity.lip_colour) + 0.02
     melanin = melanin * (1 - lips) + lips * (lip_melanin + 0.02 * medium)
     blood = blood * (1 - lips) + lips * (0.70 + 0.14 * identity.lip_colour + 0.05 * coarse + 0.04 * fine)
     if identity.freckles > 0.12:
@@ -403,7 +411,8 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         tint = np.minimum(np.array(beard["colour"], np.float32), 0.12)
         tint = tint * (1 - beard["grey"]) + 0.22 * beard["grey"]
         shadow = _beard_on_canvas("stubble") * np.float32(beard["shadow"] * 0.30)
-        cut = {"none": 0.0, "stubble": 0.42}.get(beard["style"], 0.42) * beard["density"]
+        opaque = {"none": 0.0, "stubble": 0.42, "moustache": 0.42, "full": 0.6}.get(beard["style"], 0.85)
+        cut = opaque * beard["density"]
         shadow = np.maximum(shadow, _beard_on_canvas(beard["style"]) * np.float32(cut))
         hairs = np.clip(0.62 + 0.55 * fine + 0.2 * medium, 0, 1.3)
         opacity = np.clip(cv2.GaussianBlur(shadow, (0, 0), 2) * hairs, 0, 0.92)[..., None]
