@@ -24,6 +24,7 @@ import torch
 
 from megaface import scores
 from megaface.tally import BEST, Questions, Tally, check_range, strict_products, survey, tally, worker_count
+from megaface.windows import outward
 from utils import InputError
 
 IMPOSTOR_PROBES = 100  # the devkit's ROC takes the impostor scores of the first 100 probes (hard-coded)
@@ -217,11 +218,12 @@ class _Game:
         bounds = scores.Bounds(self.survey, exact=False)
         width = bounds.half_width(scores.gallery_class(self.survey, gallery))[probe]
         middle = score.astype(np.float64) + bounds.squares[probe]
-        low, high = (torch.from_numpy((middle + sign * width) / 2).to(device)[:, None] for sign in (-1, 1))
+        edges = outward((middle - width) / 2, (middle + width) / 2)
+        low, high = (torch.from_numpy(edge).to(device)[:, None] for edge in edges)
         out = torch.empty(len(probe), len(gallery), device=device)
         half = scores.half_scores(
             self.probes[rows], self.probes[images], self.squares[images], out, torch.empty_like(out)
-        ).double()
+        )
         better, unsure = (half > high).cpu().numpy(), ((half >= low) & (half <= high)).cpu().numpy()
         own = gallery[None] == mate[:, None]
         better[own] = unsure[own] = False

@@ -115,7 +115,8 @@ class Windows:
         low, high, thresholds, scale, offset = (
             some[rows].numpy() for some in (self.low, self.high, self.thresholds, self.scale, self.offset)
         )
-        return low, high, thresholds, self._tables[rows.start].numpy(), scale, offset
+        starts = self._tables[rows.start].numpy()
+        return low, high, thresholds, starts, starts, scale, offset
 
     def _make_starts(self, rows: slice) -> np.ndarray:
         starts = np.empty((rows.stop - rows.start, self.bins), smallest_kind(self.count))
@@ -177,15 +178,17 @@ class ImpostorWindows:
         self.lowest = float(min(low[0], high[0]))
         scale, offset = line(np.minimum(low, high)[:1].astype(float), high[-1:].astype(float), IMPOSTOR_BINS)
         self.scale, self.offset = float(scale[0]), float(offset[0])
-        self._starts = np.empty((1, 0), np.int32)
+        self._tables: list[np.ndarray] = []
 
     def for_kernel(self) -> tuple[np.ndarray, ...]:
         """What `kernels.count_rows` takes as windows, one row for all. Call from one thread at a time."""
         scale, offset = np.array([self.scale], np.float32), np.array([self.offset], np.float32)
-        if not self._starts.size:
-            self._starts = np.empty((1, IMPOSTOR_BINS), np.int32)
-            kernels.fill_all_starts(self.high[None], scale, offset, self._starts)
-        return self.low[None], self.high[None], self.genuine[None], self._starts, scale, offset
+        if not self._tables:
+            # The windows of neighbours overlap by dozens: the thresholds themselves make a better guess.
+            for edge in (self.high, self.genuine):
+                self._tables.append(np.empty((1, IMPOSTOR_BINS), np.int32))
+                kernels.fill_all_starts(edge[None], scale, offset, self._tables[-1])
+        return self.low[None], self.high[None], self.genuine[None], *self._tables, scale, offset
 
     @cached_property
     def near(self) -> Tensor:
