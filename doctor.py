@@ -119,7 +119,7 @@ class _InTrainingMode(nn.Module):
         before = {key: value.clone() for key, value in network.state_dict().items()}
         network.train()
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([crops.device] if crops.is_cuda else []):
                 torch.manual_seed(0)  # dropout
                 return network(crops)
         finally:

@@ -149,6 +149,8 @@ class EmulatedGpu(TorchFunctionMode):
         if threading.current_thread() is threading.main_thread() and not self._nesting[threading.get_ident()]:
             EmulatedGpu.active = None
             self._patches.close()
+            if "data_gen" in sys.modules:  # a real GPU may be next
+                sys.modules["data_gen"]._statistics.cache_clear()
 
     # --- what Python code calls --------------------------------------------------------------------------------------
 
@@ -339,7 +341,7 @@ class EmulatedGpu(TorchFunctionMode):
             with gpu:  # left by Tensor.backward, but gradients have Python code, too
                 return engine(*args, **kwargs)
 
-        properties = SimpleNamespace(name="an emulated GPU", total_memory=80 << 30, major=9, minor=0)
+        properties = SimpleNamespace(name="an emulated GPU", total_memory=80 << 30, multi_processor_count=132)
         cuda = {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
@@ -353,7 +355,9 @@ class EmulatedGpu(TorchFunctionMode):
             "get_device_capability": lambda device=None: (9, 0),
             "is_bf16_supported": lambda including_emulation=True: True,
             "is_current_stream_capturing": lambda: False,
-            "manual_seed_all": lambda seed: None,
+            "manual_seed_all": lambda seed: None,  # it draws from the CPU's generator
+            "get_rng_state": lambda device=None: torch.get_rng_state(),
+            "set_rng_state": lambda state, device=None: None,
             "memory_allocated": lambda device=None: gpu.allocated,
             "max_memory_allocated": lambda device=None: gpu.peak,
             "reset_peak_memory_stats": gpu.reset_peak,

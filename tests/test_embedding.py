@@ -58,7 +58,8 @@ def test_state_dict_and_training_checkpoint_give_the_features_by_hand(tmp_path, 
     expected = by_hand(network, crops)
     plain, training, parallel = (tmp_path / name for name in ("embedding.pt", "last.pt", "parallel.pt"))
     torch.save(network.state_dict(), plain)
-    torch.save(torch.nn.DataParallel(network).state_dict(), parallel)
+    # Not by DataParallel itself, which would take the network to a GPU where there is one.
+    torch.save({f"module.{key}": value for key, value in network.state_dict().items()}, parallel)
     content = {
         "network": {"name": "mfn", "use_se": True, "embedding_size": 24},
         "model": network.state_dict(),
