@@ -370,7 +370,9 @@ class Synthesize(Device):
     shard: str | None = option(
         None, "part K of N as K/N; none takes torchrun's RANK and WORLD_SIZE", group="machine", metavar="K/N"
     )
-    workers: int | None = option(None, "processes; none: one per core, one with a GPU", group="machine", metavar="N")
+    workers: int = option(
+        0, "processes; 0: one per core, with a GPU as many of them as its memory holds", group="machine", metavar="N"
+    )
 
 
 @dataclass

@@ -12,29 +12,37 @@ annotation file, megaface a tree of distractors. Persons are numbered: sets whos
 nobody. The same seed gives the same bytes on the same kind of device; killed at any point, the same command goes on.
 
 Needs `pip install -r requirements-synthetic.txt` (head geometry: CC0 data inside an Apache-2.0 package; nothing is
-downloaded at run time). About 9 photos/s on one core; the first run compiles for half a minute.
+downloaded at run time). About 12 photos/s on one core; the first run compiles for half a minute.
 """
 
-import os
 import sys
 
 import config
 import utils
 from utils import InputError
 
+LARGEST = 2048  # a photo of that size takes 0.7 GB while it is traced
+
 
 @utils.command
 def main() -> None:
     """Read the options, make what is missing, merge."""
     options = config.parse(config.Synthesize, __doc__)
-    from synthetic import dataset
-    from synthetic.parameters import ABLATIONS
+    try:
+        from synthetic import dataset
+        from synthetic.parameters import ABLATIONS
+    except ModuleNotFoundError as error:
+        if error.name != "warp":
+            raise
+        raise InputError("the package warp-lang is missing: pip install -r requirements-synthetic.txt") from error
 
     for name in ("identities", "images", "size", "folds", "pairs"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
-    if options.size < 64 or options.first < 0 or options.seed < 0:
-        raise InputError("--size must be at least 64, --first and --seed at least 0")
+    if not 64 <= options.size <= LARGEST or options.first < 0 or options.seed < 0:
+        raise InputError(f"--size must be 64 to {LARGEST}, --first and --seed at least 0")
+    if options.workers < 0:
+        raise InputError(f"--workers {options.workers}: must be at least 0")
     shard = dataset.Shard.parse(options.shard)
     plan = dataset.Plan(
         identities=options.identities,
@@ -54,8 +62,7 @@ def main() -> None:
     device = utils.choose_device(options.device)
     people = dataset.People(options.out, plan)
     if not people.open(dataset.outputs(plan)):
-        workers = options.workers or (1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
-        missing = dataset.make_people(people, shard, device, workers)
+        missing = dataset.make_people(people, shard, device, options.workers or dataset.default_workers(device))
         if missing:
             print(f"shard {shard} is done; {len(missing)} of {plan.identities} identities are left to other shards")
             return

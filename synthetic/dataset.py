@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from align import align_face
 from chunks import Chunks, Shard
 from recordio import CropWriter
 from synthetic import kernels
+from synthetic.head import data_folder
 from synthetic.parameters import Identity, Photo, draw_identity, draw_photo
 from synthetic.photo import encode
 from synthetic.render import Renderer, Truth
@@ -38,6 +40,8 @@ COLUMNS = (
     "nose_y", "mouth_right_x", "mouth_right_y", "mouth_left_x", "mouth_left_y", "yaw", "pitch", "roll", "parameters",
 )  # fmt: skip
 CROP_QUALITY = 95
+# What a process may take of a GPU: its context, and the buffers of a batch of 64 photos at 256 px (10 MB each).
+GPU_BYTES = 1.5e9
 LAYOUTS = ("photos", "lfw", "facescrub", "megaface")
 
 
@@ -92,6 +96,27 @@ class People(Chunks):
         super().__init__(out, plan.identities, plan.__dict__)
         self.count = plan.identities
         self.plan = plan
+
+    def open(self, outputs: Sequence[str]) -> bool:
+        """As in stage 2; besides, photos that no run here has made are not overwritten, and lost ones are noticed."""
+        begun = (self._folder / "settings.json").exists()
+        finished = self._report.exists()
+        folders = {} if self.plan.crops else {self.plan.first + i: self._photos(i) for i in range(self.count)}
+        if not begun and not finished:
+            for path in folders.values():
+                if path.exists():
+                    raise InputError(f"{path}: exists, but no record of how it was made; give another folder")
+        complete = super().open(outputs)
+        lost = [path for path in folders.values() if complete and not path.is_dir()]
+        if lost:
+            raise InputError(
+                f"{lost[0]}: gone from a finished set ({len(lost)} of {len(folders)} identities are); remove "
+                f"{self.out / outputs[0]} and run the same command again, which makes all anew"
+            )
+        return complete
+
+    def _photos(self, chunk: int) -> Path:
+        return self.out / self.plan.folder(self.plan.first + chunk)
 
     def numbers(self, chunk: int) -> range:
         """The one identity of a chunk."""
@@ -152,8 +177,12 @@ class Maker:
         partial = out / ".parts" / f"{number}.{os.getpid()}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for image, data in enumerate(encoded):
-            (partial / plan.file(number, image)).write_bytes(data)
+        try:
+            for image, data in enumerate(encoded):
+                (partial / plan.file(number, image)).write_bytes(data)
+        except OSError as error:  # a full disk does not say where
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(error.errno, error.strerror, str(final)) from error
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():  # complete, but its part was not written any more
             shutil.rmtree(final)
@@ -199,19 +228,30 @@ def _work(chunk: int) -> int:
 
 def make_people(people: People, shard: Shard, device: torch.device, workers: int) -> list[int]:
     """Make the shard's identities with a progress bar; returns the identities (of all shards) still missing."""
-    mine = [chunk for chunk in range(people.count) if shard.owns(chunk)]
-    todo = [chunk for chunk in people.missing() if shard.owns(chunk)]
-    images = people.plan.images
-    if not todo:
+    data_folder()  # says what is missing before processes are started that need it
+    with people.working(shard):
+        mine = [chunk for chunk in range(people.count) if shard.owns(chunk)]
+        todo = [chunk for chunk in people.missing() if shard.owns(chunk)]
+        images = people.plan.images
+        if not todo:
+            return people.missing()
+        place = str(device) if device.type == "cuda" else "cpu"
+        kernels.start(place)
+        wp.load_module(kernels, device=place)  # compiled once, for all workers
+        initial = (len(mine) - len(todo)) * images
+        with utils.progress(len(mine) * images, "synthesize", initial=initial, unit="photo") as bar:
+            for made in _results(people, todo, str(device), workers):
+                bar.update(made)
         return people.missing()
-    place = str(device) if device.type == "cuda" else "cpu"
-    kernels.start(place)
-    wp.load_module(kernels, device=place)  # compiled once, for all workers
-    initial = (len(mine) - len(todo)) * images
-    with utils.progress(len(mine) * images, "synthesize", initial=initial, unit="photo") as bar:
-        for made in _results(people, todo, str(device), workers):
-            bar.update(made)
-    return people.missing()
+
+
+def default_workers(device: torch.device) -> int:
+    """A process per core; with a GPU fewer where its memory does not hold so many."""
+    cores = len(os.sched_getaffinity(0))
+    if device.type != "cuda":
+        return cores
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(cores, int(free / GPU_BYTES)))
 
 
 def _results(people: People, todo: list[int], device: str, workers: int) -> Iterator[int]:
@@ -226,6 +266,10 @@ def _results(people: People, todo: list[int], device: str, workers: int) -> Iter
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process was killed (out of memory? then take fewer --workers); the same command goes on from here"
+            ) from error
         except BaseException:
             for future in futures:
                 future.cancel()

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
@@ -188,6 +190,8 @@ def test_lfw_layout_is_read_by_the_verification_stage(tmp_path):
         (("--identities", "0"), "--identities 0"),
         (("--identities", "-3"), "--identities -3"),
         (("--size", "20"), "--size"),
+        (("--size", "100000"), "--size"),
+        (("--workers", "-1"), "--workers -1"),
         (("--first", "-1"), "--first"),
         (("--layout", "lfw", "--pairs", "500"), "--pairs 500"),
         (("--shard", "4/3"), "--shard 4/3"),
@@ -203,6 +207,87 @@ def test_impossible_requests_are_one_line_before_any_work(tmp_path, monkeypatch,
     stderr = capsys.readouterr().err
     assert code == 1 and message in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "out" / ".parts").exists() and (tmp_path / "taken").read_text() == "a file"
+
+
+def test_photos_of_unknown_origin_and_lost_ones_are_one_line(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "people"
+    monkeypatch.setattr(
+        sys, "argv", ["synthesize.py", "--identities", "2", "--images", "1", "--out", str(out), "--device", "cpu"]
+    )
+    (out / "s000001").mkdir(parents=True)
+    (out / "s000001" / "mine.jpg").write_bytes(b"not ours")
+    assert synthesize.main() == 1
+    assert capsys.readouterr().err == f"error: {out}/s000001: exists, but no record of how it was made; " + (
+        "give another folder\n"
+    )
+    assert (out / "s000001" / "mine.jpg").read_bytes() == b"not ours" and len(list(out.iterdir())) == 1
+    # A finished set that has lost an identity is not called finished.
+    people = dataset.People(out, dataset.Plan(2, 1, 0, 0, 256, "photos", False, "all", (), 3, 100))
+    (out / "s000000").mkdir()
+    for name in ("truth.tsv", "identities.tsv"):
+        (out / name).write_text("")
+    people.finish({"photos": 2})
+    assert people.open(["truth.tsv", "identities.tsv"])
+    (out / "s000000").rmdir()
+    assert synthesize.main() == 1
+    assert "s000000: gone from a finished set (1 of 2" in capsys.readouterr().err
+    (out / "truth.tsv").unlink()  # as the line says
+    assert not people.open(["truth.tsv", "identities.tsv"]) and people.missing() == [0, 1]
+
+
+def test_a_missing_ray_tracer_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", "--identities", "2", "--images", "1", "--out", str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "warp", None)
+    monkeypatch.delitem(sys.modules, "synthetic.dataset")
+    monkeypatch.delattr("synthetic.dataset")
+    assert synthesize.main() == 1
+    assert capsys.readouterr().err == (
+        "error: the package warp-lang is missing: pip install -r requirements-synthetic.txt\n"
+    )
+
+
+def test_a_killed_process_and_a_busy_shard_are_one_line(tmp_path, monkeypatch):
+    class Dead(ThreadPoolExecutor):
+        def __init__(self, *_):
+            super().__init__(1)
+
+        def submit(self, *_):
+            future = Future()
+            future.set_exception(BrokenProcessPool("terminated abruptly"))
+            return future
+
+    plan = dataset.Plan(4, 1, 0, 0, 256, "photos", False, "all", (), 3, 100)
+    people = dataset.People(tmp_path / "people", plan)
+    monkeypatch.setattr(dataset, "ProcessPoolExecutor", Dead)
+    with pytest.raises(InputError, match="a process was killed"):
+        dataset.make_people(people, dataset.Shard(), torch.device("cpu"), 2)
+    with (
+        people.working(dataset.Shard(0, 2)),
+        pytest.raises(InputError, match="another process is working on shard 1"),
+    ):
+        dataset.make_people(people, dataset.Shard(0, 2), torch.device("cpu"), 2)
+
+
+def test_as_many_processes_as_a_gpu_holds(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert dataset.default_workers(torch.device("cpu")) == cores
+    for free, processes in ((80e9, cores), (1.6e9, 1), (0.3e9, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 80_000_000_000))
+        assert dataset.default_workers(torch.device("cuda", 0)) == processes
+
+
+def test_a_full_disk_is_said_with_the_folder(tmp_path, monkeypatch):
+    people = dataset.People(tmp_path, dataset.Plan(1, 2, 0, 0, 256, "photos", False, "all", (), 3, 100))
+    maker = dataset.Maker.__new__(dataset.Maker)
+    maker.people = people
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        maker._write(0, [b"1", b"2"])
+    assert error.value.filename == str(tmp_path / "s000000") and not list((tmp_path / ".parts").iterdir())
 
 
 def test_facescrub_and_megaface_names():
