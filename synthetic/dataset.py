@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -218,6 +219,14 @@ _maker: Maker | None = None
 
 def _start_worker(people: People, device: str) -> None:
     global _maker
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # of a killed run no process stays behind
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
     _maker = Maker(people, device)
 
 

@@ -70,6 +70,13 @@ def run(out, *options, **settings):
     return process.returncode, stdout, stderr
 
 
+def command_of(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def files_of(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -132,22 +139,27 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(made):
 
 
 def test_shards_killed_and_continued_give_the_same_bytes(made, tmp_path):
-    """Shard 2/2, then shard 1/2 killed as soon as a first identity is there, then the rest unsharded."""
+    """Two processes killed as soon as a first identity is there, then shard 2/2, then the rest unsharded."""
     out = tmp_path / "people"
-    code, stdout, _ = run(out, "--shard", "2/2", "--workers", "1")
-    assert code == 0 and "2 of 3 identities are left" in stdout
-    process = start(out, "--shard", "1/2", "--workers", "1")
+    process = start(out, "--workers", "2")
+    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), set()
     deadline = time.monotonic() + 700
-    while not (out / ".parts" / "000000.zip").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not list((out / ".parts").glob("*.zip")) and process.poll() is None and time.monotonic() < deadline:
+        workers |= {child for child in children.read_text().split() if b"spawn_main" in command_of(child)}
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (out / "truth.tsv").exists()
+    assert not (out / "truth.tsv").exists() and len(workers) == 2
+    while any(b"spawn_main" in command_of(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(b"spawn_main" in command_of(worker) for worker in workers)  # they end with who started them
+    (out / ".parts" / "000002.zip").unlink(missing_ok=True)
+    code, stdout, _ = run(out, "--shard", "2/2", "--workers", "1")
+    assert code == 0 and "identities are left" in stdout
     # What a kill in the middle of an identity leaves: an unfinished folder, and a finished one without its part.
     shutil.copytree(made / "s000002", out / ".parts" / "2.99.partial")
     (out / "s000002").mkdir(exist_ok=True)
     (out / "s000002" / "stale.jpg").write_bytes(b"from another time")
-    (out / ".parts" / "000002.zip").unlink(missing_ok=True)
     code, _, stderr = run(out, "--workers", "2")
     assert code == 0, stderr
     assert files_of(out) == files_of(made)
