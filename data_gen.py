@@ -623,9 +623,33 @@ def check_decoder(device: torch.device) -> None:
     """Raise `InputError` if a device cannot decode JPEG: `to_device` would decode every batch on the CPU instead."""
     _, encoded = cv2.imencode(".jpg", np.full((SIZE, SIZE, 3), 127, np.uint8))
     try:
-        decode_jpeg([torch.from_numpy(encoded)], mode=ImageReadMode.RGB, device=device)
+        _decode_on(device, [torch.from_numpy(encoded)])
     except RuntimeError as error:
         raise InputError(f"--decode gpu: {device} does not decode: {str(error).splitlines()[0]}") from error
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _decode_on(device: torch.device, encoded: list[Tensor]) -> list[Tensor]:
+    """JPEGs, flat uint8 tensors in main memory, as RGB uint8 [3, height, width] on the device.
+
+    nvJPEG writes at once, whatever is in the queue of the stream it is called in (pytorch/vision pull request 9606).
+    But memory that the host has given back may still be read by kernels in the queue, as training never waits for
+    them. So pictures are put into memory of a stream with nothing in its queue, which gets it back when the present
+    stream has read it.
+    """
+    if device.type == "cpu":
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+    present, decoding = torch.cuda.current_stream(device), _decoding_stream(device)
+    with torch.cuda.stream(decoding):
+        decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+    present.wait_stream(decoding)
+    for image in decoded:
+        image.record_stream(present)
+    return decoded
 
 
 def to_device(batch: Batch, dataset: CropDataset, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
@@ -643,7 +667,7 @@ def to_device(batch: Batch, dataset: CropDataset, device: torch.device) -> tuple
         if 0 in sizes:
             raise RuntimeError("a crop that cannot be read")
         parts = list(batch.images.split(sizes))
-        decoded = decode_jpeg(parts, mode=ImageReadMode.RGB, device=device)
+        decoded = _decode_on(device, parts)
         if any(image.shape != (3, SIZE, SIZE) for image in decoded):
             raise RuntimeError("not all of the size of a crop")
         images = torch.stack(decoded).permute(0, 2, 3, 1)

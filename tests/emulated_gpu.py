@@ -36,6 +36,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+import data_gen
+
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
@@ -74,6 +76,7 @@ class OnGpu(Tensor):
 
     def __init__(self, held, requires_grad=False):
         self.held = held
+        self.stream = None  # the one whose memory this is, where others may not read it yet
         self.share = _Share(_current(), held.untyped_storage())
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -83,6 +86,9 @@ class OnGpu(Tensor):
 
     def get_device(self):
         return 0
+
+    def record_stream(self, stream):
+        self.stream = None
 
     def __repr__(self, **_):
         return f"OnGpu({self.held!r})"
@@ -119,6 +125,16 @@ class _Share:
             self.gpu.allocated -= self.size
 
 
+class Stream:
+    """Everything is done at once: there is nothing to wait for."""
+
+    def __init__(self, device=None):
+        self.device = device
+
+    def wait_stream(self, other):
+        assert isinstance(other, Stream)
+
+
 class EmulatedGpu(TorchFunctionMode):
     """While entered, this process has one GPU. One at a time."""
 
@@ -131,6 +147,7 @@ class EmulatedGpu(TorchFunctionMode):
         self.allocated = self.peak = 0  # bytes
         self.owners = Counter()  # wrappers of each storage
         self._pinned = weakref.WeakValueDictionary()  # by address
+        self.stream = self.default_stream = Stream()
         self._process = os.getpid()
         self._patches = contextlib.ExitStack()
         self._nesting = Counter()  # of each thread: gradients and threads of the program enter it once more
@@ -149,8 +166,8 @@ class EmulatedGpu(TorchFunctionMode):
         if threading.current_thread() is threading.main_thread() and not self._nesting[threading.get_ident()]:
             EmulatedGpu.active = None
             self._patches.close()
-            if "data_gen" in sys.modules:  # a real GPU may be next
-                sys.modules["data_gen"]._statistics.cache_clear()
+            for cached in (data_gen._statistics, data_gen._decoding_stream):  # a real GPU may be next
+                cached.cache_clear()
 
     # --- what Python code calls --------------------------------------------------------------------------------------
 
@@ -235,12 +252,17 @@ class EmulatedGpu(TorchFunctionMode):
     def _is_pinned(self, tensor, device=None):
         return tensor.untyped_storage().data_ptr() in self._pinned
 
-    def _decode(self, images, mode=torchvision.io.ImageReadMode.UNCHANGED, device="cpu"):
+    def _decode(self, images, mode):
         self.touch()
+        if self.stream is self.default_stream:
+            raise RuntimeError("nvJPEG would write, at once, to memory that kernels in this stream's queue still read")
         if not all(type(image) is Tensor and image.dtype == torch.uint8 and image.ndim == 1 for image in images):
             raise RuntimeError("nvJPEG takes flat uint8 tensors in main memory")
         self.wait("decode")
-        return [OnGpu(torch.ops.image.decode_jpeg(image, mode, False)) for image in images]
+        decoded = [OnGpu(torch.ops.image.decode_jpeg(image, mode, False)) for image in images]
+        for image in decoded:
+            image.stream = self.stream
+        return decoded
 
     # --- what is computed --------------------------------------------------------------------------------------------
 
@@ -253,25 +275,24 @@ class EmulatedGpu(TorchFunctionMode):
         flat, structure = _pytree.tree_flatten((args, kwargs))
         tensors = [value for value in flat if isinstance(value, Tensor)]
         self._check_devices(func, args, tensors)
+        if any(tensor.stream not in (None, self.stream) for tensor in tensors if isinstance(tensor, OnGpu)):
+            raise RuntimeError("memory of another stream that is not recorded: it may be given away before it is read")
         self._check_layout(func, args)
         masks = func in INDEXING and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
         if masks or func in SIZE_DEPENDS_ON_VALUES or func in READ_BY_HOST:
             self.wait(func.__name__.split(".")[0].strip("_"))
         known = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, OnGpu)}
         held = [value.held if isinstance(value, OnGpu) else value for value in flat]
-        args, kwargs = _pytree.tree_unflatten(held, structure)
+        held_args, held_kwargs = _pytree.tree_unflatten(held, structure)
+        result = func(*held_args, **held_kwargs)
+        if torch.Tag.inplace_view in func.tags:  # the wrapper's shape has to follow
+            with torch._C._DisableTorchDispatch():
+                func(*args, **kwargs)
 
         def wrap(value):
-            if not isinstance(value, Tensor):
-                return value
-            if (wrapper := known.get(id(value))) is None:
-                return OnGpu(value)
-            assert wrapper.shape == value.shape and wrapper.stride() == value.stride(), (
-                f"{func} changes shapes in place"
-            )
-            return wrapper
+            return value if not isinstance(value, Tensor) else known[id(value)] if id(value) in known else OnGpu(value)
 
-        return _pytree.tree_map(wrap, func(*args, **kwargs))
+        return _pytree.tree_map(wrap, result)
 
     def _check_devices(self, func, args, tensors):
         strange = [tensor for tensor in tensors if not isinstance(tensor, OnGpu)]
@@ -318,6 +339,12 @@ class EmulatedGpu(TorchFunctionMode):
             frame = frame.f_back
         return self.synchronisations.append(why)
 
+    @contextlib.contextmanager
+    def _in_stream(self, stream):
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
     def reset_peak(self, device=None):
         self.peak = self.allocated
 
@@ -354,6 +381,9 @@ class EmulatedGpu(TorchFunctionMode):
             "get_device_properties": lambda device=None: properties,
             "get_device_capability": lambda device=None: (9, 0),
             "is_bf16_supported": lambda including_emulation=True: True,
+            "Stream": Stream,
+            "stream": gpu._in_stream,
+            "current_stream": lambda device=None: gpu.stream,
             "is_current_stream_capturing": lambda: False,
             "manual_seed_all": lambda seed: None,  # it draws from the CPU's generator
             "get_rng_state": lambda device=None: torch.get_rng_state(),
@@ -371,9 +401,7 @@ class EmulatedGpu(TorchFunctionMode):
         yield torch, "compile", lambda model, **settings: model
         yield threading.Thread, "run", run_with_gpu
         yield torch.autograd, "_engine_run_backward", run_backward
-        for place in [torchvision.io, sys.modules.get("data_gen")]:  # which imports the function by name
-            if place is not None:
-                yield place, "decode_jpeg", decode_jpeg
+        yield data_gen, "decode_jpeg", decode_jpeg
 
 
 _HANDLERS = {

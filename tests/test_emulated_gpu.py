@@ -179,6 +179,19 @@ def test_threads_have_it_and_forked_processes_do_not(gpu):
         next(iter(loader))
 
 
+def test_memory_of_one_stream_is_not_read_in_another_unnoticed(gpu):
+    [(encoded, _)] = jpegs(1, 1)
+    picture = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="nvJPEG would write, at once"):
+        data_gen.decode_jpeg([picture], device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        [decoded] = data_gen.decode_jpeg([picture], device="cuda")
+    with pytest.raises(RuntimeError, match="memory of another stream"):
+        decoded.float()
+    decoded.record_stream(torch.cuda.current_stream())
+    assert decoded.float().mean().item() > 0
+
+
 def test_nothing_of_it_is_left():
     with EmulatedGpu():
         assert utils.choose_device("auto").type == "cuda"
