@@ -85,7 +85,7 @@ def join(device_name: str) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         device = utils.choose_device(device_name)
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # else what asks for "cuda" (pinned memory, the compiler) takes the first one
         yield World(0, 1, device)
         return

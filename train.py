@@ -461,7 +461,13 @@ def main() -> int:
     """See the file's docstring."""
     options = config.parse(Train, __doc__)
     with distributed.join(options.device) as world:
-        return train(options, world)
+        try:
+            return train(options, world)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"--batch-size {options.batch_size}: {str(error).splitlines()[0]} Parts of a batch (--accumulate 2), "
+                "--checkpoint-activations and --sample-rate need less"
+            ) from error
 
 
 if __name__ == "__main__":

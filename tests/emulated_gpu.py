@@ -13,7 +13,8 @@ Memory is that of live tensors, as the caching allocator counts it, without the 
 What cannot be seen here, and was checked by reading torch 2.11 and torchvision 0.26 only: the kernels themselves, hence
 their limits and their rounding (TensorFloat-32, sums in another order); what order kernels run in, hence everything
 about streams; code that torch.compile generates (it is switched off here); nvJPEG, in whose place the CPU's decoder
-stands; NCCL; warp's kernels; the size of what cuDNN and cuBLAS allocate.
+stands; NCCL and DistributedDataParallel (`emulated_nccl` has stand-ins); warp's kernels; the size of what cuDNN and
+cuBLAS allocate.
 
 A tensor is a wrapper (as FakeTensor is, but around a CPU tensor with values). To torch's C++ side it is a CPU tensor,
 because autograd would ask a CUDA driver for its stream; so what C++ code inside torch decides by the device (which
@@ -39,7 +40,6 @@ from torch.utils import _pytree
 import data_gen
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device("cuda:0")
 aten = torch.ops.aten
 
 # The host has to know how many values there are.
@@ -66,7 +66,7 @@ FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 
 
 class OnGpu(Tensor):
-    """A tensor that says it is on `DEVICE`; `held` is its values on the CPU."""
+    """A tensor that says it is on the GPU; `held` is its values on the CPU."""
 
     @staticmethod
     def __new__(cls, held, requires_grad=False):
@@ -80,12 +80,12 @@ class OnGpu(Tensor):
         self.share = _Share(_current(), held.untyped_storage())
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: DEVICE)
+    device = property(lambda self: _current().device)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
 
     def get_device(self):
-        return 0
+        return self.device.index
 
     def record_stream(self, stream):
         self.stream = None
@@ -136,12 +136,13 @@ class Stream:
 
 
 class EmulatedGpu(TorchFunctionMode):
-    """While entered, this process has one GPU. One at a time."""
+    """While entered, this process uses GPU `number` of `count`. One at a time."""
 
     active = None
 
-    def __init__(self):
+    def __init__(self, number=0, count=1):
         super().__init__()
+        self.device, self.count = torch.device("cuda", number), count
         self.synchronisations = []  # "file:line what", in order
         self.computed = 0  # operations on GPU tensors
         self.allocated = self.peak = 0  # bytes
@@ -226,7 +227,7 @@ class EmulatedGpu(TorchFunctionMode):
         return self._to(tensor, "cpu", **settings)
 
     def _cuda(self, tensor, device=None, **settings):
-        return self._to(tensor, DEVICE, **settings)
+        return self._to(tensor, self.device, **settings)
 
     def _to_list(self, tensor):
         if isinstance(tensor, OnGpu):
@@ -373,8 +374,8 @@ class EmulatedGpu(TorchFunctionMode):
             "is_available": lambda: True,
             "is_initialized": lambda: True,
             "_lazy_init": lambda: None,
-            "device_count": lambda: 1,
-            "current_device": lambda: 0,
+            "device_count": lambda: gpu.count,
+            "current_device": lambda: gpu.device.index,
             "set_device": lambda device: None,
             "synchronize": lambda device=None: gpu.wait("synchronize"),
             "get_device_name": lambda device=None: properties.name,
@@ -396,7 +397,7 @@ class EmulatedGpu(TorchFunctionMode):
         yield from ((torch.cuda, name, stand_in) for name, stand_in in cuda.items())
         yield torch.accelerator, "is_available", lambda: True
         yield torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
-        yield torch.accelerator, "current_device_index", lambda: 0
+        yield torch.accelerator, "current_device_index", lambda: gpu.device.index
         yield torch.accelerator, "set_device_index", lambda device: None
         yield torch, "compile", lambda model, **settings: model
         yield threading.Thread, "run", run_with_gpu

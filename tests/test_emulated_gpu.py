@@ -9,12 +9,13 @@ import threading
 import time
 
 import cv2
+import emulated_nccl
 import numpy as np
 import pytest
 import torch
 from emulated_gpu import EmulatedGpu
 from torch import nn
-from training import ROOT, SmallNetwork, assert_same_state, jpegs, load, options, record_set
+from training import ROOT, SmallNetwork, assert_same_state, jpegs, load, options, record_set, run, train_main
 
 import config
 import data_gen
@@ -148,7 +149,7 @@ def test_another_gpu_than_the_first_becomes_the_current_one(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     with distributed.join("cuda:1") as world:
         assert world.device == torch.device("cuda:1") == chosen[0]
-    with distributed.join("cpu"), distributed.join("cuda"):
+    with distributed.join("cpu:0"), distributed.join("cuda"):
         assert len(chosen) == 1
 
 
@@ -308,6 +309,30 @@ def test_crops_that_the_gpu_cannot_decode_are_decoded_by_the_cpu(tmp_path, gpu, 
     out = start(tmp_path / "crops", "run", **settings)
     results = json.loads((out / "results.json").read_text())
     assert [name[-6:] for name in results["unreadable_crops"]] == ["crop 9"]
+
+
+def test_a_batch_that_does_not_fit_is_one_line(crops, gpu, start, monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(SmallNetwork, "forward", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", *options(crops, tmp_path / "run", device="cuda")])
+    monkeypatch.setattr(models, "build_network", lambda name, se, size, recompute: SmallNetwork(size))
+    assert train.main() == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --batch-size 4: CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "--accumulate" in error and "--checkpoint-activations" in error
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"sample_rate": 0.5}])
+def test_two_ranks_on_gpus_are_two_on_cpus(crops, tmp_path, changes):
+    """Every collective is given tensors of the device of its group, and the weights are the same."""
+    states = []
+    for device, target in (("cpu", train_main), ("cuda", emulated_nccl.train_main)):
+        settings = {"amp": False, "loss": "adaface", "batch_size": 8, "workers": 0, "device": device} | changes
+        run(target, options(crops, tmp_path / device, **settings), output=tmp_path / f"{device}.txt", size=2)
+        states.append(load(tmp_path / device / "checkpoint.pt"))
+    assert_same_state(*states)
 
 
 # --- features, faces, scores -----------------------------------------------------------------------------------------
