@@ -1,19 +1,18 @@
-"""Photos per second of synthesize.py in its steady state, the parts of it, and the share of the ray-tracing limit.
+"""Photos per second of synthesize.py in its steady state, the parts of it, and what bare ray tracing costs.
 
-    python benchmarks/synthesize.py                     as many processes as there are cores
+    python benchmarks/synthesize.py
     python benchmarks/synthesize.py --device cuda --identities 40
 
-The first figure is the tool's own way: a process per core, each photographing one person after the other with every
-ingredient on, timed by the clock on the wall from the moment that all have started. The parts are CPU seconds of one
-process. The limit is what the rays alone cost: the same number of primary and shadow rays as an average photo sends,
-through the same meshes, with nothing shaded, measured in the same run. The named alternative is the plain way to
-photograph the same heads with the same tracer: one ray per pixel and one shadow ray per light, no interpolation between
-neighbours and no reuse of shadows.
+The first figure is the tool's own way: a process per core (with a GPU, as many of them as its memory holds), each
+photographing one person after the other with every ingredient on, timed by the clock on the wall from the moment that
+all have started. The parts are seconds of one process, of CPU time or, with a GPU, by the clock. Two alternatives see
+the same meshes in the same run. The plain way traces with this tracer one ray per pixel and one shadow ray per light,
+with no interpolation between neighbours and no reuse of shadows. Bare rays are the least that a picture costs which is
+traced pixel by pixel: one ray each and one more from where it ends, nothing shaded, no paint, hair, camera or JPEG.
 """
 
 import argparse
 import multiprocessing
-import os
 import sys
 import time
 from collections import defaultdict
@@ -27,6 +26,7 @@ import torch
 import warp as wp
 
 from synthetic import kernels, render
+from synthetic.dataset import default_workers
 from synthetic.parameters import draw_identity, draw_photo
 from synthetic.photo import encode
 
@@ -55,8 +55,7 @@ def bare_rays(scene: kernels.Scene, uniforms: wp.array(dtype=kernels.Uniforms), 
     """One primary ray per thread and, from what it meets, one ray towards the first light: no shading at all."""
     b, y, x = wp.tid()
     u = uniforms[b]
-    scale = 256.0 / float(hits.shape[1])
-    direction = kernels.camera_ray(u, (float(x) + 0.5) * scale, (float(y) + 0.5) * scale)
+    direction = kernels.camera_ray(u, float(x) + 0.5, float(y) + 0.5)
     r = wp.mesh_query_ray(scene.body[b], u.origin, direction, 1000.0)
     seen = 0
     if r.result:
@@ -75,11 +74,11 @@ def photographs(renderer, number, images):
     return [encode(image, photo.camera["quality"]) for image, photo in zip(pictures, photos, strict=True)]
 
 
-def one_process(numbers, images, ready):
+def one_process(device, numbers, images, ready):
     """Photograph some people once all processes have come this far; returns the seconds it took."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    renderer = render.Renderer(torch.device("cpu"))
+    renderer = render.Renderer(torch.device(device))
     photographs(renderer, 10_000 + numbers[0], 2)
     ready.wait()
     start = time.perf_counter()
@@ -88,12 +87,12 @@ def one_process(numbers, images, ready):
     return time.perf_counter() - start
 
 
-def side_by_side(processes, identities, images):
+def side_by_side(device, processes, identities, images):
     """Photos per second of so many processes with so many people each."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(processes) as pool:
         ready = manager.Barrier(processes)
-        tasks = [(range(k * identities, (k + 1) * identities), images, ready) for k in range(processes)]
+        tasks = [(device, range(k * identities, (k + 1) * identities), images, ready) for k in range(processes)]
         seconds = pool.starmap(one_process, tasks, chunksize=1)
     return processes * identities * images / max(seconds)
 
@@ -103,7 +102,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--identities", type=int, default=10)
     parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, help="default: as synthesize.py")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -128,7 +127,7 @@ def main():
             launch(every_pixel, (count, 2 * half, 2 * half), inputs, **settings)
             wp.synchronize_device(renderer.warp)
             extra["plain"] += clock() - start
-            hits = wp.zeros((count, 160, 160), dtype=wp.int32, device=renderer.warp)
+            hits = wp.zeros((count, 2 * half, 2 * half), dtype=wp.int32, device=renderer.warp)
             start = clock()
             launch(bare_rays, hits.shape, [scene, uniforms, hits], **settings)
             wp.synchronize_device(renderer.warp)
@@ -142,9 +141,9 @@ def main():
         return clock() - start
 
     photographs(renderer, 10_000, options.images)  # compiles
-    if cpu:
-        rate = side_by_side(options.processes, options.identities, options.images)
-        print(f"{options.processes} processes, {options.images} photos a person at 256 px: {rate:.1f} photos/s")
+    processes = options.processes or default_workers(renderer.device)
+    rate = side_by_side(options.device, processes, options.identities, options.images)
+    print(f"{processes} processes, {options.images} photos a person at 256 px: {rate:.1f} photos/s")
     whole = [timed_photographs(number) for number in range(options.identities)]
     render.wp.launch = timed
     photographs(renderer, 10_001, options.images)
@@ -165,11 +164,9 @@ def main():
     traced = 1000 * (spent["trace_grid"] + spent["trace_rest"] + spent["soften"]) / photos
     plain = 1000 * extra["plain"] / photos
     print(f"tracing {traced:.1f} ms; a ray and its shadow rays per pixel {plain:.1f} ms: {plain / traced:.2f} times")
-    nanoseconds = 1e9 * extra["bare"] / extra["rays"]
-    needed = extra["rays"] / photos * (128 * 128 / 160**2 * 1.6 + 1)  # grid with shadows, edges and hair once more
-    limit = needed * nanoseconds / 1e6
-    print(f"a bare ray costs {nanoseconds:.0f} ns, a photo needs about {needed:.0f}: limit {limit:.1f} ms")
-    print(f"share of the limit reached: {100 * limit / total:.0f} %")
+    bare, rays = 1000 * extra["bare"] / photos, extra["rays"] / photos
+    print(f"bare rays: {rays:,.0f} of {1e6 * bare / rays:.0f} ns each, {bare:.1f} ms")
+    print(f"the whole photo takes {total:.1f} ms, {total / bare:.2f} times that")
 
 
 if __name__ == "__main__":

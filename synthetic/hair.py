@@ -18,6 +18,8 @@ from synthetic.parameters import Identity
 
 CENTRE = np.array([0.0, kernels.CENTRE_Y, kernels.CENTRE_Z], np.float32)
 FIELD_AZIMUTH, FIELD_ELEVATION = 72, 40  # grid of the radius field
+# Cuts whose hair is trimmed towards the nape.
+TRIMMED = ("crop", "horseshoe", "side_part", "slick_back", "quiff", "curly_short", "afro", "fringe")
 
 
 @dataclass
@@ -170,7 +172,7 @@ def _cut(identity: Identity, azimuth: np.ndarray, elevation: np.ndarray, normal:
         return cut(4.0 + 2 * top, random + 0.6 * down, 0.7, 0.25, 2.2, 0.5 + 0.3 * hair["curl"], 0.35, 0.5, 7,
                    roots=800)  # fmt: skip
     if style == "afro":
-        return cut(5.5 + 2.0 * top, random * 0.8, 1.0, 0.02, 5.5, 0.4, 0.5, 0.22, 4, roots=2000)
+        return cut(4.6 + 1.5 * top, random * 0.8, 1.0, 0.02, 4.5, 0.9, 0.55, 0.24, 6, roots=1800)
     if style == "fringe":
         return cut(np.where(front > 0.1, to_brow, 7.0), forward * blend + down * (1 - blend), 0.2, 0.5, 1.4, mild * 0.5,
                    segments=7, bangs=front > 0.1, roots=800)  # fmt: skip
@@ -183,9 +185,9 @@ def _cut(identity: Identity, azimuth: np.ndarray, elevation: np.ndarray, normal:
         return cut(np.where(bangs, to_brow, 30), comb, 0.12, 0.8, 1.6, mild * 0.5, width=0.85, segments=13, bangs=bangs,
                    roots=560)  # fmt: skip
     if style.startswith("long"):
-        curl, pitch = {"long_straight": (0.1, 0.1), "long_wavy": (0.75, 0.11), "long_curly": (1.0, 0.24)}[style]
+        curl, pitch = {"long_straight": (0.1, 0.1), "long_wavy": (0.75, 0.11), "long_curly": (1.15, 0.14)}[style]
         return cut(30 + 6 * top, parted * blend + down * (1 - blend), 0.15 + 0.15 * (curl > 0.5), 0.75, 1.6 + curl,
-                   curl, pitch, 0.9, 12, roots=560)  # fmt: skip
+                   curl, pitch, 0.9, 17 if curl > 0.5 else 12, roots=560)  # fmt: skip
     if style in ("ponytail", "bun"):
         knot = np.array([0.0, 4.5 if style == "ponytail" else 8.0, -16.5])
         root = CENTRE + normal * 10
@@ -266,6 +268,8 @@ def grow_hair(identity: Identity, head: HeadModel, vertices: np.ndarray, field: 
     length = cut.length * rng.uniform(0.75, 1.12, count) * (0.55 + 0.45 * edge)
     if hair["style"] in ("ponytail", "bun"):
         length = cut.length
+    if hair["style"] in TRIMMED:
+        length = length * np.clip((elevation + 38) / 36, 0.25, 1)
     comb = _tangent(cut.comb + rng.normal(0, 0.08 + 0.16 * hair["messy"], (count, 3)), normal)
     if hair["style"] in ("ponytail", "bun"):
         comb = _tangent(cut.comb, normal)
@@ -375,9 +379,8 @@ def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Rib
     weights = np.clip(weights, 0.02, 1)
     weights /= weights.sum(1, keepdims=True)
     start = np.einsum("nk,nkc->nc", weights, vertices[corner])
-    base = {"full": 1.9, "moustache": 0.7, "short_boxed": 0.5, "sideburns": 0.6}.get(beard["style"], 0.55)
     above_lip = (roots["place"][repeat][:, 1] > -6.4) & (np.abs(start[:, 0]) < 3)
-    length = base * beard["length"] * rng.uniform(0.6, 1.2, len(repeat))
+    length = 1.9 * beard["length"] * rng.uniform(0.6, 1.2, len(repeat))
     length = np.where(above_lip, np.minimum(length, 0.5), length)
     # Beards are trimmed towards the ears.
     length *= np.clip(1.25 - 0.14 * np.abs(start[:, 0]), 0.3, 1.0)
@@ -396,6 +399,6 @@ def grow_beard(identity: Identity, head: HeadModel, vertices: np.ndarray) -> Rib
         place = place + along * (length / segments)[:, None]
         path[:, k + 1] = place
     taper = np.array([0.9, 1.0, 0.8, 0.35])
-    width = rng.uniform(0.05, 0.11, (count, 1)) * taper[None] * (0.7 + 0.3 * base)
+    width = rng.uniform(0.05, 0.11, (count, 1)) * taper[None] * 1.27
     outward = np.repeat(normal[:, None], segments + 1, 1)
     return _ribbons(path, width, outward, rng.uniform(1, 99, count), rng.uniform(0.55, 1, count), corner[:, 0])

@@ -606,13 +606,13 @@ def shade(
         open_sky = 0.35 + 0.65 * open_sky  # light that came through lips and from tooth to tooth
         wrap = wp.vec3(0.3, 0.3, 0.3)
     elif material == CAVITY:
-        albedo = wp.vec3(0.16, 0.035, 0.03)
+        albedo = wp.vec3(0.22, 0.055, 0.045)
         spec = 0.2
-        open_sky = open_sky * 0.6
+        open_sky = 0.12 + 0.6 * open_sky
     elif material == TONGUE:
         albedo = wp.vec3(0.42, 0.13, 0.12)
         roughness = 0.35
-        open_sky = open_sky * 0.7
+        open_sky = 0.15 + 0.7 * open_sky
         scatter = 0.5
     elif material == LASH:
         albedo = u.lash
@@ -666,6 +666,8 @@ def shade(
         if nl < -0.28:
             continue
         reach = free[k]
+        if material == TEETH or material == TONGUE or material == CAVITY:
+            reach = 0.3 + 0.7 * reach  # light comes through lips and cheeks
         if reach > 0.0:
             for c in range(3):
                 w = wrap[c]

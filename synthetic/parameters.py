@@ -535,7 +535,7 @@ def _makeup(rng: np.random.Generator, identity: Identity) -> dict[str, Any]:
         "shadow": _colour(rng, 0.5, 0.15, 0.7),
         "shadow_amount": float(rng.uniform(0.2, 0.85)) if wears and rng.random() < 0.5 else 0.0,
         "blush": (1.0, float(rng.uniform(0.6, 0.85)), float(rng.uniform(0.6, 0.88))),
-        "blush_amount": float(rng.uniform(0.2, 0.9)) if rng.random() < 0.3 else 0.0,
+        "blush_amount": float(rng.uniform(0.1, 0.7 if wears else 0.35)) if rng.random() < 0.3 else 0.0,
         "mascara": float(rng.uniform(0.3, 1.0)) if wears and rng.random() < 0.5 else 0.0,
     }
 

@@ -13,7 +13,7 @@ from synthetic.parameters import Photo
 
 def _palette(rng: np.random.Generator, count: int, level: float) -> np.ndarray:
     """Related linear colours [count, 3] of a mean brightness."""
-    hue, spread, saturation = rng.uniform(0, 6), rng.uniform(0.2, 2.5), rng.beta(1.2, 2.2)
+    hue, spread, saturation = rng.uniform(0, 6), rng.uniform(0.2, 2.5), rng.beta(1.2, 3.2)
     hues = (hue + rng.normal(0, spread, count)) % 6
     ramp = np.clip(np.abs((hues[:, None] + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
     value = level * np.exp(rng.normal(0, 0.7, (count, 1)))

@@ -123,9 +123,9 @@ def glasses(photo: Photo, vertices: np.ndarray, eyes: np.ndarray) -> tuple[Piece
         fan = np.stack([np.arange(count), (np.arange(count) + 1) % count, np.full(count, count)], -1)
         lens_faces.append(fan + start)
         hinge = bend(np.array([[side * (half + outline[:, 0].max()), 0.5]]))[0]
-        temple = np.quantile(np.abs(x[(np.abs(y) < 1.5) & (np.abs(z + 7) < 1.5)]), 0.9) + 0.1
-        ear = np.array([side * max(temple, 6.5), 0.2, -8.5])
-        arm = np.stack([hinge, [side * max(abs(hinge[0]) + 0.15, temple), 0.4, hinge[2] - 1.0], ear])
+        # Along the temples to the ears, which begin at z -6.
+        temple, ear = (np.median(np.abs(x[(np.abs(y) < 1.5) & (np.abs(z - at) < 0.8)])) + 0.15 for at in (-3.0, -5.5))
+        arm = np.stack([hinge, [side * max(temple, abs(hinge[0])), 0.45, -3.0], [side * max(ear, temple), 0.3, -7.0]])
         parts.append(piece(*tube(arm, what["rim"] * 0.9), colour, gloss=gloss))
     inner = half - outline[:, 0].max()
     span = np.linspace(-inner, inner, 5)

@@ -197,8 +197,8 @@ def scalp(identity: Identity, theta: np.ndarray, phi: np.ndarray) -> np.ndarray:
     return inside.astype(np.float32)
 
 
-# Trimmed hair is finer than a pixel: it is painted. Moustaches and full beards get ribbons as well.
-PAINTED_BEARDS = ("none", "stubble", "goatee", "circle", "short_boxed", "sideburns")
+# Trimmed hair is finer than a pixel: it is painted. Full beards get ribbons as well.
+PAINTED_BEARDS = ("none", "stubble", "moustache", "goatee", "circle", "short_boxed", "sideburns")
 
 
 def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) -> np.ndarray:
@@ -210,7 +210,7 @@ def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) 
 
     chin = inside(-7.9 - y - 0.0 * x) * inside(3.0 - x, 0.8) * inside(y + 14.0, 1.0)
     under_lip = inside(0.9 - x, 0.4) * inside(-7.7 - y, 0.3) * inside(y + 9.0, 0.5)
-    moustache = inside(y + 6.2, 0.35) * inside(-5.1 - y - 0.12 * x, 0.35) * inside(1.7 - x, 1.4)
+    moustache = inside(y + 6.2, 0.35) * inside(-5.1 - y - 0.12 * x, 0.35) * inside(1.9 - x, 1.1)
     drooping = np.maximum(moustache, inside(x - 2.25, 0.3) * inside(3.1 - x, 0.4) * inside(-5.6 - y) * inside(y + 8.5))
     jaw_line = -3.4 - 0.9 * np.clip(7.2 - x, 0, 5.5)
     jaw = inside(jaw_line - y, 1.2) * inside(x - 2.3, 0.8) * inside(y + 14.5, 1.5) * inside(z + 7.5, 1.0)
@@ -354,7 +354,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     level = np.clip((canvas.phi + 58) / 20, 0.05, 1)
     fine, medium, coarse = fine * level, medium * level, coarse * level
     blotch = identity.blotches * level
-    melanin = identity.melanin * (1 + 0.03 * coarse + 0.015 * medium + blotch * 0.11 * _noise(rng, 30))
+    melanin = identity.melanin * (1 + 0.025 * coarse + 0.015 * medium + blotch * 0.07 * _noise(rng, 30))
     zones = canvas.zones
     melanin += 0.04 * identity.tan * zones["sun"] * (0.3 + identity.melanin)
     blood = 0.12 + 0.30 * identity.haemoglobin + 0.02 * coarse + blotch * 0.10 * _noise(rng, 26) + 0.02 * fine
@@ -398,11 +398,12 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     hair = identity.hair
     root = np.array(hair["root"], np.float32) * (1 - hair["grey"]) + 0.35 * hair["grey"]
     inside = scalp(identity, canvas.theta[:1], canvas.phi[:, :1]) + 1.6 * medium + 1.2 * coarse
-    cover = np.clip(inside / 5.0, 0, 1) * (1 - canvas.ears)
-    bare = {"bald": 0.0, "buzz": 0.78}.get(hair["style"], 0.93)
+    cover = np.clip(inside / 4.0, 0, 1) * (1 - canvas.ears)
+    bare = {"bald": 0.0, "buzz": 0.78}.get(hair["style"], 0.98)
     if hair["style"] == "bald" and "hair" not in off:
         bare = 0.30 * identity.beard["shadow"]
-    strand = np.clip(0.9 + 0.16 * fine, 0.2, 1)
+    cropped = hair["style"] in ("bald", "buzz")
+    strand = np.clip(0.9 + 0.16 * fine, 0.2, 1) if cropped else np.clip(0.97 + 0.05 * fine, 0.7, 1)
     opacity = (cover * bare * strand)[..., None]
     colour += (np.minimum(root, 0.25) - colour) * opacity
 
@@ -411,7 +412,7 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         tint = np.minimum(np.array(beard["colour"], np.float32), 0.12)
         tint = tint * (1 - beard["grey"]) + 0.22 * beard["grey"]
         shadow = _beard_on_canvas("stubble") * np.float32(beard["shadow"] * 0.30)
-        opaque = {"none": 0.0, "stubble": 0.42, "moustache": 0.42, "full": 0.6}.get(beard["style"], 0.85)
+        opaque = {"none": 0.0, "stubble": 0.42, "full": 0.6, "moustache": 1.2}.get(beard["style"], 0.9)
         cut = opaque * beard["density"]
         shadow = np.maximum(shadow, _beard_on_canvas(beard["style"]) * np.float32(cut))
         hairs = np.clip(0.62 + 0.55 * fine + 0.2 * medium, 0, 1.3)
@@ -439,7 +440,7 @@ def _encode(colour: np.ndarray, relief: np.ndarray) -> np.ndarray:
 
 def skin_tone(identity: Identity) -> tuple[float, float, float]:
     """Average reflectance, for hands."""
-    return tuple(float(c) for c in reflectance(np.array(identity.melanin), np.array(0.15 + 0.3 * identity.haemoglobin)))
+    return tuple(float(c) for c in reflectance(np.array(identity.melanin), np.array(0.22 + 0.3 * identity.haemoglobin)))
 
 
 def average_surface(head: HeadModel, vertices: np.ndarray, rays: np.ndarray) -> np.ndarray:
