@@ -12,8 +12,12 @@ import contextlib
 import datetime
 import hashlib
 import os
+import shlex
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +118,21 @@ def prepare_device(device: torch.device) -> None:
     """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = device.type == "cuda"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `InputError` if torch.compile lacks what it builds kernels with; it would say so in a page at step 0.
+
+    On a GPU Triton builds a small C module around each kernel, on a CPU the kernels are C++; both include Python.h.
+    """
+    variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = shlex.split(os.environ.get(variable, ""))[:1] or names
+    if not any(map(shutil.which, names)):
+        raise InputError(f"--compile: there is no {' or '.join(names)}; install one, or leave --compile out")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # where Debian puts headers
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    if not header.is_file():
+        raise InputError(f"--compile: there is no {header}; install Python's headers, or leave --compile out")
 
 
 def data_parallel(network: nn.Module, world: World) -> nn.Module:

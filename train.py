@@ -74,6 +74,8 @@ def check_options(options: Train, world: World) -> None:
         raise InputError(f"--decode gpu does mirror and colours only; --augment {options.augment} needs --decode cpu")
     if options.decode == "gpu":
         data_gen.check_decoder(world.device)
+    if options.compile:
+        distributed.check_compiler(world.device)
     if not options.resume and (options.out / checkpoints.CHECKPOINT).exists():
         raise InputError(f"{options.out}: holds a run; add --resume to go on with it, or choose another --out")
 

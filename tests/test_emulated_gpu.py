@@ -5,6 +5,7 @@ the CPU's results.
 import json
 import signal
 import sys
+import sysconfig
 import threading
 import time
 
@@ -309,6 +310,27 @@ def test_crops_that_the_gpu_cannot_decode_are_decoded_by_the_cpu(tmp_path, gpu, 
     out = start(tmp_path / "crops", "run", **settings)
     results = json.loads((out / "results.json").read_text())
     assert [name[-6:] for name in results["unreadable_crops"]] == ["crop 9"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_compiling_lacks_is_said_before_the_first_step(gpu, monkeypatch, tmp_path, device):
+    chosen = config.parse(config.Train, argv=options("crops", tmp_path / "run", device=device, compile=True))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    compiler = {"cpu": "CXX", "cuda": "CC"}[device]
+    with distributed.join(device) as world:
+        monkeypatch.setenv(compiler, f"{sys.executable} -O2")
+        train.check_options(chosen, world)
+        (tmp_path / "Python.h").unlink()
+        with pytest.raises(utils.InputError, match=r"--compile: there is no .*/Python.h"):
+            train.check_options(chosen, world)
+        monkeypatch.setenv(compiler, "no-such-compiler")
+        with pytest.raises(utils.InputError, match="--compile: there is no no-such-compiler; install one, or leave"):
+            train.check_options(chosen, world)
+        monkeypatch.delenv(compiler)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(utils.InputError, match=r"there is no (gcc or clang|g\+\+); install"):
+            train.check_options(chosen, world)
 
 
 def test_a_batch_that_does_not_fit_is_one_line(crops, gpu, start, monkeypatch, capsys, tmp_path):
