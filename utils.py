@@ -174,7 +174,7 @@ def true_float32(device: "torch.device") -> Iterator[None]:
 
     By default cuDNN multiplies with TensorFloat-32, whose 11 bits of mantissa move features by a thousandth and
     landmarks by tenths of a pixel, and train.py lets it choose kernels by trial. That is right for training and wrong
-    for what is measured. The price: an H100 computes some five times as long. The switches are the whole process's, so
+    for what is measured. The price: an H100 computes several times as long. The switches are the whole process's, so
     threads that want them take turns; on a CPU nothing happens.
     """
     if device.type == "cpu":
