@@ -1,14 +1,15 @@
-"""A GPU for machines without one: tensors that say they are on `cuda:0`, compute on the CPU, and fail where CUDA fails.
+"""A GPU for machines without one: tensors that say they are on it, compute on the CPU, and fail where CUDA fails.
 
     with emulated_gpu.EmulatedGpu() as gpu:
         train.main()                    # with --device cuda
     gpu.synchronisations                # each place where the host waited for the device: "train.py:423 item"
 
 What fails as on a GPU: operands on two devices (0-dimensional CPU operands of pointwise operations, CPU indices of a
-GPU tensor and copies are allowed, as there), NumPy looking at a GPU tensor, a forked process that touches the GPU, and
-fused optimisers whose lists differ in layout. What is counted: values read on the host, copies that wait, and
-operations whose result's size the host must know. Autocast casts what it casts on CUDA (PReLU too, unlike on CPU).
-Memory is that of live tensors, as the caching allocator counts it, without the workspaces of kernels.
+GPU tensor and copies are allowed, as there), NumPy looking at a GPU tensor, a forked process that touches the GPU,
+fused optimisers whose lists differ in layout, and nvJPEG called where it would write to memory in use. What is counted:
+values read on the host, copies that wait, and operations whose result's size the host must know. Autocast casts what it
+casts on CUDA (PReLU too, unlike on CPU). Memory is that of live tensors, as the caching allocator counts it, without
+the workspaces of kernels.
 
 What cannot be seen here, and was checked by reading torch 2.11 and torchvision 0.26 only: the kernels themselves, hence
 their limits and their rounding (TensorFloat-32, sums in another order); what order kernels run in, hence everything
@@ -271,13 +272,13 @@ class EmulatedGpu(TorchFunctionMode):
         """One operation of which at least one operand is on the GPU."""
         self.touch()
         self.computed += 1
-        if func is aten.copy_.default:
-            return self._copy(*args, **kwargs)
         flat, structure = _pytree.tree_flatten((args, kwargs))
         tensors = [value for value in flat if isinstance(value, Tensor)]
-        self._check_devices(func, args, tensors)
         if any(tensor.stream not in (None, self.stream) for tensor in tensors if isinstance(tensor, OnGpu)):
             raise RuntimeError("memory of another stream that is not recorded: it may be given away before it is read")
+        if func is aten.copy_.default:
+            return self._copy(*args, **kwargs)
+        self._check_devices(func, args, tensors)
         self._check_layout(func, args)
         masks = func in INDEXING and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
         if masks or func in SIZE_DEPENDS_ON_VALUES or func in READ_BY_HOST:
@@ -291,7 +292,9 @@ class EmulatedGpu(TorchFunctionMode):
                 func(*args, **kwargs)
 
         def wrap(value):
-            return value if not isinstance(value, Tensor) else known[id(value)] if id(value) in known else OnGpu(value)
+            if not isinstance(value, Tensor):
+                return value
+            return known[id(value)] if id(value) in known else OnGpu(value)  # in place: the same wrapper
 
         return _pytree.tree_map(wrap, result)
 
@@ -318,7 +321,7 @@ class EmulatedGpu(TorchFunctionMode):
 
     def _copy(self, target, source, non_blocking=False):
         from_gpu, to_gpu = isinstance(source, OnGpu), isinstance(target, OnGpu)
-        if from_gpu != to_gpu and not (to_gpu and source.ndim == 0):
+        if from_gpu != to_gpu:
             self._account(not from_gpu and self._is_pinned(source), from_gpu, non_blocking)
         (target.held if to_gpu else target).copy_(source.held if from_gpu else source)
         return target
@@ -343,8 +346,10 @@ class EmulatedGpu(TorchFunctionMode):
     @contextlib.contextmanager
     def _in_stream(self, stream):
         before, self.stream = self.stream, stream
-        yield
-        self.stream = before
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def reset_peak(self, device=None):
         self.peak = self.allocated

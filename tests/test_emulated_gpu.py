@@ -14,7 +14,7 @@ import emulated_nccl
 import numpy as np
 import pytest
 import torch
-from emulated_gpu import EmulatedGpu
+from emulated_gpu import EmulatedGpu, OnGpu
 from torch import nn
 from training import ROOT, SmallNetwork, assert_same_state, jpegs, load, options, record_set, run, train_main
 
@@ -470,3 +470,46 @@ def test_identification_is_the_cpus_to_the_bit(gpu, quantum):
         for name in ("scores", "ranks", "cmc", "traditional_cmc", "best_index", "best_score"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
         assert np.array_equal(one.roc.accepts, other.roc.accepts) and np.array_equal(one.roc.rates, other.roc.rates)
+
+
+@pytest.fixture
+def warp_on_gpu(gpu, monkeypatch):
+    """warp's arrays and kernels stay on the CPU, whatever device is named; gives the devices of tensors it looks at."""
+    warp = pytest.importorskip("warp")
+    pytest.importorskip("anny")
+    to, from_torch = warp.array.to, warp.from_torch
+
+    def on_cpu(function):
+        return lambda *arguments, **settings: function(*arguments, **settings | {"device": "cpu"})
+
+    def view(tensor, **settings):
+        viewed.append(tensor.device.type)
+        return from_torch(tensor.held if isinstance(tensor, OnGpu) else tensor, **settings)
+
+    viewed = []
+
+    monkeypatch.setattr(warp.array, "to", lambda array, device, **settings: to(array, "cpu", **settings))
+    monkeypatch.setattr(warp, "from_torch", view)
+    for name in ("array", "empty", "zeros", "launch"):
+        monkeypatch.setattr(warp, name, on_cpu(getattr(warp, name)))
+    return viewed
+
+
+def test_people_who_do_not_exist_are_the_cpus(warp_on_gpu, gpu):
+    """A person's photos in one launch with tensors on the GPU: the same bytes as one after the other on the CPU."""
+    from synthetic import parameters, render
+
+    results = []
+    for device in ("cpu", "cuda"):
+        warp_on_gpu.clear()
+        renderer = render.Renderer(torch.device(device))
+        person = parameters.draw_identity(0, 3, renderer.head, frozenset())
+        photos = [parameters.draw_photo(person, k, renderer.head, frozenset(), "all") for k in range(3)]
+        results.append(renderer.photograph(person, photos, 64))
+        assert set(warp_on_gpu) == {device}
+    (images, truths), (images_there, truths_there) = results
+    assert gpu.computed > 50
+    for one, other in zip(images_there, images, strict=True):
+        assert np.array_equal(one, other) and one.std() > 5
+    for one, other in zip(truths_there, truths, strict=True):
+        assert np.allclose(one.landmarks, other.landmarks, atol=1e-3) and np.allclose(one.box, other.box, atol=1e-3)
