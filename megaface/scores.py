@@ -50,8 +50,10 @@ LARGEST = 0.99 * float(np.finfo(np.float32).max)
 
 CHUNKS = 16  # pieces in which the norms of prefixes and tails are known, for (2)
 PIECE = 128  # dimensions per matrix product, for (1): shorter is more exact and slower
-PAIR_BATCH_GPU = 1 << 17
-BLOCK_SCORES = 1 << 17  # scores that `block_scores` adds up together: few calls, two buffers near the same size
+# Scores that are added up together. A GPU is bound by the calls, two per dimension, so it gets as many as a small one
+# has memory for (1.6 GB of products); on a CPU two buffers shall stay in a core's second-level cache.
+PAIR_BATCH_GPU = 1 << 18
+BLOCK_SCORES, BLOCK_SCORES_GPU = 1 << 17, 1 << 24
 SURVEY_ROWS = 1024
 
 
@@ -91,15 +93,17 @@ def _pair_dots_gpu(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -
         part = slice(start, start + PAIR_BATCH_GPU)
         products = left.index_select(0, rows[part])
         products *= right.index_select(0, columns[part])
+        total = dots[part]
         for product in products.t().contiguous():
-            dots[part] += product
+            total += product
     return dots
 
 
 def block_scores(left: Tensor, right: Tensor, left_squares: Tensor, right_squares: Tensor) -> Tensor:
     """Devkit scores float32 [n, m] of all pairs; dearer than a matrix product, cheaper per pair than `pair_scores`."""
     dots = torch.empty(len(left), len(right), device=left.device)
-    width = max(1, BLOCK_SCORES // max(1, len(left)))
+    together = BLOCK_SCORES if left.device.type == "cpu" else BLOCK_SCORES_GPU
+    width = max(1, together // max(1, len(left)))
     for start in range(0, len(right), width):
         columns = right[start : start + width].t().contiguous()
         total = torch.zeros(len(left), columns.shape[1], device=left.device)
