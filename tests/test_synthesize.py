@@ -575,6 +575,37 @@ def test_everything_worn_can_be_photographed(renderer):
         assert 0.004 < changed < 0.75, kind
 
 
+def test_hair_that_no_ray_met_is_filled_from_its_neighbours(renderer):
+    identity = parameters.draw_identity(0, 4, renderer.head)
+    identity.hair |= {"style": "bob", "volume": 1.0, "length": 1.0}
+    shot = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
+    renderer.photograph(identity, [shot])
+    buffers, (irradiance, albedo, *_) = renderer._buffers(1, 256)
+    material, detail = buffers.flat.numpy()[0, ..., 3], buffers.detail.numpy()[0, ..., 3]
+    left_out = (material == kernels.HAIR) & (detail == kernels.UNSEEN)
+    y, x = np.nonzero(left_out)
+    assert len(y) > 1000 and ((x + y) % 2 == 1).all()
+    assert irradiance.numpy()[0, ..., 3].min() >= 0  # no mark is left
+    colour = albedo.numpy()[0, ..., :3]
+    beside = np.stack([colour[y, x - 1], colour[y, np.minimum(x + 1, 255)], colour[y - 1, x], colour[(y + 1) % 256, x]])
+    inner = (x > 0) & (x < 255) & (y > 0) & (y < 255)
+    assert (colour[y, x] <= beside.max(0) + 1e-6)[inner].all() and colour[y, x].min() > 0
+
+
+@pytest.mark.parametrize("shape", ["round", "square", "wide", "oval", "aviator"])
+def test_arms_of_glasses_lie_along_the_head(renderer, shape):
+    for number in range(12):
+        identity = parameters.draw_identity(1, number, renderer.head)
+        shot = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
+        shot.glasses = {"shape": shape, "size": 1.1, "rim": 0.2, "colour": (0.1,) * 3, "gloss": 0.5, "drop": 0.0}
+        rest = render.Person(identity, renderer, frozenset()).rest
+        eyes = np.stack([rest[eye].mean(0) for eye in renderer.head.eye_vertices])
+        frame, lenses, _ = props.glasses(shot, rest, eyes)
+        arms = np.abs(frame.points[frame.points[:, 2] < -1.0, 0])
+        side = np.abs(rest[(np.abs(rest[:, 1]) < 1.5) & (np.abs(rest[:, 2] + 5.5) < 0.8), 0])
+        assert len(arms) > 20 and arms.max() < max(np.median(side) + 0.15, np.abs(lenses[:, 0]).max()) + 0.3
+
+
 def test_develop_keeps_grey_grey_and_is_repeatable(renderer):
     identity = parameters.draw_identity(0, 3, renderer.head)
     shot = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
