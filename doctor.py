@@ -47,6 +47,7 @@ CROPS = {
     "crop 8 pixels higher": (1.0, 0, -8),
     "crop 8 pixels lower": (1.0, 0, 8),
 }
+HEAD_IDENTITIES = 10_000  # cosines to so many centres show what the head does; all of two million would take 20 GB
 CHANCE = 0.01  # a difference that chance would make less often than this is believed
 
 
@@ -128,12 +129,12 @@ class _InTrainingMode(nn.Module):
 
 
 class _Logits(nn.Module):
-    """The head's cosines [N, identities] in place of the feature."""
+    """The head's cosines [N, identities], to the first `HEAD_IDENTITIES` at most, in place of the feature."""
 
     def __init__(self, network: nn.Module, centres: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("centres", nn.functional.normalize(centres.float()))
+        self.register_buffer("centres", nn.functional.normalize(centres[:HEAD_IDENTITIES].float()))
 
     def forward(self, crops: Tensor) -> Tensor:
         return nn.functional.normalize(self.network(crops)) @ self.centres.T
