@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -246,7 +247,12 @@ def make_people(people: People, shard: Shard, device: torch.device, workers: int
             return people.missing()
         place = str(device) if device.type == "cuda" else "cpu"
         kernels.start(place)
-        wp.load_module(kernels, device=place)  # compiled once, for all workers
+        notice = "compiling the ray tracer (once, about half a minute)"
+        timer = threading.Timer(3, print, [notice], {"file": sys.stderr, "flush": True})
+        timer.daemon = True
+        timer.start()
+        wp.load_module(kernels, device=place)  # for all workers; from warp's cache within a second
+        timer.cancel()
         initial = (len(mine) - len(todo)) * images
         with utils.progress(len(mine) * images, "synthesize", initial=initial, unit="photo") as bar:
             for made in _results(people, todo, str(device), workers):
