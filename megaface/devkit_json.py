@@ -81,7 +81,12 @@ def _rank_curve(curve: np.ndarray) -> tuple[list[str], list[str]]:
 
 
 def _integers(values: Sequence[int] | np.ndarray) -> list[str]:
-    return list(map(str, np.asarray(values).tolist()))
+    values = np.asarray(values)
+    numbers = values.tolist()
+    if len(numbers) and values.min() >= 0 and values.max() < len(numbers):
+        texts = list(map(str, range(int(values.max()) + 1)))  # many are equal: a look into a table is faster
+        return [texts[number] for number in numbers]
+    return list(map(str, numbers))
 
 
 def _floats(values: np.ndarray) -> list[str]:

@@ -137,7 +137,7 @@ def exact_scores(
 @compiled
 def to_bin(value: float, scale: float, offset: float, bins: int) -> int:
     """The bin of a value: monotone."""
-    return int(min(max(value * scale + offset, np.float32(0)), np.float32(bins - 1)))
+    return np.int32(min(max(value * scale + offset, np.float32(0)), np.float32(bins - 1)))
 
 
 @compiled
@@ -170,8 +170,8 @@ def sort_in(
     Values inside a window are not added: their columns, ascending, and about how many thresholds they exceed, by the
     table `guesses`, go into `columns` and `slots`. Returns how many those are.
     """
-    count, lowest = 0, low[0]
-    places = np.empty(STEP, np.int32)
+    count, lowest, last = 0, low[0], len(starts)
+    places = np.empty(STEP, np.uint32)
     for begin in range(0, len(values), STEP):
         part = values[begin : begin + STEP]
         some = 0
@@ -180,12 +180,12 @@ def sort_in(
         if not some:
             continue
         for j in range(len(part)):
-            places[j] = to_bin(part[j], scale, offset, len(starts))
+            places[j] = to_bin(part[j], scale, offset, last)
         for j in range(len(part)):
             value, place = part[j], places[j]
-            k = starts[place]
+            k = np.uint32(starts[place])  # unsigned: an index that may be negative is looked at twice
             while value > high[k]:
-                k += 1
+                k += np.uint32(1)
             if value < low[k]:
                 histogram[k] += weights[begin + j]
             else:

@@ -167,6 +167,7 @@ class _Game:
         check_range(largest, largest)
         self.probes = torch.from_numpy(self.values).to(device)
         self.squares = torch.from_numpy(self.survey.squares).to(device)
+        self.bounds = scores.Bounds(self.survey, exact=False)
         self.groups = _groups(ids)
         with strict_products(workers), ThreadPoolExecutor(workers) as pool:
             self.pairs, self.pair_scores = self._genuine(pool)
@@ -215,9 +216,8 @@ class _Game:
     def _count_better(self, probe: np.ndarray, mate: np.ndarray, score: np.ndarray, gallery: np.ndarray) -> np.ndarray:
         device = self.probes.device
         rows, images = torch.from_numpy(probe).to(device), torch.from_numpy(gallery).to(device)
-        bounds = scores.Bounds(self.survey, exact=False)
-        width = bounds.half_width(scores.gallery_class(self.survey, gallery))[probe]
-        middle = score.astype(np.float64) + bounds.squares[probe]
+        width = self.bounds.half_width(scores.gallery_class(self.survey, gallery))[probe]
+        middle = score.astype(np.float64) + self.bounds.squares[probe]
         edges = outward((middle - width) / 2, (middle + width) / 2)
         low, high = (torch.from_numpy(edge).to(device)[:, None] for edge in edges)
         out = torch.empty(len(probe), len(gallery), device=device)
