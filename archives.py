@@ -39,7 +39,10 @@ from utils import InputError
 _HEAD = 64  # bytes of a member that show whether it is an image
 _RATIO_FROM = 64 << 20  # expanding up to this much is nobody's harm
 _BLOCK = 512  # tar
+_SPLIT_MARK = 4  # bytes that may stand in front of a zip that was once cut into volumes (APPNOTE 8.5.4)
+_MAC_METADATA = b"\0\5\x16\7"  # AppleDouble: what a Mac packs as ._NAME beside a file, or below __MACOSX
 _SNIFF = 1 << 20
+_ZIP_STARTS = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .jp2 .ppm .pgm .pnm .avif .heic .heif".split()
 )
@@ -114,7 +117,7 @@ def open_source(path: str | Path, limits: Limits, level: int = 1) -> Source:
         raise InputError(f"{path}: is empty")
     if head.startswith(recordio.MAGIC):
         return RecordSource(path, limits)
-    if head.startswith((b"PK\3\4", b"PK\5\6", b"PK\7\x08")):
+    if head.startswith(_ZIP_STARTS):
         return ZipSource(path, limits, level)
     packing = _packing(head)
     if packing:
@@ -181,12 +184,22 @@ def _photo(file: BinaryIO, name: str, declared: int, limits: Limits) -> bytes:
     if declared > limits.member_bytes:
         raise NotTaken("refused", f"{declared} bytes, more than {limits.member_bytes} (--max-file-mb)")
     head = file.read(_HEAD)
+    if head.startswith(_MAC_METADATA):
+        raise NotTaken("skipped", "a Mac's metadata of another file")
     if utils.image_suffix(head) is None and not is_image_name(name):
+        if _is_source(head, name):
+            raise NotTaken("skipped", "a data set inside a data set; unpack it and name it as a source of its own")
         raise NotTaken("skipped", "not an image" if head else "an empty file")
     data = head + file.read(limits.member_bytes + 1 - len(head))
     if len(data) > limits.member_bytes:
         raise NotTaken("refused", f"more than {limits.member_bytes} bytes (--max-file-mb)")
     return data
+
+
+def _is_source(head: bytes, name: str) -> bool:
+    """Whether a member is itself something that `open_source` would open, by its first bytes or its name."""
+    known = head.startswith((recordio.MAGIC, *_ZIP_STARTS)) or bool(_packing(head))
+    return known or name.lower().endswith((".tar", ".tsv"))
 
 
 def _fingerprint(*paths: Path) -> str:
@@ -237,11 +250,12 @@ class _Zstandard(io.RawIOBase):
         return count
 
 
-_PACKINGS: dict[str, tuple[bytes, Callable[[BinaryIO], Any]]] = {
+_PACKINGS: dict[str, tuple[bytes | tuple[bytes, ...], Callable[[BinaryIO], Any]]] = {
     "gz": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
     "bz2": (b"BZh", bz2.BZ2File),
     "xz": (b"\xfd7zXZ\0", lzma.LZMAFile),
-    "zst": (b"\x28\xb5\x2f\xfd", lambda file: io.BufferedReader(_Zstandard(file), 1 << 16)),
+    # pzstd puts a skippable frame in front of each frame.
+    "zst": ((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"), lambda file: io.BufferedReader(_Zstandard(file), 1 << 16)),
 }
 _STREAM_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
@@ -256,7 +270,8 @@ def _first_bytes(path: Path, packing: str) -> bytes:
     with open(path, "rb") as file:
         stream = _PACKINGS[packing][1](file)
         try:
-            while len(head) < _SNIFF and (data := stream.read(1 << 16)):
+            # read1, not read: what came before damage is given out before the damage is met.
+            while len(head) < _SNIFF and (data := stream.read1(1 << 16)):
                 head += data
         except _STREAM_ERRORS as error:
             if not head:
@@ -273,6 +288,8 @@ class _Forward(io.RawIOBase):
         self._ratio = limits.ratio if packing else 0
         self._most = limits.member_bytes + _SNIFF
         self._at = 0
+        self._back = b""  # given back by `unread`
+        self._damage: Exception | None = None  # met behind bytes that were good
         self.last = b""  # what the latest read gave
 
     def readable(self) -> bool:
@@ -298,22 +315,29 @@ class _Forward(io.RawIOBase):
         return len(data)
 
     def read(self, count: int = -1) -> bytes:
-        """`count` bytes, fewer only at the end of the file."""
+        """`count` bytes, fewer only at the end of the file or in front of damage, which the next call raises."""
         if not 0 <= count <= self._most:
             raise Broken(f"a header at {self._at} announces {count} bytes")
-        parts = []
-        left = count
+        parts, self._back = [self._back[:count]], self._back[count:]
+        left = count - len(parts[0])
         try:
-            while left and (data := self._stream.read(left)):
+            while left and self._damage is None and (data := self._stream.read1(left)):
                 parts.append(data)
                 left -= len(data)
         except _STREAM_ERRORS as error:
-            raise Broken(f"cut off or corrupt after {self._at} bytes of contents: {error}") from error
+            self._damage = error
         self.last = b"".join(parts)
+        if self._damage is not None and not self.last:
+            raise Broken(f"cut off or corrupt after {self._at} bytes of contents: {self._damage}")
         self._at += len(self.last)
         if self._ratio and self._at > max(_RATIO_FROM, self._ratio * self.consumed()):
             raise Broken(f"expands to more than {self._ratio:g} times its size; no photos do")
         return self.last
+
+    def unread(self, data: bytes) -> None:
+        """Give back the end of the latest read, to be read again."""
+        self._back = data
+        self._at -= len(data)
 
     def close(self) -> None:
         if not self.closed:
@@ -395,19 +419,35 @@ class TarSource:
         """The files, links and devices of the archive, in its order; folders are only part of their paths."""
         root = _stem(self.path)
         with _Forward(self.path, self._packing, self._limits) as stream:
-            try:
-                with tarfile.open(fileobj=stream, mode="r:") as tar:
-                    while (info := tar.next()) is not None:
-                        tar.members.clear()  # it would keep every header
-                        if not info.isdir():
-                            read = lambda info=info, tar=tar: self._read(tar, info)  # noqa: E731
-                            yield _placed(info.name, self._level, root, read, stream.consumed())
-            except (tarfile.TarError, ValueError, OverflowError) as error:
-                raise Broken(f"cut off or corrupt: {error}") from error
-            if stream.last != bytes(_BLOCK):
-                raise Broken(f"cut off or corrupt at {stream.tell()}: no end-of-archive mark")
-            while stream.read(1 << 20):  # so that the checksum at the end of the compressed data is compared
-                pass
+            yield from self._one(stream, root)
+            while self._another(stream):
+                yield from self._one(stream, root)
+
+    def _one(self, stream: _Forward, root: str) -> Iterator[Member]:
+        """The members of the tar that begins here, up to its end mark."""
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                while (info := tar.next()) is not None:
+                    tar.members.clear()  # it would keep every header
+                    if not info.isdir():
+                        read = lambda info=info, tar=tar: self._read(tar, info)  # noqa: E731
+                        yield _placed(info.name, self._level, root, read, stream.consumed())
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            # Thousands of extended headers in a row are a recursion in tarfile; others quote the data that they met.
+            raise Broken(f"cut off or corrupt: {error!s:.200}") from error
+        if stream.last != bytes(_BLOCK):
+            raise Broken(f"cut off or corrupt at {stream.tell()}: no end-of-archive mark")
+
+    def _another(self, stream: _Forward) -> bool:
+        """Whether another tar follows (`cat 1.tar 2.tar`); reads to the end, where compressed data has its checksum."""
+        while block := stream.read(_BLOCK):
+            if not any(block):
+                continue
+            if not _is_tar(block):
+                raise Broken(f"something that is no tar follows its end, at {stream.tell() - len(block)}")
+            stream.unread(block)
+            return True
+        return False
 
     def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
         if info.issym() or info.islnk():
@@ -454,6 +494,9 @@ class ZipSource:
             if read_bytes > max(_RATIO_FROM, self._limits.ratio * self.path.stat().st_size):
                 raise Broken(f"expands to more than {self._limits.ratio:g} times its size; no photos do")
             yield _placed(info.filename, self._level, root, lambda info=info: self._read(info), position)
+        begins = min((info.header_offset for info in self._zip.infolist()), default=self._zip.start_dir)
+        if begins > _SPLIT_MARK:
+            raise Broken(f"{begins} bytes in front of its first file are in no directory (several zips in one file?)")
 
     def _is_absurd(self, info: zipfile.ZipInfo) -> bool:
         return info.file_size > max(_RATIO_FROM, self._limits.ratio * info.compress_size)

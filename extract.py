@@ -10,7 +10,7 @@ bytes, SHA-256: one row per member of each source) and `listing.json` (the count
     extracted   at the place that it asked for
     renamed     extracted under another name: taken already (also by another spelling that a Mac or Windows holds for
                 the same name) or not safe as a file name
-    skipped     not a photo
+    skipped     not a photo (an archive inside an archive is a source of its own)
     refused     would leave the folder, is a link or a device, too large, encrypted
     damaged     its data cannot be had
 
@@ -19,7 +19,8 @@ or folder's own name for photos in no folder; the MID in an MS-Celeb TSV; `<set>
 need not be extracted: `train.py --data` reads it as it is.
 
 Kill it at any time; the same command goes on. A run on finished sources checks that every file is still there. When a
-source is cut off or members are damaged, the good ones are kept, the rest is named and the exit code is 1.
+source is cut off, members are damaged or not one photo could be had from a source, what is good is kept, the rest is
+named and the exit code is 1.
 """
 
 import contextlib
@@ -274,6 +275,8 @@ class Extraction:
 
     def _note_parent(self, member: Member) -> None:
         parent = member.name.rpartition("/")[0]
+        if parent.startswith("__MACOSX/"):  # metadata of the photos
+            return
         if member.identity and self._parents.setdefault(member.identity, parent) != parent:
             self._merged.setdefault(member.identity, (self._parents[member.identity], parent))
 
@@ -429,8 +432,10 @@ def _extract(sources: list[Source], options: dict[str, Any], out: Path) -> tuple
     return workplace, [entry for _, entry in given]
 
 
-def _write_listing(workplace: Workplace, given: set[str]) -> list[str]:
-    """Write listing.tsv and listing.json from all journals; returns what to print of the sources given this time."""
+def _write_listing(workplace: Workplace, given: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Write listing.tsv and listing.json from all journals; returns what to print of the sources given this time, and
+    their counts.
+    """
     identities: set[str] = set()
     report: list[dict[str, Any]] = []
     lines: list[str] = []
@@ -460,7 +465,7 @@ def _write_listing(workplace: Workplace, given: set[str]) -> list[str]:
     summary = {**totals, "identities": len(identities), "bytes": size, "sources": report}
     utils.write_json(workplace.out / "listing.json", summary)
     lines.append(f"{workplace.out}: {_sum(totals)}; {len(identities)} identities, {size / 1e6:.1f} MB")
-    return lines
+    return lines, [part for part in report if part["source"] in given]
 
 
 def _sum(counts: dict[str, Any]) -> str:
@@ -495,15 +500,18 @@ def main() -> None:
     chosen = {name: getattr(options, name) for name in ("identity_level", "max_file_mb", "max_ratio")}
     with _only_run(options.out / _STATE):
         workplace, entries = _extract(sources, chosen, options.out)
-        lines = _write_listing(workplace, {entry["path"] for entry in entries})
-        damaged = sum(row.status == "damaged" for entry in entries for row in read_rows(workplace.journal(entry)))
+        lines, parts = _write_listing(workplace, {entry["path"] for entry in entries})
     print("\n".join(lines))
     broken = [entry for entry in entries if entry["broken"]]
     if broken:
         more = f" (and {len(broken) - 1} more sources)" if len(broken) > 1 else ""
         raise InputError(f"{broken[0]['path']}: {broken[0]['broken']}{more}; what could be read was extracted")
+    damaged = sum(part["damaged"] for part in parts)
     if damaged:
         raise InputError(f"{options.out}: {damaged} members are damaged; listing.tsv names them")
+    for part in parts:
+        if not part["extracted"] + part["renamed"]:
+            raise InputError(f"{part['source']}: not one photo could be had from it")
 
 
 if __name__ == "__main__":

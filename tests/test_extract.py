@@ -204,6 +204,37 @@ def test_what_is_no_photo_is_skipped_and_counted(tmp_path):
     assert rows["A/broken.jpg"]["reason"] == "does not begin as an image does"
 
 
+def test_metadata_that_a_mac_packs_beside_each_photo_is_no_photo(tmp_path, capsys):
+    metadata = b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(100)
+    files = {"A/1.jpg": photo(1), "__MACOSX/A/._1.jpg": metadata, "A/._2.jpg": metadata}
+    assert run(tmp_path / "raw", make_zip(tmp_path / "s.zip", files)) == 0
+    assert set(tree(tmp_path / "raw")) == {"A/1.jpg"}
+    assert [row["status"] for row in check_listing(tmp_path / "raw")] == ["extracted", "skipped", "skipped"]
+    assert "several folders" not in capsys.readouterr().out
+
+
+NOTHING_TO_TAKE = {
+    "no members": {},
+    "no photos": {"A/readme.txt": b"hello"},
+    "a tar inside": {"photos.tar": tar_bytes(PHOTOS.items())},
+    "RecordIO inside": {"faces_emore/train.rec": recordio.frame(bytes(32)), "faces_emore/train.idx": b"0\t0\n"},
+    "a table of faces inside": {"Faces-Aligned.tsv": b"m.01\t1\tu\tp\tFaceId-0\tAAAA\tAAAA\n"},
+    "a path that leads out": {"../1.jpg": photo(1)},
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_TO_TAKE)
+def test_a_source_that_gives_no_photo_is_an_error(name, tmp_path, capsys):
+    source = make_zip(tmp_path / "s.zip", NOTHING_TO_TAKE[name])
+    good = make_zip(tmp_path / "good.zip", PHOTOS)
+    for _ in range(2):  # also where everything was finished before
+        assert run(tmp_path / "raw", good, source) == 1
+        text = capsys.readouterr()
+        assert f"error: {source}: not one photo could be had from it" in text.err
+        assert ("inside" in name) == ("a data set inside a data set" in text.out)
+    assert len(tree(tmp_path / "raw")) == len(PHOTOS)
+
+
 def test_recordio_becomes_a_folder_per_label(shared, tmp_path):
     source = shared / "formats" / "recordio" / "std"
     assert run(tmp_path / "raw", source) == 0
@@ -501,6 +532,65 @@ def test_a_cut_off_tar_keeps_what_was_good_and_says_so(packing, share, tmp_path,
     # Again: the same answer, nothing done twice.
     assert run(tmp_path / "raw", source) == 1
     assert tree(tmp_path / "raw") == good
+
+
+HALVES = [("A/1.jpg", photo(1))], [("A/2.jpg", photo(2)), ("B/1.jpg", photo(3))]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress, zstandard.compress])
+def test_several_tars_in_one_file_are_all_read(pack, tmp_path):
+    (tmp_path / "s.bin").write_bytes(b"".join(pack(tar_bytes(half)) for half in HALVES))
+    assert run(tmp_path / "raw", tmp_path / "s.bin") == 0
+    assert tree(tmp_path / "raw") == dict(HALVES[0] + HALVES[1])
+    check_listing(tmp_path / "raw")
+
+
+def test_several_zips_in_one_file_are_not_taken_for_one(tmp_path, capsys):
+    parts = [make_zip(tmp_path / f"{index}.zip", dict(half)).read_bytes() for index, half in enumerate(HALVES)]
+    (tmp_path / "s.zip").write_bytes(b"".join(parts))
+    assert run(tmp_path / "raw", tmp_path / "s.zip") == 1
+    assert f"{len(parts[0])} bytes in front of its first file" in capsys.readouterr().err
+    assert tree(tmp_path / "raw") == dict(HALVES[1])
+
+
+@pytest.mark.parametrize(
+    ("pack", "tail"),
+    [(bytes, b"rubbish" * 100), (gzip.compress, b"rubbish" * 100), (lzma.compress, bytes(512))],
+)
+def test_what_follows_the_end_is_noticed_and_costs_no_photo(pack, tail, tmp_path, capsys):
+    (tmp_path / "s.bin").write_bytes(pack(tar_bytes(HALVES[1])) + tail)
+    assert run(tmp_path / "raw", tmp_path / "s.bin") == 1
+    assert tree(tmp_path / "raw") == dict(HALVES[1])
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_pzstd_begins_with_a_frame_to_skip(tmp_path):
+    skipped = struct.pack("<II", 0x184D2A50, 4) + b"size"
+    (tmp_path / "s.tar.zst").write_bytes(skipped + zstandard.compress(tar_bytes(HALVES[1])))
+    assert run(tmp_path / "raw", tmp_path / "s.tar.zst") == 0
+    assert tree(tmp_path / "raw") == dict(HALVES[1])
+
+
+@pytest.mark.parametrize(("kind", "body"), [(b"L", b"long name\0"), (b"x", b"12 path=a/b\n")])
+def test_thousands_of_extended_headers_are_one_line(kind, body, tmp_path, capsys):
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, len(body)
+    member = header.tobuf(tarfile.GNU_FORMAT) + body.ljust(512, b"\0")
+    (tmp_path / "s.tar").write_bytes(tar_bytes(HALVES[0], end=False) + member * 3000 + tar_bytes(HALVES[1]))
+    assert run(tmp_path / "raw", tmp_path / "s.tar") == 1
+    assert tree(tmp_path / "raw") == dict(HALVES[0])
+    assert "corrupt" in capsys.readouterr().err
+
+
+def test_damage_is_not_quoted_at_length(tmp_path, capsys):
+    body = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"  # its map should stand in front of the photo
+    header = tarfile.TarInfo("x")
+    header.type, header.size = b"x", len(body)
+    start = tar_bytes(HALVES[0], end=False) + header.tobuf(tarfile.GNU_FORMAT) + body.ljust(512, b"\0")
+    (tmp_path / "s.tar").write_bytes(start + tar_bytes([("A/2.jpg", b"\xff" * 500 + b"\n" + photo(2))]))
+    assert run(tmp_path / "raw", tmp_path / "s.tar") == 1
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert len(line) < 400 + len(str(tmp_path))
 
 
 def test_a_tar_cut_off_between_two_members_is_noticed(tmp_path, capsys):
