@@ -155,6 +155,15 @@ def load_last(folder: Path, log: Callable[[str], None]) -> tuple[dict[str, Any],
     return None
 
 
+def keep(path: Path) -> None:
+    """Make the checkpoint that a run goes on from its last one, in place of a damaged one.
+
+    Else the damaged one would take the place of the whole one before it as soon as the next is written.
+    """
+    if path.name != CHECKPOINT:
+        _link(path, path.with_name(CHECKPOINT))
+
+
 def write_last(folder: Path, content: dict[str, Any]) -> None:
     """Replace `checkpoint.pt`; what it was becomes `checkpoint-previous.pt`."""
     path = folder / CHECKPOINT
@@ -172,8 +181,7 @@ def write_best(folder: Path, network: nn.Module) -> None:
 def write_embedding(path: Path, state: dict[str, Tensor]) -> None:
     """A plain state_dict of an embedding network: contiguous float32 tensors on the CPU."""
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    with utils.atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+    utils.save_tensors(path, plain)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -123,6 +123,8 @@ def resume(options: Train, state: State, data: dict[str, Any], world: World, log
         checkpoints.restore(state, *found, world)
     if world.largest(state.step) != -world.largest(-state.step):
         raise InputError(f"{options.out}: not all processes find the same checkpoint; the nodes must share this folder")
+    if found is not None and world.is_main:
+        checkpoints.keep(found[1])
 
 
 def gradient_norm(state: State, world: World) -> Tensor:

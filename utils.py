@@ -200,10 +200,23 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
     The key `format` is added.
     """
+    save_tensors(path, {"format": CHECKPOINT_FORMAT, **content})
+
+
+def save_tensors(path: str | Path, content: dict[str, Any]) -> None:
+    """torch.save, whole or not at all. Raises OSError, naming the file, when it cannot be written (disk full).
+
+    Through a file of Python's, because torch's own does not say why a write failed.
+    """
     import torch
 
-    with atomic_path(path) as temporary:
-        torch.save({"format": CHECKPOINT_FORMAT, **content}, temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if not isinstance(error.__context__, OSError):
+                raise
+            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from training import assert_same_state, finish, load, options, record_set, scalars, start, train_main, train_run
 
 import checkpoints
+import utils
 
 STEPS = 120
 RECIPE = {
@@ -125,6 +126,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(crops, unbrok
     assert code == 0, text
     assert f"warning: {newest}: damaged" in text and "going back to checkpoint-previous.pt" in text
     assert_same_state(load(newest), unbroken[0][1])
+    assert utils.load_checkpoint(previous)["step"] == STEPS - 1  # the damaged one did not take its place
+    newest.unlink()
     newest.write_bytes(data[: len(data) // 3])
     previous.unlink()
     code, text = train_run(line, output)

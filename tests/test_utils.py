@@ -51,18 +51,25 @@ def test_interrupted(capsys):
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize(
+    ("write", "named"),
+    [
+        ("utils.write_bytes('results.json', bytes(100_000))", "writing"),
+        ("utils.save_checkpoint('results.json', {'a': torch.zeros(25_000)})", "results.json"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, write, named):
     """Files may not grow beyond a limit in this process, as on a full disk."""
     code = (
-        "import resource, signal, sys, utils; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import resource, signal, sys, torch, utils; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "main = utils.command(lambda: utils.write_bytes('results.json', bytes(100_000)))\n"
+        f"main = utils.command(lambda: {write})\n"
         "sys.exit(main())"
     )
     (tmp_path / "results.json").write_bytes(b"old")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (1, "error: writing: File too large\n")
+    assert (done.returncode, done.stderr) == (1, f"error: {named}: File too large\n")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert (tmp_path / "results.json").read_bytes() == b"old"
 
