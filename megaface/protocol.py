@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from megaface import scores
-from megaface.tally import BEST, Questions, Tally, check_range, strict_products, survey, tally, worker_count
+from megaface.tally import BEST, Questions, Tally, strict_products, survey, tally, worker_count
 from megaface.windows import outward
 from utils import InputError
 
@@ -163,8 +163,6 @@ class _Game:
         self.values = np.ascontiguousarray(probes)
         workers = worker_count(device)
         self.survey = survey(self.values, "probe", workers)
-        largest = float(self.survey.squares.max())
-        check_range(largest, largest)
         self.probes = torch.from_numpy(self.values).to(device)
         self.squares = torch.from_numpy(self.survey.squares).to(device)
         self.bounds = scores.Bounds(self.survey, exact=False)

@@ -46,7 +46,8 @@ from megaface import kernels
 
 UNIT = 2.0**-24  # float32: largest relative error of one rounding
 UNDERFLOW = 2.0**-126  # float32: largest absolute error of one operation that underflows, even when flushed to zero
-LARGEST = 0.99 * float(np.finfo(np.float32).max)
+# |S| <= (|p| + |g|)^2 stays finite in float32, and so does all that is computed on the way, up to this |x|^2.
+LARGEST_SQUARE = 0.99 * float(np.finfo(np.float32).max) / 4
 
 CHUNKS = 16  # pieces in which the norms of prefixes and tails are known, for (2)
 PIECE = 128  # dimensions per matrix product, for (1): shorter is more exact and slower
@@ -237,7 +238,7 @@ def split_by_norm(squares: np.ndarray) -> np.ndarray:
     largest = float(squares.max(initial=0.0))
     while len(remaining):
         top = float(squares[remaining].max())
-        inside = squares[remaining] * 4.0 >= top
+        inside = squares[remaining] >= top / 4
         if top <= largest * 2.0**-60:
             inside[:] = True
         classes[remaining[inside]] = number

@@ -133,12 +133,12 @@ class FeatureError(InputError):
 
 
 def survey(values: np.ndarray, name: str, workers: int = 1, usable: np.ndarray | None = None) -> Survey:
-    """Survey all features [n, d] in parallel; `FeatureError` for a usable one that is not finite."""
+    """Survey all features [n, d] in parallel; `FeatureError` for a usable one whose scores could be not finite."""
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values))))
     whole = scores.join_surveys(parts)
-    finite = np.isfinite(whole.squares)
-    bad = np.flatnonzero(~finite if usable is None else ~finite & usable)
+    fits = whole.squares <= scores.LARGEST_SQUARE  # false for NaN
+    bad = np.flatnonzero(~fits if usable is None else ~fits & usable)
     if len(bad):
         reason = "is too large for float32" if np.isfinite(values[bad[0]]).all() else "has a value that is not finite"
         raise FeatureError(name, int(bad[0]), f"the feature {reason} ({len(bad)} such of {len(values)} {name}s)")
@@ -200,7 +200,6 @@ class Scan:
         self.values, self.survey_of_probes = values, of_probes
         self.survey = survey(distractors, "distractor", self.workers, usable)
         tops = float(of_probes.squares.max()), float(self.survey.squares[usable].max(initial=0))
-        check_range(*tops)
         self.bounds = Bounds(of_probes, rounds_nowhere(values, distractors, usable, tops))
         self.probes = torch.from_numpy(values).to(device)
         self.squares = torch.from_numpy(of_probes.squares).to(device)
@@ -304,12 +303,6 @@ class Scan:
 
 
 # ---------------------------------------------------------------------------------------------- what may not be
-
-
-def check_range(left_square: float, right_square: float) -> None:
-    """`InputError` when a score of features with these largest |x|^2 could overflow float32."""
-    if left_square + right_square > scores.LARGEST:
-        raise InputError(f"squared norms of {left_square:.3g} and {right_square:.3g} make scores overflow float32")
 
 
 def rounds_nowhere(

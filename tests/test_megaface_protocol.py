@@ -418,8 +418,8 @@ def test_two_workers_find_the_same_as_one(monkeypatch):
         ({"probes": np.full((20, 48), np.nan, np.float32)}, "probe 0: .* not finite"),
         ({"distractors": np.full((5, 48), np.inf, np.float32)}, "distractor 0: .* not finite"),
         ({"distractors": np.full((5, 48), 1e300)}, "distractor 0: .* too large"),
-        ({"distractors": np.full((5, 48), 2.655e18, np.float32)}, "overflow"),
-        ({"probes": np.full((20, 48), 2e18, np.float32)}, "overflow"),
+        ({"distractors": np.full((5, 48), 1.35e18, np.float32)}, "distractor 0: .* too large"),
+        ({"probes": np.full((20, 48), -1.35e18, np.float32)}, "probe 0: .* too large"),
     ],
 )
 def test_what_the_devkit_gets_wrong_is_refused(change, message):
@@ -427,6 +427,15 @@ def test_what_the_devkit_gets_wrong_is_refused(change, message):
     game = {"probes": probes, "ids": ids, "distractors": distractors, "sizes": [60], **change}
     with pytest.raises(InputError, match=message):
         identification(game["probes"], game["ids"], game["distractors"], game["sizes"])
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_the_largest_features_that_are_not_refused():
+    probes, ids, distractors = random_game(21, n=20)
+    sides = [side / np.linalg.norm(side, axis=1, keepdims=True) * 9.1e18 for side in (probes, distractors)]
+    sides[1][:10] = -sides[0][:10]  # the lowest scores that there are
+    result = check_against_transcription(sides[0], ids, sides[1], 60)
+    assert np.isfinite(result.best_score).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
