@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import statistics
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,12 +91,13 @@ def read_bins(
 ) -> np.ndarray:
     """The features of many files, float32 [n, d]; float64 is rounded to float32.
 
-    All have to be there, whole, finite and of `dimensions` numbers (None: as many as the first that can be read);
+    All have to be there, whole, finite and of `dimensions` numbers (None: as many as most of the first three that can
+    be read);
     otherwise `InputError` names the first that is not, missing files before damaged ones, and says how many there are.
     `advance` is called with numbers of files.
     """
     if dimensions is None:
-        dimensions = _first_dimensions(paths)
+        dimensions = _usual_dimensions(paths)
     features = np.empty((len(paths), dimensions), "<f4")
     reader = _Reader(paths, features, dimensions)
     for start, problems in reader.tasks():
@@ -109,11 +111,14 @@ def read_bins(
     return features
 
 
-def _first_dimensions(paths: Sequence[str]) -> int:
+def _usual_dimensions(paths: Sequence[str]) -> int:
+    found: list[int] = []
     for path in paths:
         with contextlib.suppress(InputError, OSError):
-            return len(read_bin(path))
-    return 1  # none can be read: the reader will say why
+            found.append(len(read_bin(path)))
+        if len(found) == 3:  # so that one wrong file, even the first, is the one that is named
+            break
+    return statistics.mode(found) if found else 1  # none can be read: the reader will say why
 
 
 class _Reader:

@@ -41,12 +41,13 @@ def read_template_list(path: str | Path, *, with_ids: bool = False) -> TemplateL
     path = Path(path)
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or not _is_texts(content.get("path")):
         raise InputError(f'{path}: not a template list ({{"path": [...], "id": [...]}})')
     if not content["path"]:
         raise InputError(f"{path}: the list is empty")
+    _check_names(path, content["path"])
     if not with_ids and "id" not in content:
         return TemplateList(content["path"], None)
     ids = content.get("id")
@@ -54,11 +55,23 @@ def read_template_list(path: str | Path, *, with_ids: bool = False) -> TemplateL
         ids = [str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in ids]
     if not _is_texts(ids) or len(ids) != len(content["path"]):
         raise InputError(f'{path}: "id" must be a list of texts, one for each of the {len(content["path"])} paths')
+    _check_names(path, ids)
     return TemplateList(content["path"], ids)
 
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """`InputError` for what JSON can escape but neither a file nor the devkit's byte order can have."""
+    everything = "".join(names)
+    try:
+        everything.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: half a character, {everything[error.start]!a}, is no name") from error
+    if "\0" in everything:
+        raise InputError(f"{path}: a text with a NUL is no name")
 
 
 def photo_key(path: str) -> Key:

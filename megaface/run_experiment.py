@@ -96,9 +96,8 @@ class Run:
         """The probes' scores against the distractors."""
         return self.experiment.other / f"{self.name}.bin"
 
-    @cached_property
     def distractors(self) -> TemplateList:
-        """The distractors, their paths extended to their features."""
+        """Read the list: the distractors' paths extended to their features, 150 MB a million, so nobody keeps it."""
         path = self.experiment.list_folder / f"{DISTRACTOR_LIST}_{self.size}_{self.number}"
         return self.experiment.extended(read_template_list(path), self.experiment.distractor_features)
 
@@ -198,24 +197,25 @@ def matrix_rows(left: np.ndarray, right: np.ndarray, what: str) -> Iterator[np.n
             bar.update(min(MATRIX_ROWS, len(left) - start))
 
 
-def compute(run: Run, probes: np.ndarray, distractors: np.ndarray, device: torch.device) -> Identification:
-    """Challenge 1 for one list of distractors."""
+def compute(
+    run: Run, probes: np.ndarray, distractors: np.ndarray, paths: list[str], device: torch.device
+) -> Identification:
+    """Challenge 1 for one list of distractors, `paths` its files."""
     ids = run.experiment.probes.ids
     try:
         with utils.progress(min(run.size, len(distractors)), "matching", unit="distractor") as bar:
             (result,) = identification(probes, ids, distractors, [run.size], device=device, advance=bar.update)
     except FeatureError as error:
-        features = run.experiment.probes if error.side == "probe" else run.distractors
-        raise InputError(f"{features.paths[error.row]}: {error.reason}") from error
+        side = run.experiment.probes.paths if error.side == "probe" else paths
+        raise InputError(f"{side[error.row]}: {error.reason}") from error
     except InputError as error:
         raise InputError(f"{run.experiment.probe_feature_list}, {run.feature_list}: {error}") from error
     return result
 
 
-def run_devkit(run: Run, texts: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], list[str]]:
-    """The results of the official binaries for one list of distractors, and how they differ from ours."""
+def run_devkit(run: Run, shape: tuple[int, int], texts: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], list[str]]:
+    """What the official binaries say of one list (`shape`: probes, distractors), and how that differs from ours."""
     experiment = run.experiment
-    shape = len(experiment.probes), len(run.distractors)
     experiment.devkit.identification(run.feature_list, experiment.probe_feature_list, run.matrix, shape)
     written = tuple(path.with_name(f".{path.name}.devkit") for path in run.results)
     try:
@@ -239,7 +239,7 @@ def prepare(experiment: Experiment) -> None:
             path.unlink(missing_ok=True)
     for run in experiment.runs:
         print(f"Creating feature list of {run.size} photos for set {run.number}")
-        write_list(run.feature_list, run.distractors)
+        write_list(run.feature_list, run.distractors())
     write_list(experiment.probe_feature_list, experiment.probes)
 
 
@@ -257,24 +257,24 @@ def main() -> int:
         print("Running probe to probe comparison")
         lists = experiment.probe_feature_list, experiment.probe_feature_list
         experiment.devkit.identification(*lists, experiment.probe_matrix, (len(probes), len(probes)))
-    elif experiment.write_matrices:
-        blocks = matrix_rows(probes, probes, "probe scores")
-        write_matrix(experiment.probe_matrix, len(probes), len(probes), blocks)
     finished: list[tuple[Path, bytes]] = []
     differences: list[str] = []
     for run in experiment.runs:
         print(f"Running test with size {run.size} images for set {run.number}")
-        distractors = load(run.distractors, "distractors", probes.shape[1])
-        result = compute(run, probes, distractors, device)
+        listed = run.distractors()
+        distractors = load(listed, "distractors", probes.shape[1])
+        result = compute(run, probes, distractors, listed.paths, device)
         texts = (cmc_text(result).encode(), matches_text(result).encode())
         if experiment.devkit is not None:
-            texts, found = run_devkit(run, texts)
+            texts, found = run_devkit(run, (len(probes), len(distractors)), texts)
             differences += found
         elif experiment.write_matrices and experiment.keep_matrices:
             blocks = matrix_rows(probes, distractors, "distractor scores")
             write_matrix(run.matrix, len(probes), len(distractors), blocks)
         finished += zip(run.results, texts, strict=True)
         print(f"Rank 1: {result.cmc[0]:f}", flush=True)
+    if experiment.devkit is None and experiment.write_matrices:  # now that all features are known to be usable
+        write_matrix(experiment.probe_matrix, len(probes), len(probes), matrix_rows(probes, probes, "probe scores"))
     for path, text in finished:
         utils.write_bytes(path, text)
     if experiment.devkit is not None:

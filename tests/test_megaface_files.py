@@ -329,6 +329,10 @@ def test_files_are_found_by_any_of_their_names():
         ('{"path": ["x"]}', '"id" must be'),
         ('{"path": ["x"], "id": ["a", "b"]}', '"id" must be'),
         ('{"path": ["x"], "id": [null]}', '"id" must be'),
+        ("[" * 200_000, "not JSON"),
+        ('{"path": ["x\\u0000"], "id": ["a"]}', "NUL"),
+        ('{"path": ["x\\ud800"], "id": ["a"]}', "half a character, '.ud800'"),
+        ('{"path": ["x"], "id": ["\\udfff"]}', "half a character"),
     ],
 )
 def test_lists_that_are_none(tmp_path, content, message):

@@ -177,6 +177,11 @@ def wrong_dimension(lab):
     return "5_0.jpg_net.bin: 7 dimensions instead of 8"
 
 
+def wrong_dimension_of_the_first(lab):
+    write_bin(lab.feature("fs", 0), np.ones(7))
+    return "fs/.*_0.png_net.bin: 7 dimensions instead of 8$"
+
+
 def other_dimension_everywhere(lab):
     for number in range(len(lab.distractors)):
         write_bin(lab.feature("mf", number), np.ones(7))
@@ -203,6 +208,11 @@ def no_ids(lab):
     return 'facescrub_features_list.json: "id" must be'
 
 
+def impossible_path(lab):
+    lab.write_lists(["a"] * len(lab.probes), distractors=["5/\0.jpg", *lab.distractors[1:]])
+    return "megaface_features_list.json_40_1: .* no name"
+
+
 def overflow(lab):
     write_bin(lab.feature("mf", 5), np.full(8, 1e19))
     return "5_0.jpg_net.bin: the feature is too large for float32"
@@ -218,11 +228,13 @@ def overflow(lab):
         empty_file,
         truncated_file,
         wrong_dimension,
+        wrong_dimension_of_the_first,
         other_dimension_everywhere,
         all_single,
         no_distractors,
         no_list,
         no_ids,
+        impossible_path,
         overflow,
     ],
 )
@@ -234,6 +246,14 @@ def test_where_the_devkit_fails_there_is_an_error_and_no_result(tmp_path, run, s
     assert code == 1 and "Rank 1" not in out
     assert re.search(message, error), error
     assert lab.results() == []  # not even those of the run before
+
+
+def test_errors_leave_no_matrix_and_name_the_file(tmp_path, run):
+    lab, _ = small_lab(tmp_path)
+    write_bin(lab.feature("fs", 4), np.full(8, 1e19))
+    code, _, error = run(lab.arguments("--score-matrices"))
+    assert code == 1 and "_4.png_net.bin: the feature is too large for float32" in error
+    assert not list((tmp_path / "out").rglob("*.bin"))
 
 
 @pytest.mark.parametrize(
