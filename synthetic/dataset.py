@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import torch
 import warp as wp
+from threadpoolctl import threadpool_limits
 
 import utils
 from align import align_face
@@ -150,6 +151,7 @@ class Maker:
     def __init__(self, people: People, device: str) -> None:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
+        threadpool_limits(1)  # NumPy's BLAS; its idle threads spin, and so slowed every process down on busy cores
         self.people = people
         self.renderer = Renderer(torch.device(device))
 

@@ -288,6 +288,19 @@ def test_as_many_processes_as_a_gpu_holds(monkeypatch):
         assert dataset.default_workers(torch.device("cuda", 0)) == processes
 
 
+def test_a_process_has_one_thread_in_every_library():
+    """NumPy's BLAS keeps a thread per core, and those that wait spin: two processes on two cores took three times as
+    long.
+    """
+    code = (
+        "from threadpoolctl import threadpool_info; from synthetic.dataset import Maker; Maker(None, 'cpu');"
+        "print(*(pool['num_threads'] for pool in threadpool_info()))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert set(done.stdout.split()) == {"1"}, done.stderr
+
+
 def test_a_full_disk_is_said_with_the_folder(tmp_path, monkeypatch):
     people = dataset.People(tmp_path, dataset.Plan(1, 2, 0, 0, 256, "photos", False, "all", (), 3, 100))
     maker = dataset.Maker.__new__(dataset.Maker)
