@@ -253,7 +253,8 @@ def make_people(people: People, shard: Shard, device: torch.device, workers: int
         timer = threading.Timer(3, print, [notice], {"file": sys.stderr, "flush": True})
         timer.daemon = True
         timer.start()
-        wp.load_module(kernels, device=place)  # for all workers; from warp's cache within a second
+        # For all workers; from warp's cache within a second. Paint looks for surfaces on the CPU, whatever traces.
+        wp.load_module(kernels, device=list({place, "cpu"}))
         timer.cancel()
         initial = (len(mine) - len(todo)) * images
         with utils.progress(len(mine) * images, "synthesize", initial=initial, unit="photo") as bar:

@@ -63,7 +63,7 @@ class HeadModel:
     macro_keys: list[tuple[str, ...]]  # names whose weights multiply, one tuple per macro shape
     macro: np.ndarray  # [K, V, 3]
     local_labels: list[str]
-    local: np.ndarray  # [L, 2, V, 3] displacement at +1 and at -1
+    local: np.ndarray  # [2, L, V, 3] displacement at +1 and at -1
     expression_labels: list[str]
     expression: np.ndarray  # [E, V, 3]
     torso_share: np.ndarray  # [V] 0 on the skull, 1 on the torso
@@ -87,11 +87,15 @@ class HeadModel:
         weights |= {ancestry: who[ancestry] / total for ancestry in ANCESTRIES}
         return np.array([np.prod([weights[part] for part in key]) for key in self.macro_keys], np.float32)
 
-    def shape(self, who: dict[str, float], local: np.ndarray) -> np.ndarray:
-        """Rest vertices [V, 3] of a person, the eyes' middle at the origin; `local` [L] in about [-1, 1]."""
+    def shifts(self, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the local changes [L], in about [-1, 1], add to the vertices: the positive and the negative ones."""
+        weights = np.maximum(local, 0).astype(np.float32), np.maximum(-local, 0).astype(np.float32)
+        return np.tensordot(weights[0], self.local[0], 1), np.tensordot(weights[1], self.local[1], 1)
+
+    def shape(self, who: dict[str, float], shifts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Rest vertices [V, 3] of a person, the eyes' middle at the origin."""
         vertices = self.base + np.tensordot(self.macro_weights(who), self.macro, 1)
-        up, down = np.maximum(local, 0).astype(np.float32), np.maximum(-local, 0).astype(np.float32)
-        vertices = vertices + np.tensordot(up, self.local[:, 0], 1) + np.tensordot(down, self.local[:, 1], 1)
+        vertices = vertices + shifts[0] + shifts[1]
         middle = (vertices[self.eye_vertices[0]].mean(0) + vertices[self.eye_vertices[1]].mean(0)) / 2
         return (vertices - middle).astype(np.float32)
 
@@ -262,7 +266,7 @@ def load_head() -> HeadModel:
     )
     pairs = _local_targets(targets)
     empty = np.zeros((len(kept), 3), np.float32)
-    local = np.stack([np.stack([read(plus), read(minus) if minus else empty]) for plus, minus in pairs.values()])
+    local = np.stack([[read(path) if path else empty for path in half] for half in zip(*pairs.values(), strict=True)])
     units = sorted((folder / "faceunits01" / "targets" / "faceunits").glob("*.target"))
     expression = np.stack([read(path) for path in units])
 
@@ -296,7 +300,7 @@ def load_head() -> HeadModel:
         rings=vertex_rings(faces, len(kept)),
     )
     average = {"gender": 0.5, "years": 30.0, "muscle": 0.5, "weight": 0.5, "african": 1, "asian": 1, "caucasian": 1}
-    model.canonical = model.shape(average, np.zeros(len(pairs), np.float32))
+    model.canonical = model.shape(average, model.shifts(np.zeros(len(pairs))))
     _find_landmarks(model)
     return model
 

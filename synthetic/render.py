@@ -3,9 +3,9 @@
 The head stays where it is and the camera goes around it; the torso turns against the head. A person's head, hair and
 beard are one mesh whose bounding tree is built once and refitted per photo (0.2 ms against 10 ms).
 
-A batch is a run of one person's photos: on CUDA all of them (bounded by `batch`) in one launch, on a CPU one after the
-other. The arithmetic per photo is the same either way, so the split does not change a byte. Paint, hair, background and
-what a camera adds are the host's work, about 10 ms a photo; a GPU is kept busy by one process per core.
+A batch is a run of one person's photos: on CUDA all of them (as far as `BATCH` goes) in one launch, on a CPU one after
+the other. The arithmetic per photo is the same either way, so the split does not change a byte. Paint, hair, background
+and what a camera adds are the host's work, about 10 ms a photo; a GPU is kept busy by one process per core.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from synthetic.head import EYE, LASH, SKIN, load_head
 from synthetic.parameters import IRIS_COLOURS, Identity, Photo
 from synthetic.photo import background, develop
 
+BATCH = 64  # photos of 256 px that a GPU renders together, fewer if they are larger: 167 bytes a pixel, 0.7 GB
 EYE_DISTANCE = 6.0  # centimetres, for the scale of `Photo.eye_pixels`
 FACE_CENTRE = np.array([0.0, -3.0, -1.0])  # what is put in the image's middle
 NECK_PIVOT = np.array([0.0, -11.5, -9.0], np.float32)
@@ -60,10 +61,9 @@ class Person:
     def __init__(self, identity: Identity, renderer: "Renderer", off: frozenset[str]) -> None:
         head = renderer.head
         self.identity = identity
-        local = np.array(identity.local, np.float32)
-        self.local = np.tensordot(np.maximum(local, 0), head.local[:, 0], 1)
-        self.local += np.tensordot(np.maximum(-local, 0), head.local[:, 1], 1)
-        self.rest = head.shape(identity.who, local)
+        shifts = head.shifts(np.array(identity.local, np.float32))
+        self.local = shifts[0] + shifts[1]
+        self.rest = head.shape(identity.who, shifts)
         self.eyes = np.stack([self.rest[eye].mean(0) for eye in head.eye_vertices])
         self.field = hair.RadiusField(head, self.rest)
         ribbons = [hair.grow_hair(identity, head, self.rest, self.field), hair.grow_beard(identity, head, self.rest)]
@@ -86,7 +86,7 @@ class Renderer:
     def __init__(self, device: torch.device, batch: int | None = None) -> None:
         self.device = device
         self.warp = str(device) if device.type == "cuda" else "cpu"
-        self.batch = batch or (64 if device.type == "cuda" else 1)
+        self.batch = batch or (BATCH if device.type == "cuda" else 1)
         kernels.start(self.warp)
         self.head = load_head()
         self.canvas = skin.load_canvas()
@@ -163,15 +163,23 @@ class Renderer:
         shape = (points.shape[0], len(self.head.canonical))
         wp.launch(kernels.vertex_normals, shape, [points, self.head_faces, self.rings, normals], device=self.warp)
 
-    def _ribbons(self, person: Person, photo: Photo, vertices: torch.Tensor) -> torch.Tensor:
-        """Ribbon vertices [R, 3] of one photo: they follow their roots, and a hat presses them down."""
+    def _ribbons(self, person: Person, photos: list[Photo], vertices: torch.Tensor) -> torch.Tensor:
+        """Ribbon vertices [M, R, 3]: they follow their roots in `vertices` [M, V, 3], and hats press them down."""
         ribbons = person.ribbons
-        rest = torch.from_numpy(person.rest).to(self.device)
-        roots = torch.from_numpy(ribbons.roots).to(self.device)
-        points = torch.from_numpy(ribbons.points).to(self.device) + (vertices - rest)[roots]
-        if photo.hat is None or person.hair_count == 0:
-            return points
-        scalp = points[: person.hair_count].cpu().numpy()
+        rest, roots, points = (
+            torch.from_numpy(array).to(self.device) for array in (person.rest, ribbons.roots, ribbons.points)
+        )
+        moved = points + (vertices - rest)[:, roots]
+        if person.hair_count:
+            for hair_points, photo in zip(moved[:, : person.hair_count], photos, strict=True):
+                if photo.hat is not None:
+                    pressed = self._under_hat(person, photo, hair_points.cpu().numpy())
+                    hair_points.copy_(torch.from_numpy(pressed))
+        return moved
+
+    @staticmethod
+    def _under_hat(person: Person, photo: Photo, scalp: np.ndarray) -> np.ndarray:
+        """Points [N, 3] of the hair pressed down by the photo's hat, float32."""
         offset = scalp - hair.CENTRE
         radius = np.linalg.norm(offset, axis=1)
         azimuth, elevation = np.arctan2(offset[:, 0], offset[:, 2]), np.arcsin(offset[:, 1] / radius)
@@ -181,9 +189,7 @@ class Renderer:
             under *= np.degrees(elevation) < edge + 16
         direction = offset / radius[:, None]
         pressed = np.minimum(radius, person.field(direction) + 0.25)
-        scalp = hair.CENTRE + direction * (radius + (pressed - radius) * under)[:, None]
-        points[: person.hair_count] = torch.from_numpy(scalp.astype(np.float32)).to(self.device)
-        return points
+        return (hair.CENTRE + direction * (radius + (pressed - radius) * under)[:, None]).astype(np.float32)
 
     # -- uniforms ------------------------------------------------------------------------------------------------
 
@@ -265,8 +271,9 @@ class Renderer:
         images: list[np.ndarray] = []
         truths: list[Truth] = []
         meshes = [array["mesh"]]
-        for start in range(0, len(photos), self.batch):
-            part = photos[start : start + self.batch]
+        together = max(1, min(self.batch, BATCH * 256**2 // size**2))
+        for start in range(0, len(photos), together):
+            part = photos[start : start + together]
             linear, exposure, found = self._trace(person, part, size, array, meshes)
             truths += found
             images += map(develop, linear, exposure, part)
@@ -310,12 +317,12 @@ class Renderer:
         count, total = len(photos), vertices.shape[1] + len(person.ribbons.points)
         points = torch.empty((count, total, 3), device=self.device)
         points[:, : vertices.shape[1]] = vertices
+        points[:, vertices.shape[1] :] = self._ribbons(person, photos, vertices)
         all_normals = torch.empty_like(points)
         all_normals[:, vertices.shape[1] :] = torch.from_numpy(person.ribbons.normals).to(self.device)
         cameras, rows, truths = [], [], []
         extras = [self._props(person, photo, shown[i]) for i, photo in enumerate(photos)]
         for i, photo in enumerate(photos):
-            points[i, vertices.shape[1] :] = self._ribbons(person, photo, vertices[i])
             camera = self._camera(photo, size)
             eyes = np.stack([shown[i][eye].mean(0) for eye in self.head.eye_vertices])
             cameras.append(camera)

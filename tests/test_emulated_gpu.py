@@ -513,3 +513,16 @@ def test_people_who_do_not_exist_are_the_cpus(warp_on_gpu, gpu):
         assert np.array_equal(one, other) and one.std() > 5
     for one, other in zip(truths_there, truths, strict=True):
         assert np.allclose(one.landmarks, other.landmarks, atol=1e-3) and np.allclose(one.box, other.box, atol=1e-3)
+
+
+def test_the_tracer_is_compiled_before_processes_start(warp_on_gpu, gpu, monkeypatch, tmp_path):
+    """For the GPU and for the CPU, where paint looks for surfaces: else each process would compile it on its own."""
+    from synthetic import dataset
+
+    compiled = []
+    monkeypatch.setattr("warp.load_module", lambda module, device: compiled.extend(device))
+    monkeypatch.setattr(dataset, "_start_worker", lambda people, device: None)
+    monkeypatch.setattr(dataset, "_work", lambda chunk: 1)
+    people = dataset.People(tmp_path, dataset.Plan(2, 1, 0, 0, 64, "photos", False, "all", (), 3, 100))
+    dataset.make_people(people, dataset.Shard(), torch.device("cuda", 0), 1)
+    assert sorted(compiled) == ["cpu", "cuda:0"]

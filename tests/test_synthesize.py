@@ -491,11 +491,30 @@ def test_ingredients_can_be_left_out(renderer):
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_gpu_gets_fewer_large_photos_at_a_time(renderer, monkeypatch):
+    """Each process may take `GPU_BYTES`: a batch's buffers have so many pixels at most, whatever --size is."""
+    sizes = []
+
+    def trace(person, photos, size, *_):
+        sizes.append(len(photos))
+        return [None] * len(photos), [None] * len(photos), []
+
+    monkeypatch.setattr(renderer, "batch", render.BATCH)
+    monkeypatch.setattr(renderer, "_trace", trace)
+    monkeypatch.setattr(render, "develop", lambda *_: None)
+    identity = parameters.draw_identity(0, 0, renderer.head)
+    photos = [parameters.draw_photo(identity, 0, renderer.head)] * 40
+    for size, expected in ((256, [40]), (512, [16, 16, 8]), (2048, [1] * 40)):
+        sizes.clear()
+        renderer.photograph(identity, photos, size)
+        assert sizes == expected
+
+
 @pytest.mark.parametrize("style", parameters.HAIR_STYLES)
 def test_every_hair_style_grows_outside_the_head(renderer, style):
     identity = parameters.draw_identity(0, 4, renderer.head)
     identity.hair["style"] = style
-    vertices = renderer.head.shape(identity.who, np.array(identity.local, np.float32))
+    vertices = renderer.head.shape(identity.who, renderer.head.shifts(np.array(identity.local)))
     field = hair.RadiusField(renderer.head, vertices)
     ribbons = hair.grow_hair(identity, renderer.head, vertices, field)
     if style in ("bald", "buzz"):
