@@ -25,7 +25,7 @@ from megaface.scores import UNIT, Bounds, GalleryClass
 TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
 LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
 SCORES_PER_BIN = 8  # of a probe: fewer would not repay the making of a table
-TABLE_ROWS = 128  # probes whose scores go through their tables together: row * bins has to be exact in float32
+TABLE_ROWS = 128  # probes whose scores go through their tables together
 IMPOSTOR_BINS = 1 << 16
 STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
 
@@ -100,13 +100,14 @@ class Windows:
     def to_bins(self, values: Tensor, rows: Tensor) -> Tensor:
         """Bins int32 [r, N] of half scores [r, N] of probes `rows` [r]: those of the k-th row follow the others'.
 
-        Multiplication and addition are two calls: a fused one might be used in some vector lanes and not in others.
+        Multiplication and addition are two calls: a fused one might be used in some vector lanes and not in others. A
+        row's start is added to whole numbers: added before, it would round a value up or not depending on the row.
         """
         bins = values * self.scale[rows][:, None]
         bins += self.offset[rows][:, None]
-        bins.clamp_(0, self.bins - 1)
-        bins += (torch.arange(len(rows), device=values.device) * self.bins).float()[:, None]
-        return bins.to(torch.int32)
+        bins = bins.clamp_(0, self.bins - 1).to(torch.int32)
+        bins += torch.arange(len(rows), device=values.device, dtype=torch.int32)[:, None] * self.bins
+        return bins
 
     def for_kernel(self, rows: slice) -> tuple[np.ndarray, ...]:
         """What `kernels.count_rows` takes as windows, for probes `rows`. Call from one thread at a time."""

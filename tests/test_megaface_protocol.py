@@ -184,6 +184,23 @@ def test_a_crowd_of_thresholds_needs_a_wider_table():
 
 
 @pytest.mark.usefixtures("both_ways")
+def test_probes_without_a_rival_do_not_shift_the_tables_of_others(monkeypatch):
+    """Every other identity is so alike that its probes are left out of the tables' work; bins are as many as can be."""
+    monkeypatch.setattr(windows, "SCORES_PER_BIN", 1)
+    rng = np.random.default_rng(33)
+    ids = [f"id{number // 20:02d}" for number in range(400)]
+    noise = np.where(np.arange(400) // 20 % 2, 1e-3, 1.5)[:, None]
+    probes = np.repeat(rng.standard_normal((20, 2)), 20, axis=0) + noise * rng.standard_normal((400, 2))
+    distractors = rng.standard_normal((30000, 2)).astype(np.float32)
+    (result,) = identification(probes, ids, distractors, [30000])
+    scored = np.sort(slow.score_matrix(probes, distractors), axis=1)
+    for a in range(400):
+        own = result.pairs[:, 0] == a
+        below = np.searchsorted(scored[a], result.scores[own], side="right")
+        assert (result.ranks[own] == 30000 - below).all()
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_several_sizes_in_one_pass_are_the_same_as_one_by_one():
     probes, ids, distractors = random_game(4)
     sizes = [60, 3, 17, 100, 17]
