@@ -18,6 +18,7 @@ import functools
 import hashlib
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -515,6 +516,10 @@ class Batch(NamedTuple):
 
 _NOTHING = torch.empty(0)
 
+PREFETCH = 4  # batches that a worker makes ahead
+SHARED_MEMORY = "/dev/shm"  # through which workers hand batches over
+ENCODED_CROP = 16_384  # bytes of an encoded crop, rather too many
+
 
 def decode_crop(encoded: bytes) -> np.ndarray:
     """An encoded crop as RGB uint8 [112, 112, 3]. Raises `ValueError` with the reason when it cannot be used."""
@@ -702,15 +707,41 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
+def workers_that_fit(dataset: CropDataset, order: BatchOrder, workers: int) -> tuple[int, int]:
+    """How many of `workers` processes, and how many batches ahead each, there is shared memory for.
+
+    A container has 64 MB of it unless it was started with more, and 15 workers want ten times as much. Raises
+    `InputError` when not even one batch can be made while another is handed over.
+    """
+    if not workers:
+        return 0, 0
+    crop = ENCODED_CROP if dataset.encoded else SIZE * SIZE * 3
+    size = order.batch_size // order.accumulate // order.world_size * crop
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # not a Linux that we know; torch will say what it lacks
+        return workers, PREFETCH
+    room = int(0.9 * free) // size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1  # one is being handed over
+    if room < 1:
+        raise InputError(
+            f"{SHARED_MEMORY}: {free / 1e6:.0f} MB free, and two batches for each process take {2 * size / 1e6:.0f}; "
+            "start the container with more (docker run --shm-size=8g, or --ipc=host), or take --workers 0"
+        )
+    # Two each rather than more workers that wait for one another.
+    workers = min(workers, max(1, room // 2))
+    return workers, min(PREFETCH, room // workers)
+
+
 def make_loader(
     dataset: CropDataset, order: BatchOrder, start: int, stop: int, *, workers: int, pin_memory: bool
 ) -> torch.utils.data.DataLoader:
     """One loader over all micro-batches from step `start` to `stop`, across epochs, so that workers never drain
     between them.
 
-    `workers` processes decode ahead; 0 decodes in the caller. Iterating raises nothing for a bad crop: look at
-    `Batch.error`.
+    `workers` processes decode ahead, fewer where `workers_that_fit` says so; 0 decodes in the caller. Iterating raises
+    nothing for a bad crop: look at `Batch.error`.
     """
+    workers, ahead = workers_that_fit(dataset, order, workers)
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
@@ -719,7 +750,7 @@ def make_loader(
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead or None,
         # A forked worker is a child of the trainer and ends when that is killed; one from a fork server never notices.
         multiprocessing_context="fork" if workers else None,
     )

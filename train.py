@@ -395,7 +395,10 @@ def train(options: Train, world: World) -> int:
     dataset = CropDataset(
         crops, recipe, options.seed, skip_unreadable=options.skip_unreadable, encoded=options.decode == "gpu"
     )
-    workers, pin = choose_workers(options, world), world.device.type == "cuda"
+    wanted, pin = choose_workers(options, world), world.device.type == "cuda"
+    workers, _ = data_gen.workers_that_fit(dataset, order, wanted)
+    if workers < wanted:
+        log(f"note: {data_gen.SHARED_MEMORY} has room for the batches of {workers} of {wanted} workers")
     with (
         # Workers are forked before the reporter has threads.
         data_gen.loading(dataset, order, state.step, steps, workers=workers, pin_memory=pin) as batches,

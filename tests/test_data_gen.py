@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -232,6 +233,31 @@ def test_workers_change_nothing_and_a_loader_starts_anywhere(crops):
     again = [(int(i), image) for batch in alone[3:6] for i, image in zip(batch.indices, batch.images, strict=True)]
     repeated = [(first[index], image) for index, image in again if index in first]
     assert repeated and not any(torch.equal(one, other) for one, other in repeated)
+
+
+@pytest.mark.parametrize(
+    ("free", "batch", "encoded", "expected"),
+    [
+        (24e9, 256, False, (15, 4)),
+        (67_108_864, 256, False, (2, 2)),  # what a container has: five batches, one of which is being handed over
+        (67_108_864, 64, False, (12, 2)),
+        (67_108_864, 512, False, (1, 2)),
+        (67_108_864, 256, True, (6, 2)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_are_as_many_as_shared_memory_holds(crops, monkeypatch, free, batch, encoded, expected):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free)))
+    dataset = CropDataset(crops, Augmentation(), 0, encoded=encoded)
+    order = BatchOrder(10_000, batch * 2, 0, 0, 2)
+    loader = data_gen.make_loader(dataset, order, 0, 1, workers=15, pin_memory=False)
+    assert (loader.num_workers, loader.prefetch_factor) == expected
+    assert (expected[0] * expected[1] + 1) * batch * (16_384 if encoded else 37_632) < free
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    if free < 1e9 and batch > 64:
+        with pytest.raises(InputError, match=r"/dev/shm: 67 MB free, and two batches .* --shm-size"):
+            data_gen.make_loader(dataset, order, 0, 1, workers=1, pin_memory=False)
+    assert data_gen.make_loader(dataset, order, 0, 1, workers=0, pin_memory=False).num_workers == 0
 
 
 def test_a_data_set_can_be_sent_to_a_spawned_worker(crops):
