@@ -699,3 +699,12 @@ def test_the_detector_finds_them_where_the_mesh_says(renderer):
         truth = truths[0].landmarks
         errors.append(np.linalg.norm(found.landmarks[0] - truth, axis=1) / np.linalg.norm(truth[0] - truth[1]))
     assert np.median(errors) < 0.08
+
+
+def test_every_kernel_compiles_for_an_h100(tmp_path):
+    """warp brings CUDA's compiler along, which needs no GPU."""
+    binary, *_ = wp.compile_aot_module(kernels, arch=90, module_dir=tmp_path)
+    assert binary.suffix == ".cubin"
+    symbols = set(re.findall(rb"\.text\.([a-z_]+)_[0-9a-f]+_cuda_kernel_forward", binary.read_bytes()))
+    defined = {name for name, value in vars(kernels).items() if isinstance(value, wp.Kernel)}
+    assert len(defined) == 10 and {symbol.decode() for symbol in symbols} == defined
