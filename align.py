@@ -102,11 +102,12 @@ def _cut_to_reach(
     height, width = bgr.shape[:2]
     left, top = np.clip(np.floor(seen.min(axis=0)).astype(int) - 1, 0, [width - 1, height - 1])
     right, bottom = np.clip(np.ceil(seen.max(axis=0)).astype(int) + 2, [left + 1, top + 1], [width, height])
-    if max(right - left, bottom - top) >= _WARP_LIMIT:
-        raise AlignmentError(f"a face larger than {_WARP_LIMIT} pixels")
     moved = matrix.copy()
     moved[:, 2] += matrix[:, :2] @ [left, top]
-    return bgr[top:bottom, left:right], moved
+    # Of a part that is still too large bilinear sampling looks at few pixels anyway.
+    step = max(right - left, bottom - top) // _WARP_LIMIT + 1
+    moved[:, :2] *= step
+    return np.ascontiguousarray(bgr[top:bottom:step, left:right:step]), moved
 
 
 def box_overlap(boxes: ArrayLike, box: ArrayLike) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ without a photo and photos that cannot be read have a row without a crop. Lines 
 DST/report.json. A killed run goes on when it is started again; --shard and torchrun share the work.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def photo_of(src: Path, file: str, face: Annotation | None) -> Photo:
     if face is None:
         return Photo(path, file, Path(file).parent.name, note="no annotation")
     remarks = []
-    if face.sha256 and path.is_file() and utils.sha256_of(path) != face.sha256:
-        remarks.append("not the annotated file: another sha256")
+    with contextlib.suppress(OSError):  # whoever reads the photo will say why that cannot be done
+        if face.sha256 and path.is_file() and utils.sha256_of(path) != face.sha256:
+            remarks.append("not the annotated file: another sha256")
     if face.box is None:
         remarks.append(f"no usable box: {face.box_problem}")
     return Photo(path, file, face.name, face.box, "; ".join(remarks))

@@ -363,17 +363,19 @@ class FaceFinder:
 
     def _finish(self, photo: Photo, bgr: Crop, face: "_Face | None", count: int) -> tuple[FaceRow, Crop | None]:
         """The row and the crop of a photo in which `count` faces were detected at first sight and `face` was chosen."""
-        if face is not None:
-            row, crop = _align(_face_row(photo, face, count), bgr, face, self.min_face, self.size)
-            if crop is not None or not self.fallback:
-                return row, crop
-        reason = "no face" if count == 0 or photo.box is None else "no face in the box"
-        if not self.fallback:
-            return _row(photo, NO_CROP, reason, faces=count), None
         box = clip_box(photo.box, (bgr.shape[1], bgr.shape[0]))
+        if box is None and photo.box is not None:
+            photo = replace(photo, note=_join(photo.note, "no usable box: outside of the photo"))
+        if face is None:
+            reason = "no face" if count == 0 or box is None else "no face in the box"
+            row, crop = _row(photo, NO_CROP, reason, faces=count), None
+        else:
+            row, crop = _align(_face_row(photo, face, count), bgr, face, self.min_face, self.size)
+        if crop is not None or not self.fallback:
+            return row, crop
         if box is None:
-            return _row(photo, CENTRE_CROP, reason, faces=count), centre_crop(bgr, self.size)
-        return _row(photo, BOX_CROP, reason, faces=count), box_crop(bgr, box, self.size)
+            return replace(row, status=CENTRE_CROP), centre_crop(bgr, self.size)
+        return replace(row, status=BOX_CROP), box_crop(bgr, box, self.size)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ so files are matched by name and face_id and nothing else.
 Design: nothing in these files is evaluated or trusted. A line that is not an annotation is a problem that names file
 and line; a line with an unusable box is an annotation without a box that says why. Names are compared after Unicode
 composition and with underscores as blanks. Price: two people whose names differ by nothing but that would be one.
+Columns are where the header, if there is one, says they are, and a cell may be in quotes, as spreadsheets write it.
 """
 
+import codecs
 import contextlib
 import re
 import unicodedata
@@ -22,7 +24,11 @@ from utils import InputError
 
 COLUMNS = ("name", "image_id", "face_id", "url", "bbox", "sha256")
 
+LONGEST_NAME = 200  # bytes: with number and extension a file's name has at most 255
+SHOWN = 40  # characters of a cell that a problem repeats
+
 _NUMBER = re.compile(r"[-+]?[0-9]{1,9}(\.[0-9]*)?")
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _FILE_NAME = re.compile(r"(?P<name>.+)_(?P<face_id>[0-9]+)(\.[^_/]*)?")
 _EXTENSION = re.compile(r"\.[A-Za-z0-9]{1,5}")
@@ -52,7 +58,10 @@ class Annotation:
     @property
     def file(self) -> str:
         """The relative path under which a downloader that goes by the URL's path stores this photo."""
-        extension = _EXTENSION.fullmatch(Path(urlsplit(self.url).path).suffix)
+        path = ""
+        with contextlib.suppress(ValueError):  # not an address
+            path = urlsplit(self.url).path
+        extension = _EXTENSION.fullmatch(Path(path).suffix)
         return f"{self.name}/{self.name}_{self.face_id}{extension.group() if extension else ''}"
 
 
@@ -76,45 +85,53 @@ def file_key(file: str) -> Key | None:
 
 
 def read_annotations(paths: Iterable[str | Path]) -> Annotations:
-    """Read annotation files: UTF-8 or Windows Latin, with or without BOM, header and CRLF.
+    """Read annotation files: UTF-8, UTF-16 or Windows Latin, with or without BOM, header and CRLF.
 
     Of two lines for one face the first with a usable box counts; the other is a problem unless it says the same. A file
     without a single annotation is an `InputError`.
     """
     found = Annotations()
     for path in map(Path, paths):
-        known = len(found.faces)
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            cells = _decode(line.removesuffix(b"\r"), first=number == 1).split("\t")
-            if cells == [""] or (number == 1 and _is_header(cells)):
-                continue
-            _add(found, cells, f"{path}, line {number}")
+        known, columns = len(found.faces), list(COLUMNS)
+        for number, line in enumerate(_lines(path.read_bytes()), start=1):
+            cells = [_unquoted(cell.strip()) for cell in line.split("\t")]
+            names = [cell.lower() for cell in cells]
+            if set(COLUMNS) <= set(names):
+                columns = names
+            elif line:
+                _add(found, cells, columns, f"{path}, line {number}")
         if len(found.faces) == known:
             raise InputError(f"{path}: holds no annotation of a new face (columns: {' '.join(COLUMNS)})")
     return found
 
 
-def _is_header(cells: list[str]) -> bool:
-    return [cell.strip().lower() for cell in cells] == list(COLUMNS)
+def _lines(data: bytes) -> list[str]:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return re.split("\r\n?|\n", data.decode("utf-16", "replace"))
+    return [_decode(line) for line in re.split(b"\r\n?|\n", data.removeprefix(codecs.BOM_UTF8))]
 
 
-def _decode(line: bytes, first: bool) -> str:
-    if first:
-        line = line.removeprefix(b"\xef\xbb\xbf")
+def _decode(line: bytes) -> str:
     for encoding in ("utf-8", "cp1252"):
         with contextlib.suppress(UnicodeDecodeError):
             return line.decode(encoding)
     return line.decode("latin-1")  # defined for every byte
 
 
-def _add(found: Annotations, cells: list[str], where: str) -> None:
+def _unquoted(cell: str) -> str:
+    match = _QUOTED.fullmatch(cell)
+    return match[1].replace('""', '"').strip() if match else cell
+
+
+def _add(found: Annotations, cells: list[str], columns: list[str], where: str) -> None:
     """Take one line's cells into `found`, as an annotation or as a problem."""
-    if len(cells) != len(COLUMNS):
-        found.problems.append(f"{where}: {len(cells)} columns instead of {len(COLUMNS)}")
+    if len(cells) != len(columns):
+        found.problems.append(f"{where}: {len(cells)} columns instead of {len(columns)}")
         return
-    name, image_id, face_id, url, bbox, sha256 = (cell.strip() for cell in cells)
-    if not name or not (_is_id(image_id) and _is_id(face_id)):
-        found.problems.append(f"{where}: name, image_id and face_id expected, not {name!r}, {image_id!r}, {face_id!r}")
+    name, image_id, face_id, url, bbox, sha256 = (cells[columns.index(column)] for column in COLUMNS)
+    if not (_is_folder_name(name) and _is_id(image_id) and _is_id(face_id)):
+        shown = ", ".join(repr(text[:SHOWN]) for text in (name, image_id, face_id))
+        found.problems.append(f"{where}: name, image_id and face_id expected, not {shown}")
         return
     box, box_problem = parse_box(bbox)
     digest = sha256.lower() if _SHA256.fullmatch(sha256) else ""
@@ -126,6 +143,11 @@ def _add(found: Annotations, cells: list[str], where: str) -> None:
         found.faces[face.key] = face
     elif face.box is not None and face.box != other.box:
         found.problems.append(f"{where}: another box for the face of {other.where}, which counts")
+
+
+def _is_folder_name(text: str) -> bool:
+    """Whether a person's photos can lie in a folder of this name, and in no other."""
+    return bool(text.strip(".")) and not set("/\0") & set(text) and len(text.encode()) <= LONGEST_NAME
 
 
 def _is_id(text: str) -> bool:

@@ -103,7 +103,9 @@ LINE = "Some Body\t1\t2\thttp://x.invalid/a.jpg\t1,2,30,40\t" + "ab" * 32
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "cp1252"])
-@pytest.mark.parametrize(("header", "end"), [(True, "\n"), (True, "\r\n"), (False, "\n"), (False, "\r\n")])
+@pytest.mark.parametrize(
+    ("header", "end"), [(True, "\n"), (True, "\r\n"), (False, "\n"), (False, "\r\n"), (True, "\r")]
+)
 def test_encodings_headers_and_line_ends(tmp_path, encoding, header, end):
     line = LINE.replace("Some", "Zoë")
     path = annotation_file(tmp_path / "a.txt", line, "", header=header, encoding=encoding, end=end)
@@ -129,6 +131,50 @@ def test_two_lines_for_one_face(tmp_path):
     (face,) = found.faces.values()
     assert face.box == (1, 2, 30, 40)
     assert found.problems == [f"{path}, line 5: another box for the face of {path}, line 3, which counts"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_sixteen_bits_with_a_bom(tmp_path, encoding):
+    text = ("" if encoding == "utf-16" else "\ufeff") + LINE.replace("Some", "Zoë 张") + "\r\n"
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    found = read_annotations([tmp_path / "a.txt"])
+    assert list(found.faces) == [("Zoë 张 Body", 2)] and not found.problems
+
+
+def test_columns_are_where_the_header_says(tmp_path):
+    (tmp_path / "a.txt").write_text(
+        "Name\tFace_ID\tImage_ID\tgender\tbbox\tsha256\turl\n"
+        "Some Body\t2\t1\tf\t1,2,30,40\t\thttp://x.invalid/a.jpg\n"
+        "Some Body\t3\t1\t1,2,30,40\t\thttp://x.invalid/a.jpg\n"
+        + "\t".join(COLUMNS) + "\n" + LINE.replace("\t2\t", "\t4\t")
+    )  # fmt: skip
+    found = read_annotations([tmp_path / "a.txt"])
+    assert [(face.image_id, face.face_id, face.box, face.file) for face in found.faces.values()] == [
+        (1, number, (1, 2, 30, 40), f"Some Body/Some Body_{number}.jpg") for number in (2, 4)
+    ]
+    assert found.problems == [f"{tmp_path / 'a.txt'}, line 3: 6 columns instead of 7"]
+
+
+def test_cells_in_quotes(tmp_path):
+    lines = ['"Some Body"\t"1"\t"2"\t""\t"1,2,30,40"\t""', 'A "The" B\t1\t3\t\t1,2,30,40\t',
+             '"A ""The"" B"\t1\t4\t\t1,2,30,40\t', '"A" or "B"\t1\t5\t\t1,2,30,40\t']  # fmt: skip
+    found = read_annotations([annotation_file(tmp_path / "a.txt", *lines)])
+    assert list(found.faces) == [("Some Body", 2), ('A "The" B', 3), ('A "The" B', 4), ('"A" or "B"', 5)]
+    assert all(face.box == (1, 2, 30, 40) for face in found.faces.values())
+
+
+@pytest.mark.parametrize("name", ["../../out", "/etc", "a/b", "..", ".", "x\0y", "x" * 201, "x" * 10_000_000])
+def test_names_that_no_folder_has(tmp_path, name):
+    found = read_annotations([annotation_file(tmp_path / "a.txt", LINE.replace("Some Body", name), LINE)])
+    assert list(found.faces) == [("Some Body", 2)]
+    (problem,) = found.problems
+    assert "line 2: name, image_id and face_id expected" in problem and len(problem) < len(str(tmp_path)) + 150
+
+
+def test_addresses_that_are_none_give_no_extension(tmp_path):
+    lines = [LINE.replace("x.invalid/a.jpg", "[::1"), LINE.replace("http://x.invalid/a.jpg", "?").replace("\t2", "\t3")]
+    found = read_annotations([annotation_file(tmp_path / "a.txt", *lines)])
+    assert [face.file for face in found.faces.values()] == ["Some Body/Some Body_2", "Some Body/Some Body_3"]
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "some text\nthat is no list\n", "\t".join(COLUMNS) + "\n"])
@@ -302,6 +348,24 @@ def test_the_annotated_person_is_taken(painted, tmp_path, capsys):
     annotated.write_text(annotated.read_text().replace("1,1,9,9", "1,1,9,8"))
     assert painted(*arguments, "--dst", tmp_path / "aligned") == 1
     assert "annotations was" in capsys.readouterr().err
+
+
+def test_a_photo_whose_bytes_cannot_be_read_does_not_stop_the_others(tmp_path, monkeypatch):
+    """The hash is taken before the photo is decoded; why it cannot be read is for the decoder to say."""
+    (tmp_path / "x.jpg").write_bytes(b"")
+    path = annotation_file(tmp_path / "a.txt", LINE)
+    (face,) = read_annotations([path]).faces.values()
+    monkeypatch.setattr("utils.sha256_of", lambda path: Path("/proc/self/mem").read_bytes())  # an input/output error
+    assert photo_of(tmp_path, "x.jpg", face).note == ""
+
+
+def test_panoramas_without_a_face(painted, tmp_path):
+    """Wider than OpenCV's warp can address, looked at again as a whole or around a huge box."""
+    for number in (1, 2):
+        save(tmp_path / "src" / "A B" / f"A B_{number}.png", np.full((20, 33_000, 3), 40, np.uint8))
+    path = annotation_file(tmp_path / "a.txt", "A B\t1\t1\t\t1,1,32999,19\t", "A B\t1\t2\t\t\t")
+    assert painted("--src", tmp_path / "src", "--annotations", path, "--dst", tmp_path / "dst") == 0
+    assert [row.status for row in read_faces(tmp_path / "dst" / "faces.tsv")] == [BOX_CROP, CENTRE_CROP]
 
 
 @pytest.mark.parametrize("value", ["-0.1", "1.5"])
