@@ -27,6 +27,7 @@ import utils
 from faces import STATUSES, WINDOW, FaceRow, ordered_map, parse_table, table_text, windows
 from utils import InputError
 
+PARTS = ".parts"  # folder of the finished chunks, there until they are merged
 CHUNK = 8 * WINDOW  # a multiple, so that no window spans two chunks
 
 # What a window of photo numbers is worked into: a row for each, and the bytes of its crop to keep, if any.
@@ -73,7 +74,7 @@ class Chunks:
         self.items = items
         self.settings = json.loads(json.dumps(settings))
         self.count = -(-items // CHUNK)
-        self._folder = self.out / ".parts"
+        self._folder = self.out / PARTS
         self._report = self.out / "report.json"
 
     def open(self, outputs: Sequence[str]) -> bool:

@@ -113,14 +113,18 @@ def draw_text(
     width: int | None = None,
     colour: str = "black",
     bold: bool = False,
+    keep_end: bool = False,
 ) -> None:
-    """Write one line with its upper left corner at `xy`; what does not fit into `width` pixels ends in an ellipsis."""
+    """Write one line with its upper left corner at `xy`.
+
+    What does not fit into `width` pixels ends in an ellipsis or, with `keep_end`, begins with one.
+    """
     face = font(size, bold=bold)
     text = " ".join(text.split())
     if width is not None and face.getlength(text) > width:
         while text and face.getlength(text + "…") > width:
-            text = text[:-1]
-        text += "…"
+            text = text[1:] if keep_end else text[:-1]
+        text = "…" + text if keep_end else text + "…"
     ImageDraw.Draw(canvas).text(xy, text, font=face, fill=colour)
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -169,10 +170,9 @@ def _write_devkit(
     for size in sizes:
         content = TemplateList(sides[1].names[:size], None)
         _write_list(lists / f"{DISTRACTORS}_features_list.json_{size}_1", content)
-    print(
-        f"python megaface/run_experiment.py {folder / DISTRACTORS} {folder / PROBES} _{name}.bin {folder / 'results'} "
-        f"-s {' '.join(map(str, sizes))} -p {lists / f'{PROBES}_features_list.json'} -dlp {lists}"
-    )
+    command = ["python", "megaface/run_experiment.py", folder / DISTRACTORS, folder / PROBES, f"_{name}.bin"]
+    command += [folder / "results", "-s", *sizes, "-p", lists / f"{PROBES}_features_list.json", "-dlp", lists]
+    print(shlex.join(map(str, command)))
 
 
 def _write_list(path: Path, content: TemplateList) -> None:
@@ -214,7 +214,8 @@ def _compete(
         results = _identify(entrants, sizes, device)
         for result in results:
             used = entrants.distractor_rows[: result.distractors]
-            noisy = int(marks[0].sum()), int(marks[1][: used[-1] + 1].sum())
+            passed = np.append(entrants.distractor_rows, len(distractors))[result.distractors]
+            noisy = int(marks[0].sum()), int(marks[1][:passed].sum())
             outcomes.append(Outcome(entrants, result, *noisy, int(gone[1][used].sum())))
         _write_results(out / treatment, name, entrants, results, sides)
     return outcomes

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import config
 import figures
@@ -28,6 +29,8 @@ from utils import InputError
 
 LOWEST_FAR = 1e-8  # no challenge resolves less: a hundred probes, a million distractors
 DASHES = ("-", "--", "-.", ":")
+HEIGHT, LINE = 4.6, 0.2  # inches: the figure, and each line of its legend
+LONGEST_LABEL = 60  # characters that fit below the axes
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def read_curves(path: Path, label: str) -> Curves:
             raise ValueError("empty or not numbers")
         if len(ranks) != len(identification) or len(accepts) != len(verification):
             raise ValueError("axes of different lengths")
-    except (ValueError, TypeError, KeyError) as error:
+        if any((np.diff(axis) < 0).any() or axis[0] < 0 for axis in axes) or max(axis[-1] for axis in axes[1:]) > 1:
+            raise ValueError("ranks or rates that fall or are none")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: not a cmc_*.json of Challenge 1: {error!r}") from error
     return Curves(label, ranks + 1, identification, accepts, verification)
 
@@ -79,30 +84,30 @@ def draw(folder: Path, curves: Sequence[Curves], subject: str) -> None:
 
 def _draw_cmc(path: Path, curves: Sequence[Curves], subject: str) -> None:
     last = max(curve.ranks[-1] for curve in curves)
-    with figures.drawing(path, 7, 5) as figure:
+    with figures.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
         axes = figure.add_subplot(xlabel="rank", ylabel="identification rate (%)")
         for number, curve in enumerate(curves):
-            label = f"{curve.label}: rank 1 {_percent(curve.rank_1)}"
+            label = f"{_label(curve.label)}: rank 1 {_percent(curve.rank_1)}"
             _stairs(axes, curve.ranks, curve.identification, label, number, left=1.0, right=last)
         axes.set_xscale("log")
         axes.set_xlim(1, max(last, 10))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
         _finish(axes, [curve.identification for curve in curves])
         figures.title(axes, subject, "probability that a mate is among the first r")
-        figure.legend(loc="outside lower center", ncols=1)
+        _legend(figure, axes)
 
 
 def _draw_roc(path: Path, curves: Sequence[Curves], subject: str) -> None:
     smallest = min(_finest(curve) for curve in curves)
     lowest = min(max(10 ** np.floor(np.log10(smallest)), LOWEST_FAR), 0.1)
-    with figures.drawing(path, 7, 5) as figure:
+    with figures.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
         axes = figure.add_subplot(xlabel="false accept rate", ylabel="verification rate (%)")
         for number, curve in enumerate(curves):
-            _stairs(axes, curve.false_accepts, curve.verification, curve.label, number, left=lowest, right=1.0)
+            _stairs(axes, curve.false_accepts, curve.verification, _label(curve.label), number, left=lowest, right=1.0)
         figures.log_rate_axis(axes, lowest)
         _finish(axes, [curve.verification[curve.false_accepts >= lowest] for curve in curves])
         figures.title(axes, subject, "genuine pairs accepted; impostors: distractors of the first 100 probes")
-        figure.legend(loc="outside lower center", ncols=1)
+        _legend(figure, axes)
 
 
 def _finest(curve: Curves) -> float:
@@ -121,6 +126,17 @@ def _stairs(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, number: int, *
 def _finish(axes: Axes, rates: Sequence[np.ndarray]) -> None:
     bottom = 100 * figures.rate_floor(min(float(rate.min()) for rate in rates if len(rate)))
     axes.set_ylim(bottom, 100 + (100 - bottom) / 50)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """All curves below the axes, also those whose labels begin with an underscore, which matplotlib would leave out."""
+    lines = axes.get_lines()
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=1)
+
+
+def _label(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
 
 
 def _percent(rate: float) -> str:

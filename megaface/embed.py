@@ -2,7 +2,7 @@
 
 Crops are read and decoded by threads, a few batches ahead of the network, so that neither waits for the other; memory
 is bounded by those batches. A crop that cannot be read, has another size, or for which the network gives nothing finite
-has a row of NaN and a reason.
+has a row of NaN and a reason; the next run looks at it again, in case somebody has brought it back.
 """
 
 from collections import deque
@@ -28,12 +28,26 @@ def embed(side: Side, folder: Path, embedder: Embedder, what: str, workers: int)
     """Embeddings of all crops of a side, in its order; what is there already from an earlier run is kept."""
     settings = {"model": embedder.fingerprint, "crops": side.fingerprint}
     with StoreWriter(folder, side.names, embedder.dim, settings) as writer:
+        _look_again(side, writer, embedder)
         with utils.progress(len(side), f"embedding {what}", initial=writer.done, unit="crop") as bar:
             for crops, problems in _read_ahead(side, writer.done, embedder.batch_size, workers):
                 rows = _embeddings(embedder, crops, problems)
                 writer.append(rows, problems)
                 bar.update(len(rows))
         return writer.finish()
+
+
+def _look_again(side: Side, writer: StoreWriter, embedder: Embedder) -> None:
+    """Embed what could not be embedded in an earlier run and can be now."""
+    rows = [row for row in sorted(writer.problems) if side.files[row] is not None]
+    features: dict[int, np.ndarray] = {}
+    for start in range(0, len(rows), embedder.batch_size):
+        part = rows[start : start + embedder.batch_size]
+        crops, problems = _stack([_read(side, row) for row in part])
+        for row, feature in zip(part, _embeddings(embedder, crops, problems), strict=True):
+            features[row] = feature
+        writer.problems |= {part[number]: reason for number, reason in problems.items()}
+    writer.repair({row: feature for row, feature in features.items() if np.isfinite(feature).all()})
 
 
 def _embeddings(embedder: Embedder, crops: np.ndarray, problems: dict[int, str]) -> np.ndarray:
@@ -56,16 +70,15 @@ def _read_ahead(side: Side, start: int, batch: int, workers: int) -> Iterator[De
             rows = range(first, min(first + batch, len(side)))
             waiting.append([pool.submit(_read, side, row) for row in rows])
             if len(waiting) > AHEAD:
-                yield _collect(waiting.popleft())
+                yield _stack([future.result() for future in waiting.popleft()])
         while waiting:
-            yield _collect(waiting.popleft())
+            yield _stack([future.result() for future in waiting.popleft()])
 
 
-def _collect(futures: list["Future[np.ndarray | str]"]) -> Decoded:
-    crops = np.zeros((len(futures), CROP_SIZE, CROP_SIZE, 3), np.uint8)
+def _stack(found: list["np.ndarray | str"]) -> Decoded:
+    crops = np.zeros((len(found), CROP_SIZE, CROP_SIZE, 3), np.uint8)
     problems = {}
-    for row, future in enumerate(futures):
-        crop = future.result()
+    for row, crop in enumerate(found):
         if isinstance(crop, str):
             problems[row] = crop
         else:

@@ -364,6 +364,33 @@ class StoreWriter:
         if time.monotonic() - self._committed > COMMIT_SECONDS:
             self._commit()
 
+    def repair(self, features: dict[int, np.ndarray]) -> None:
+        """Put features [d] in the place of rows that had a problem.
+
+        The features come first and then the word that they are there, so a kill in between leaves them for the next
+        run.
+        """
+        if not features:
+            return
+        with contextlib.ExitStack() as stack:
+            file = self._file or stack.enter_context(open(self.folder / "features.npy", "r+b"))
+            for row, feature in features.items():
+                file.seek(len(self._head()) + row * 4 * self.dimensions)
+                file.write(np.ascontiguousarray(feature, "<f4").data)
+                self.problems.pop(row, None)
+            file.seek(0, os.SEEK_END)
+            file.flush()
+            os.fsync(file.fileno())
+        if self._file is None:
+            self._write_names()
+        else:
+            self._commit()
+
+    def _write_names(self) -> None:
+        # Names that are not UTF-8 survive as escapes of lone surrogates.
+        lines = (json.dumps([name, self.problems.get(row, "")]) + "\n" for row, name in enumerate(self.names))
+        utils.write_text(self.folder / "names.jsonl", "".join(lines))
+
     def _commit(self) -> None:
         """Make all rows so far safe, then say so."""
         self._file.flush()
@@ -380,9 +407,7 @@ class StoreWriter:
             self._commit()
             self._file.close()
             self._file = None
-            # Names that are not UTF-8 survive as escapes of lone surrogates.
-            lines = (json.dumps([name, self.problems.get(row, "")]) + "\n" for row, name in enumerate(self.names))
-            utils.write_text(self.folder / "names.jsonl", "".join(lines))
+            self._write_names()
             utils.write_json(self.folder / "info.json", {**self._identity(), "rows": self.done})
             os.replace(self._partial, self.folder / "features.npy")
             utils.fsync_directory(self.folder)

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from chunks import PARTS
 from faces import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceTable
 from megaface.lists import PhotoIndex, TemplateList
 from photos import identity_of, list_photos
@@ -54,11 +55,14 @@ def open_side(folder: Path, what: str, template: TemplateList | None, *, with_id
         raise InputError(f"{folder}: no such folder of aligned {what}")
     path = folder / "faces.tsv"
     table = FaceTable(path) if path.is_file() else None
+    if table is None and (folder / PARTS).is_dir():
+        raise InputError(f"{folder}: stage 5 has not finished here, run it again; so far some {what} have no crop")
     if table is None:
         listing = list_photos(folder)
         files, fingerprint = listing.files, str(listing)
     else:
-        files, fingerprint = list(table), sha256_of(path)
+        made = [path, folder / "report.json"]  # the report has what the crops depend on besides the faces
+        files, fingerprint = list(table), " ".join(sha256_of(file) for file in made if file.is_file())
     if template is None:
         return _from_tree(folder, what, files, table, fingerprint, with_ids=with_ids)
     return _from_list(folder, template, files, table, fingerprint)

@@ -25,7 +25,7 @@ class Outcome:
     entrants: Entrants
     result: Identification
     noisy_probes: int  # of all probes
-    noisy_distractors: int  # of those up to the last that takes part
+    noisy_distractors: int  # of those before the next that would take part
     missing_distractors: int  # of those that take part
 
     @property
@@ -136,7 +136,6 @@ def _percent(rate: float) -> str:
 # ---------------------------------------------------------------------------------------------- misses
 
 _CELL, _GAP, _MARGIN, _TEXT, _HEAD = 112, 6, 22, 46, 84  # pixels
-_NAME = 18  # characters
 
 
 @dataclass(frozen=True)
@@ -203,8 +202,8 @@ def _paste_miss(
         left = x + column * (_CELL + _GAP)
         sheet.paste(_crop(side, int(row)), (left, y))
         name = "/".join(side.names[int(row)].split("/")[-2:])  # distractors of one name lie in many folders
-        name = name if len(name) <= _NAME else "…" + name[1 - _NAME :]  # the end tells photos of a person apart
-        figures.draw_text(sheet, (left, y + _CELL + 3), name, size=11, width=_CELL, colour=colour)
+        # The end tells photos of a person apart.
+        figures.draw_text(sheet, (left, y + _CELL + 3), name, size=11, width=_CELL, colour=colour, keep_end=True)
         figures.draw_text(sheet, (left, y + _CELL + 18), text, size=11, width=_CELL, colour=colour)
 
 

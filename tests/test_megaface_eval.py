@@ -163,6 +163,13 @@ def test_the_devkits_files_are_those_of_the_drop_in(run, trees, tmp_path, monkey
     assert names == json.loads((lists / "facescrub_features_list.json").read_text())
 
 
+def test_noisy_distractors_at_the_end_count_too(run, trees, tmp_path):
+    (tmp_path / "noise.txt").write_text("0/39@N00/39_0\n0/9@N00/9_0\n2/5@N00/5_0")  # 39 is the last of the tree
+    assert run(*noise_options(trees, "exclude")[:4], "--megaface-noises", tmp_path / "noise.txt")[0] == 0
+    counts = {(one["noise"], one["distractors"]): one["noisy_distractors"] for one in results(tmp_path)["results"]}
+    assert counts == {("raw", 10): 2, ("raw", 40): 3, ("exclude", 10): 2, ("exclude", 37): 3}
+
+
 def test_replacement_keeps_all_counts(run, trees, tmp_path):
     assert run(*noise_options(trees, "replace"), "--sizes", "40")[0] == 0
     raw, replaced = results(tmp_path)["results"]
@@ -244,6 +251,48 @@ def test_crops_that_cannot_be_used_are_missing(run, trees, tmp_path):
         assert reason in table
     code, _, _ = run("--noise", "raw", "--allow-missing", facescrub=copy)
     assert code == 0 and results(tmp_path)["probes"]["missing"] == 3
+
+
+def test_crops_that_were_brought_back_are_embedded(run, network, trees, tmp_path):
+    """The same command sees that they are there again, and embeds nothing else."""
+    copy = tmp_path / "probes"
+    shutil.copytree(trees / "probes", copy)
+    lost = [copy / "Some Body2" / f"Some Body2_{number}.png" for number in (20, 21)]
+    for path in lost:
+        path.unlink()
+    assert run("--noise", "raw", facescrub=copy)[0] == 1
+    shutil.copy(trees / "probes" / "Some Body2" / lost[0].name, lost[0])
+    lost[1].write_bytes(b"no image")
+    network.crops = 0
+    code, _, err = run("--noise", "raw", facescrub=copy)
+    assert code == 1 and "1 photos have no feature, first Some Body2/Some Body2_21.png" in error_of(err)
+    assert network.crops == 2 + 2  # the dimension's question, and the crop with its mirror image
+    shutil.copy(trees / "probes" / "Some Body2" / lost[1].name, lost[1])
+    assert run("--noise", "raw", facescrub=copy)[0] == 0 and not (tmp_path / "out" / "missing.tsv").exists()
+    assert run("--noise", "raw", out=tmp_path / "calm")[0] == 0
+    stores = [open_store(tmp_path / name / "features" / "facescrub") for name in ("out", "calm")]
+    np.testing.assert_allclose(stores[0].features, stores[1].features, atol=1e-6)
+    assert not stores[0].problems
+
+
+def test_crops_made_in_another_way_are_embedded_again(run, network, trees, tmp_path):
+    """Crops of another JPEG quality have the same table of faces; the report beside it tells them apart."""
+    copy = tmp_path / "probes"
+    shutil.copytree(trees / "probes", copy)
+    for quality, crops in ((95, 30 + 40), (90, 30), (90, 0)):
+        (copy / "report.json").write_text(json.dumps({"settings": {"jpeg_quality": quality}}))
+        network.crops = 0
+        assert run("--noise", "raw", facescrub=copy)[0] == 0
+        assert network.crops == 2 + 2 * crops
+
+
+def test_an_alignment_that_has_not_finished_is_no_smaller_challenge(run, trees, tmp_path):
+    copy = tmp_path / "probes"
+    shutil.copytree(trees / "probes", copy)
+    (copy / "faces.tsv").unlink()
+    (copy / ".parts").mkdir()
+    code, _, err = run("--noise", "raw", facescrub=copy)
+    assert code == 1 and f"{copy}: stage 5 has not finished here" in error_of(err)
 
 
 # ---------------------------------------------------------------------------------------------- restart
@@ -442,6 +491,18 @@ def test_curves_of_the_devkits_own_files(shared, tmp_path, monkeypatch, capsys):
     assert curves.main() == 1 and "1 labels for 2 files" in capsys.readouterr().err
 
 
+def test_labels_of_any_kind_leave_room_for_the_curves(shared, tmp_path, monkeypatch):
+    files = [shared / "megaface" / "golden" / case / "cmc.json" for case in ("basic_100d", "ties_200d", "tiny_10d")]
+    arguments = [*files, "--labels", "long " * 50, "_under score", "two\nlines", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, arguments)])
+    assert curves.main() == 0
+    for name in ("cmc", "roc"):
+        svg = (tmp_path / f"{name}.svg").read_text()
+        assert all(label in svg for label in ("long long", "_under score", "two lines")) and "long " * 20 not in svg
+    # The lines of the legend take their place below the axes, not from them.
+    assert [Image.open(tmp_path / f"{name}.png").size for name in ("cmc", "roc")] == [(1050, 780)] * 2
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -451,6 +512,11 @@ def test_curves_of_the_devkits_own_files(shared, tmp_path, monkeypatch, capsys):
         '{"cmc": [[0], [1]], "roc": [[0], [1, 2]]}',
         '{"cmc": [[], []], "roc": [[], []]}',
         '{"cmc": [[0], ["x"]], "roc": [[0], [1]]}',
+        '{"cmc": [[-5], [1]], "roc": [[0], [1]]}',
+        '{"cmc": [[0], [1]], "roc": [[-1], [1]]}',
+        '{"cmc": [[0], [98.06]], "roc": [[0], [1]]}',
+        '{"cmc": [[0, 1], [0.5, 0.4]], "roc": [[0], [1]]}',
+        "[" * 100_000,
     ],
 )
 def test_files_that_hold_no_curves(tmp_path, monkeypatch, capsys, text):
