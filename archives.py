@@ -433,8 +433,7 @@ class TarSource:
                         read = lambda info=info, tar=tar: self._read(tar, info)  # noqa: E731
                         yield _placed(info.name, self._level, root, read, stream.consumed())
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-            # Thousands of extended headers in a row are a recursion in tarfile; others quote the data that they met.
-            raise Broken(f"cut off or corrupt: {error!s:.200}") from error
+            raise Broken(f"cut off or corrupt: {error}") from error  # extended headers in a row are a recursion
         if stream.last != bytes(_BLOCK):
             raise Broken(f"cut off or corrupt at {stream.tell()}: no end-of-archive mark")
 
