@@ -192,7 +192,8 @@ class _Machine:
     def find(self, module: Any, name: Any) -> None:
         kind = _GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
         if kind is None:
-            raise _Refused(f"wants {module!s:.60}.{name!s:.60}; refused, nothing was run")
+            wanted = ".".join(part[:60] if isinstance(part, str) else type(part).__name__ for part in (module, name))
+            raise _Refused(f"wants {wanted}; refused, nothing was run")
         self.push(_Global(kind))
 
     def stack_global(self) -> None:
@@ -248,9 +249,11 @@ def _ascii(line: bytes) -> str:
 
 
 def _array(type: _Type, shape: tuple, data: bytes) -> _Array:
-    sound = len(shape) <= 4 and all(isinstance(side, int) and side >= 0 for side in shape)
-    if not sound or math.prod(shape) * np.dtype(_TYPES[type.code]).itemsize != len(data):
-        raise _Refused(f"an array of shape {shape!s:.60} with {len(data)} bytes of data")
+    # Anything else than a few numbers is not printed: tuples of tuples, each twice, are endless texts.
+    if len(shape) > 4 or not all(isinstance(side, int) and side >= 0 for side in shape):
+        raise _Refused(f"an array whose shape is not up to four numbers, with {len(data)} bytes of data")
+    if math.prod(shape) * np.dtype(_TYPES[type.code]).itemsize != len(data):
+        raise _Refused(f"an array of shape {shape} with {len(data)} bytes of data")
     return _Array(type, data, sum(side != 1 for side in shape) <= 1)
 
 

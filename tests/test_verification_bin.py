@@ -149,6 +149,22 @@ def test_malformed_pickles_are_refused(data, tmp_path):
     assert "set.bin" in str(caught.value) and "\n" not in str(caught.value)
 
 
+NESTED = {
+    "deep": b"N" + b"\x85" * 100_000,
+    "each twice": b"N" + b"".join(b"q%ch%c\x86" % (index, index) for index in range(60)),
+}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_nested_values_are_refused_without_being_printed(nested, tmp_path):
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85C\1btR"
+    kind = b"cnumpy\ndtype\nX\2\0\0\0u1K\0K\1\x87R"
+    for data in (array + b"(K\1" + NESTED[nested] + kind + b"\x89C\1xtb", NESTED[nested] + b"\x8c\1x\x93"):
+        with pytest.raises(InputError) as caught:
+            load(b"\x80\4" + data + b".", tmp_path)
+        assert len(str(caught.value)) < 200 + len(str(tmp_path))
+
+
 STRUCTURES = [
     *(None, 3, [], ([],), ([], [], []), ([JPEG], [True]), ([JPEG, 5], [True]), ([JPEG] * 2, [2]), ([JPEG] * 2, ["1"])),
     *(([JPEG] * 2, None), ([JPEG] * 2, [None]), (JPEG, [True]), ([JPEG] * 2, True), ([JPEG, "x"], [1])),
