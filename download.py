@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import http.client
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -42,7 +43,7 @@ def checkpoint_path(name: str | Path, folder: Path = WEIGHTS) -> Path:
     text = str(name)
     if text == "released":
         return fetch(RELEASED_URL, folder)
-    if text.startswith(("http://", "https://")):
+    if text.lower().startswith(("http://", "https://")):
         return fetch(text, folder)
     return Path(name)
 
@@ -52,7 +53,15 @@ def fetch(url: str, folder: Path = WEIGHTS) -> Path:
 
     Several processes may ask for the same file: one downloads, the others wait for it.
     """
-    file_name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    try:
+        path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+    except ValueError as error:
+        raise InputError(f"{url}: not an address: {error}") from error
+    if not re.fullmatch(r"[!-~]+", url) or "\0" in path:
+        raise InputError(
+            f"{url!r}: not an address: blanks and letters beyond ASCII have to be written as %20, %C3%BC, ..."
+        )
+    file_name = Path(path).name
     if not file_name or file_name.startswith("."):
         raise InputError(f"{url}: the address names no file")
     target = folder / file_name

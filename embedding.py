@@ -334,7 +334,9 @@ def _evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]
 
 def _load_network(path: Path) -> nn.Module:
     content = utils.load_checkpoint(path, mmap=True)  # most of a training checkpoint is of no interest here
-    state = content["model"] if "format" in content else content
+    state = content.get("model") if "format" in content else content
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise InputError(f"{path}: holds no network")
     if all(key.startswith("module.") for key in state):  # saved through DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     try:

@@ -251,6 +251,10 @@ def network_from_state(state: Mapping[str, Tensor]) -> SELResNet | MobileFaceNet
         if not isinstance(state[key], Tensor) or state[key].shape != expected[key].shape:
             found = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
             raise ValueError(f"weights do not fit: {key} is {found}, not {tuple(expected[key].shape)}")
+        if state[key].is_floating_point() != expected[key].is_floating_point():  # copying would cast without a word
+            raise ValueError(f"weights do not fit: {key} is {state[key].dtype}, not {expected[key].dtype}")
+        if state[key].layout != torch.strided or state[key].device.type == "meta":
+            raise ValueError(f"weights do not fit: {key} is no dense tensor with values")
     network.to_empty(device="cpu").load_state_dict(state)
     return network.eval()
 

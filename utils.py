@@ -237,7 +237,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, InputError):
         raise
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
@@ -246,7 +246,7 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
             f"{path}: holds Python objects, not plain tensors, and is not loaded, because that could run code; where "
             "it was made, save it again with torch.save(model.state_dict(), FILE)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except Exception as error:  # foreign bytes make the readers raise nearly anything
         raise InputError(f"{path}: not a file of weights, or damaged") from error
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")

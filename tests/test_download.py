@@ -202,6 +202,13 @@ def test_file_put_there_by_hand_is_taken_and_recorded(tmp_path, monkeypatch):
     assert (tmp_path / "insight-face-v3.pt.sha256").exists()
 
 
+@pytest.mark.parametrize("path", ["[::1/a.pt", "127.0.0.1:9/ü.pt", "127.0.0.1:9/a%00.pt", "127.0.0.1:9/a b.pt"])
+def test_what_is_no_address_is_one_line(path, tmp_path):
+    with pytest.raises(InputError, match="not an address"):
+        download.checkpoint_path(f"HTTP://{path}", tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_path_is_a_path(tmp_path):
     assert download.checkpoint_path(tmp_path / "a.pt") == tmp_path / "a.pt"
 

@@ -159,6 +159,27 @@ def test_whole_modules_and_rubbish_are_refused_with_the_way_out(tmp_path, networ
         load_embedder(tmp_path / "absent.pt")
 
 
+def test_states_that_are_no_plain_weights_of_a_network_are_one_line(tmp_path, network):
+    state = network.state_dict()
+    key = next(key for key, value in state.items() if value.ndim == 4)
+    odd = {
+        "sparse": state[key].to_sparse(),
+        "meta": torch.empty_like(state[key], device="meta"),
+        "complex": state[key].to(torch.complex64),
+        "int8": state[key].to(torch.int8),
+    }
+    states = {name: (state | {key: value}, key) for name, value in odd.items()}
+    states |= {
+        "numbered": ({0: torch.zeros(2)}, "holds no network"),
+        "empty training checkpoint": ({"format": utils.CHECKPOINT_FORMAT}, "holds no network"),
+        "list": ({"format": utils.CHECKPOINT_FORMAT, "model": [1]}, "holds no network"),
+    }
+    for name, (content, reason) in states.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        with pytest.raises(InputError, match=f"{name}.pt: .*{reason}"):
+            load_embedder(tmp_path / f"{name}.pt")
+
+
 def test_options_replace_the_defaults_of_our_networks(tmp_path, network):
     path = tmp_path / "embedding.pt"
     torch.save(network.state_dict(), path)

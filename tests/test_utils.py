@@ -129,6 +129,26 @@ def test_damaged_weights_are_named(tmp_path):
             utils.load_checkpoint(tmp_path / f"{name}.pt")
 
 
+def test_weights_of_the_old_format_cut_anywhere_are_named(tmp_path):
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    torch.save({"weight": torch.arange(10.0)}, whole, _use_new_zipfile_serialization=False)
+    data = whole.read_bytes()
+    for length in range(len(data)):
+        cut.write_bytes(data[:length])
+        with pytest.raises(InputError, match=r"cut\.pt: "):
+            utils.load_checkpoint(cut)
+
+
+def test_a_zip_of_several_disks_is_named(tmp_path):
+    path = tmp_path / "disks.pt"
+    torch.save({"weight": torch.arange(10.0)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.rfind(b"PK\6\7") + 16] = 2  # of the zip64 end-of-directory locator: how many disks there are
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"disks\.pt: "):
+        utils.load_checkpoint(path)
+
+
 def test_extract_starts_without_torch():
     """Its workers would pay two seconds and 250 MB each for nothing."""
     code = "import sys, extract; sys.exit('torch' in sys.modules)"
