@@ -355,7 +355,7 @@ class FolderSource:
 
     def __init__(self, path: Path, limits: Limits, level: int) -> None:
         self.path, self._limits, self._level = path, limits, level
-        self._entries = sorted(_walk(path, ""))
+        self._entries = sorted(_walk(path))
         self.total = len(self._entries)
         digest = hashlib.sha256()
         for name, size in self._entries:
@@ -380,13 +380,16 @@ class FolderSource:
             raise NotTaken("damaged", f"cannot be read: {error.strerror}") from error
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
-            else:
-                yield f"{prefix}{entry.name}", entry.stat(follow_symlinks=False).st_size
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    waiting = [(str(root), "")]
+    while waiting:
+        folder, prefix = waiting.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, f"{prefix}{entry.name}/"))
+                else:
+                    yield f"{prefix}{entry.name}", entry.stat(follow_symlinks=False).st_size
 
 
 def _placed(name: str, level: int, root: str, read: Callable[[], bytes], position: int) -> Member:

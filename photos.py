@@ -312,7 +312,7 @@ def list_photos(folder: str | Path) -> Listing:
         raise InputError(f"{folder}: no such folder of photos")
     companions: Counter[str] = Counter()
     sizes: dict[str, int] = {}
-    for file, size in _walk(str(folder), "", frozenset()):
+    for file, size in _walk(str(folder)):
         suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 - a Path per file costs more than all the rest
         if suffix in COMPANIONS:
             companions[suffix] += 1
@@ -327,19 +327,22 @@ def list_photos(folder: str | Path) -> Listing:
     return Listing(files, digest.hexdigest(), dict(sorted(companions.items())))
 
 
-def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+def _walk(root: str) -> Iterator[tuple[str, int]]:
     """(relative path, size in bytes) of the regular files below; a link back to a folder above is not entered."""
-    status = os.stat(folder)  # noqa: PTH116
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {here})
-            elif entry.is_file():
-                yield f"{prefix}{entry.name}", entry.stat().st_size
-            elif entry.is_symlink():  # leads nowhere: a photo that is missing
-                yield f"{prefix}{entry.name}", 0
+    waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(root, "", frozenset())]
+    while waiting:
+        folder, prefix, above = waiting.pop()
+        status = os.stat(folder)  # noqa: PTH116
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            continue
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))
+                elif entry.is_file():
+                    yield f"{prefix}{entry.name}", entry.stat().st_size
+                elif entry.is_symlink():  # leads nowhere: a photo that is missing
+                    yield f"{prefix}{entry.name}", 0

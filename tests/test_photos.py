@@ -1,9 +1,11 @@
 """Reading photos: every format and mode against Pillow; for every kind of damage a reason and nothing else."""
 
+import inspect
 import io
 import itertools
 import os
 import struct
+import sys
 import warnings
 import zlib
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+import archives
 from photos import PhotoError, identity_of, in_order, list_photos, read_photo
 from utils import InputError
 
@@ -327,6 +330,21 @@ def test_listing_keeps_names_that_are_not_utf8(tmp_path):
     with open(os.fsencode(tmp_path) + b"/a/caf\xe9.jpg", "wb"):
         pass
     assert list_photos(tmp_path).files == ["a/caf\udce9.jpg"]
+
+
+def test_folders_may_lie_deeper_than_python_recurses(tmp_path):
+    deepest = tmp_path / "A" / "/".join("d" * 200)
+    deepest.mkdir(parents=True)
+    (deepest / "1.jpg").write_bytes(b"x")
+    expected = (deepest / "1.jpg").relative_to(tmp_path).as_posix()
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        found = list_photos(tmp_path).files
+        members = [name for name, _ in archives._walk(tmp_path)]
+    finally:
+        sys.setrecursionlimit(before)
+    assert found == members == [expected]
 
 
 def test_listing_of_nothing_is_an_error(tmp_path):
