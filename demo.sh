@@ -40,6 +40,7 @@ python megaface_eval.py --checkpoint "$run/train/embedding.pt" --facescrub "$dat
   --megaface "$data/MegaFace_aligned" --noise raw --out "$run/megaface" | tee "$run/megaface.txt"
 
 stage "Done"
+tensorboard=$(type -P tensorboard || echo tensorboard) # its path, since .venv is in nobody's PATH but this script's
 printf 'Training (last lines of %s)\n' "$run/train/log.txt"
 tail -n 3 "$run/train/log.txt"
 printf '\nVerification\n' && cat "$run/lfw.txt"
@@ -48,7 +49,7 @@ cat <<END
 
 Photos             $data/*/                  (truth beside them: truth.tsv)
 Curves, errors     $run/lfw/*.png  $run/megaface/*.png
-Training curves    tensorboard --logdir $run/train
+Training curves    $(printf '%q ' "$tensorboard" --logdir "$(realpath "$run")/train")
 
 These figures say that the pipeline runs, not how good it gets: 64 invented people and a few minutes of training.
 END
