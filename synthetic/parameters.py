@@ -489,10 +489,11 @@ EVEN_LIGHT = (
 )
 
 
-def _worn(rng: np.random.Generator, off: frozenset[str], identity: Identity) -> dict[str, Any]:
-    worn: dict[str, Any] = {"glasses": None, "hat": None, "scarf": None, "occluder": None}
-    if "occlusion" in off:
-        return worn
+BARE = {"glasses": None, "hat": None, "scarf": None, "occluder": None}
+
+
+def _worn(rng: np.random.Generator) -> dict[str, Any]:
+    worn: dict[str, Any] = {**BARE}
     if rng.random() < 0.13:
         dark = rng.random() < 0.15
         worn["glasses"] = {
@@ -582,9 +583,9 @@ def draw_photo(
     expression = _expression(rng, head)
     gaze = (float(rng.normal(-0.35 * yaw, 9)), float(rng.normal(-0.3 * pitch, 5)))
     lights, ambient = _light(rng)
-    worn = _worn(rng, off, identity)
-    if frontal:
-        worn = {"glasses": None, "hat": None, "scarf": None, "occluder": None}
+    worn = _worn(rng)  # drawn in any case: what is left out changes nothing else of the photo
+    if "occlusion" in off or frontal:
+        worn = BARE
     if "expression" in off or frontal:
         expression, gaze = {}, (gaze[0] * 0.3, gaze[1] * 0.3)
     if "light" in off:

@@ -454,11 +454,10 @@ class Renderer:
         nose = vertices[head.nose_tip] * [1, 0, 1] + vertices[list(head.nose_wings)].mean(0) * [0, 1, 0]
         mouth = vertices[list(head.corners)] + outwards * LANDMARK_OFFSETS["mouth"]
         points = np.concatenate([lids, nose[None] + LANDMARK_OFFSETS["nose"], mouth])
-        outline = self.project(camera, vertices[self.face_vertices])
-        return Truth(
-            box=np.concatenate([outline.min(0), outline.max(0)]).astype(np.float32),
-            landmarks=self.project(camera, points).astype(np.float32),
-        )
+        landmarks = self.project(camera, points).astype(np.float32)
+        # In profile a nose may leave the vertices by half a pixel.
+        outline = np.concatenate([self.project(camera, vertices[self.face_vertices]), landmarks])
+        return Truth(box=np.concatenate([outline.min(0), outline.max(0)]).astype(np.float32), landmarks=landmarks)
 
 
 def _exposure(light: np.ndarray, coverage: np.ndarray) -> np.ndarray:
