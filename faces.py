@@ -26,7 +26,6 @@ from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 import config
@@ -571,13 +570,10 @@ def encode_jpeg(crop: Crop | None, quality: int) -> bytes | None:
 
 def open_detector(options: config.FaceSearch) -> RetinaFace:
     """The detector that a stage's options describe. Under torchrun each process of a machine takes its own GPU."""
-    device = utils.choose_device(options.device)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         return RetinaFace(
             options.detector_weights,
-            device,
+            utils.own_device(options.device),
             options.score_threshold,
             options.nms_threshold,
             max_side=options.max_side or None,

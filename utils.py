@@ -165,6 +165,16 @@ def choose_device(name: str) -> "torch.device":
     return device
 
 
+def own_device(name: str) -> "torch.device":
+    """`choose_device` for one of several processes that share no memory: under torchrun each takes its own GPU."""
+    import torch
+
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return device
+
+
 _precision = threading.RLock()
 
 

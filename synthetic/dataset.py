@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import zipfile
@@ -19,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
@@ -42,7 +43,10 @@ COLUMNS = (
     "identity", "file", "x0", "y0", "x1", "y1", "eye_right_x", "eye_right_y", "eye_left_x", "eye_left_y", "nose_x",
     "nose_y", "mouth_right_x", "mouth_right_y", "mouth_left_x", "mouth_left_y", "yaw", "pitch", "roll", "parameters",
 )  # fmt: skip
+ANNOTATIONS = ("name", "image_id", "face_id", "url", "bbox", "sha256")
 CROP_QUALITY = 95
+# Photos that are traced before any is encoded: a person may have more of them than memory holds.
+PIECE = 64
 # What a process may take of a GPU: its context, and the buffers of a batch of 64 photos at 256 px (10 MB each).
 GPU_BYTES = 1.5e9
 LAYOUTS = ("photos", "lfw", "facescrub", "megaface")
@@ -104,19 +108,26 @@ class People(Chunks):
         """As in stage 2; besides, photos that no run here has made are not overwritten, and lost ones are noticed."""
         begun = (self._folder / "settings.json").exists()
         finished = self._report.exists()
-        folders = {} if self.plan.crops else {self.plan.first + i: self._photos(i) for i in range(self.count)}
+        folders = range(0 if self.plan.crops else self.count)
         if not begun and not finished:
-            for path in folders.values():
+            for path in map(self._photos, folders):
                 if path.exists():
                     raise InputError(f"{path}: exists, but no record of how it was made; give another folder")
         complete = super().open(outputs)
-        lost = [path for path in folders.values() if complete and not path.is_dir()]
+        lost = [chunk for chunk in folders if complete and not self._photos(chunk).is_dir()]
         if lost:
             raise InputError(
-                f"{lost[0]}: gone from a finished set ({len(lost)} of {len(folders)} identities are); remove "
-                f"{self.out / outputs[0]} and run the same command again, which makes all anew"
+                f"{self._photos(lost[0])}: gone from a finished set ({len(lost)} of {self.count} identities are); "
+                f"remove {self.out / outputs[0]} and run the same command again, which makes all anew"
             )
         return complete
+
+    def missing(self) -> list[int]:
+        """The identities that are not finished: without their rows, or with photos that somebody has removed since."""
+        missing = set(super().missing())
+        if self.plan.crops or self._report.exists():
+            return sorted(missing)
+        return [chunk for chunk in range(self.count) if chunk in missing or not self._photos(chunk).is_dir()]
 
     def _photos(self, chunk: int) -> Path:
         return self.out / self.plan.folder(self.plan.first + chunk)
@@ -161,19 +172,21 @@ class Maker:
         number = plan.first + chunk
         off = frozenset(plan.off)
         identity = draw_identity(plan.seed, number, self.renderer.head, off)
-        photos = [draw_photo(identity, k, self.renderer.head, off, plan.poses) for k in range(plan.images)]
-        images, truths = self.renderer.photograph(identity, photos, plan.size, off)
-        encoded, crops = [], []
-        for image, truth, photo in zip(images, truths, photos, strict=True):
-            if plan.crops:
-                crops.append(encode(align_face(np.ascontiguousarray(image), truth.landmarks), CROP_QUALITY))
-            else:
-                encoded.append(encode(image, photo.camera["quality"]))
+        rows, encoded, crops = [f"{json.dumps(_plain(identity.record()))}\n"], [], []
+        for start in range(0, plan.images, PIECE):
+            piece = range(start, min(start + PIECE, plan.images))
+            photos = [draw_photo(identity, k, self.renderer.head, off, plan.poses) for k in piece]
+            images, truths = self.renderer.photograph(identity, photos, plan.size, off)
+            for image, truth, photo in zip(images, truths, photos, strict=True):
+                rows.append(_row(plan, identity, photo, truth))
+                if plan.crops:
+                    crops.append(encode(align_face(np.ascontiguousarray(image), truth.landmarks), CROP_QUALITY))
+                else:
+                    encoded.append(encode(image, photo.camera["quality"]))
         if encoded:
             self._write(number, encoded)
-        rows = "".join(_row(plan, identity, photo, truth) for photo, truth in zip(photos, truths, strict=True))
-        self.people.save_identity(chunk, f"{json.dumps(_plain(identity.record()))}\n{rows}", crops)
-        return len(photos)
+        self.people.save_identity(chunk, "".join(rows), crops)
+        return plan.images
 
     def _write(self, number: int, encoded: list[bytes]) -> None:
         plan, out = self.people.plan, self.people.out
@@ -264,8 +277,8 @@ def make_people(people: People, shard: Shard, device: torch.device, workers: int
 
 
 def default_workers(device: torch.device) -> int:
-    """A process per core; with a GPU fewer where its memory does not hold so many."""
-    cores = len(os.sched_getaffinity(0))
+    """A process per core (of torchrun's share); with a GPU fewer where its memory does not hold so many."""
+    cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type != "cuda":
         return cores
     free, _ = torch.cuda.mem_get_info(device)
@@ -279,18 +292,26 @@ def _results(people: People, todo: list[int], device: str, workers: int) -> Iter
         yield from map(_work, todo)
         return
     context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start_worker, (people, device)) as pool:
-        futures = [pool.submit(_work, chunk) for chunk in todo]
         try:
+            # Ctrl-C in a terminal goes to the whole group; processes that start now do not hear it, but see below.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                futures = [pool.submit(_work, chunk) for chunk in todo]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
             raise InputError(
                 "a process was killed (out of memory? then take fewer --workers); the same command goes on from here"
             ) from error
-        except BaseException:
-            for future in futures:
-                future.cancel()
+        except BaseException:  # else they would finish the identities that they have, and those that wait for them
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
             raise
 
 
@@ -303,29 +324,38 @@ def outputs(plan: Plan) -> list[str]:
 
 
 def merge(people: People) -> dict[str, Any]:
-    """Write the tables (and crops or lists) from all parts, then the report; returns the report."""
+    """Write the tables (and crops or lists) from all parts, then the report; returns the report.
+
+    One identity after the other: the truth of a million photos has two gigabytes.
+    """
     plan = people.plan
     with people.merging() as needed:
         if not needed:
             return people.report()
-        truth, persons = ["\t".join(COLUMNS) + "\n"], ["label\tidentity\tnumber\tparameters\n"]
-        writer = CropWriter(people.out) if plan.crops else None
-        with writer or contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+
+            def table(name: str, header: Sequence[str]) -> TextIO:
+                path = stack.enter_context(utils.atomic_path(people.out / name))
+                file = stack.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+                file.write("\t".join(header) + "\n")
+                return file
+
+            truth = table("truth.tsv", COLUMNS)
+            persons = table("identities.tsv", ("label", "identity", "number", "parameters"))
+            annotations = table("annotations.txt", ANNOTATIONS) if plan.layout == "facescrub" else None
+            writer = stack.enter_context(CropWriter(people.out)) if plan.crops else None
             for chunk in range(people.count):
                 text, crops = people.load_identity(chunk)
                 record, _, rows = text.partition("\n")
                 number = plan.first + chunk
-                persons.append(f"{chunk}\t{plan.name(number)}\t{number}\t{record}\n")
-                truth.append(rows)
+                persons.write(f"{chunk}\t{plan.name(number)}\t{number}\t{record}\n")
+                truth.write(rows)
                 for crop in crops:
                     writer.write(crop, chunk)
-        table = "".join(truth)
-        utils.write_text(people.out / "truth.tsv", table)
-        utils.write_text(people.out / "identities.tsv", "".join(persons))
-        if plan.layout == "lfw" and not plan.crops:
+                if annotations is not None:
+                    annotations.write(annotation_rows(plan, people.out, number, rows))
+        if plan.layout == "lfw":
             utils.write_text(people.out / "pairs.txt", pairs_text(plan))
-        if plan.layout == "facescrub" and not plan.crops:
-            utils.write_text(people.out / "annotations.txt", annotations_text(plan, people.out, table))
         report = {"identities": plan.identities, "photos": plan.identities * plan.images}
         people.finish(report)
         return people.report()
@@ -357,13 +387,13 @@ def pairs_text(plan: Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def annotations_text(plan: Plan, out: Path, truth: str) -> str:
-    """FaceScrub's annotation table: name, image_id, face_id, url, bbox, sha256."""
-    lines = ["name\timage_id\tface_id\turl\tbbox\tsha256"]
-    for index, row in enumerate(truth.splitlines()[1:]):
+def annotation_rows(plan: Plan, out: Path, identity: int, truth: str) -> str:
+    """The rows of FaceScrub's annotation table (`ANNOTATIONS`) for an identity's rows of truth."""
+    lines = []
+    for image, row in enumerate(truth.splitlines()):
         fields = row.split("\t")
-        number = plan.face_id(plan.first + index // plan.images, index % plan.images)
+        number = plan.face_id(identity, image)
         box = ",".join(str(round(min(max(float(x), 0), plan.size))) for x in fields[2:6])
         digest = utils.sha256_of(out / fields[1])
-        lines.append(f"{fields[0]}\t{number}\t{number}\tsynthetic\t{box}\t{digest}")
-    return "\n".join(lines) + "\n"
+        lines.append(f"{fields[0]}\t{number}\t{number}\tsynthetic\t{box}\t{digest}\n")
+    return "".join(lines)
