@@ -230,8 +230,23 @@ class MarginHead(nn.Module):
         return loss, stats
 
     def sampled_leaves(self) -> list[Tensor]:
-        """Tensors of a sampled head that hold gradients for the coming `step` (for clipping); empty for a full head."""
-        return [leaf for _, leaf in self._drawn]
+        """What holds the gradient of a sampled head for the coming `step` (to clip or measure it): one tensor or none.
+
+        The gradients of several backward passes are added up first, as those of parameters are.
+        """
+        drawn = [(rows, leaf) for rows, leaf in self._drawn if leaf.grad is not None]
+        if len(drawn) > 1:
+            rows, gradient = self._summed([(rows, leaf.grad) for rows, leaf in drawn])
+            leaf = torch.empty_like(gradient)  # nobody reads its values
+            leaf.grad = gradient
+            drawn = [(rows, leaf)]
+        self._drawn = drawn
+        return [leaf for _, leaf in drawn]
+
+    def centres_seen(self, crops: int) -> float:
+        """How many centres compete in a step of `crops` crops, on average, where identities are equally frequent."""
+        positive = -self.identities * math.expm1(crops * math.log1p(-1 / self.identities))
+        return positive + self.sample_rate * (self.identities - positive)
 
     @torch.no_grad()
     def step(self, lr: float, *, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True) -> None:
@@ -241,11 +256,11 @@ class MarginHead(nn.Module):
         full head too (its parameter belongs to the common optimiser; the step is only counted).
         """
         self.steps += 1
-        leaves = [(rows, leaf.grad) for rows, leaf in self._drawn if leaf.grad is not None]
-        self._drawn.clear()
-        if not leaves:
+        if not self.sampled_leaves():
             return
-        rows, gradient = leaves[0] if len(leaves) == 1 else self._summed(leaves)
+        [(rows, leaf)] = self._drawn
+        self._drawn.clear()
+        gradient = leaf.grad
         values = self._rows[rows]
         gradient.add_(values, alpha=weight_decay)
         velocity = self._velocity[rows].mul_(momentum).add_(gradient)

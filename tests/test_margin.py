@@ -476,7 +476,6 @@ def test_accumulated_passes_update_each_drawn_row_once():
     for seed in (0, 1):
         features, labels = batch(400, seed=seed)
         (head(features, labels)[0] / 2).backward()
-    assert len(head.sampled_leaves()) == 2
     for drawn, leaf in head._drawn:
         real = drawn < 400
         total.index_add_(0, drawn[real], leaf.grad[real])
@@ -485,6 +484,40 @@ def test_accumulated_passes_update_each_drawn_row_once():
     index = torch.tensor(sorted(rows))
     reference[index] -= 0.1 * (total[index] + 0.05 * reference[index])
     assert torch.allclose(head.centres, reference, atol=1e-6)
+
+
+def test_accumulated_gradients_are_clipped_and_measured_as_one():
+    """Drawing everything, twice before a step: what is clipped and measured is the sum, as for a full head."""
+    heads = [sampled_head(1.0), sampled_head(1 - 2**-40)]
+    for head in heads:
+        for seed in (0, 1):
+            features, labels = batch(400, seed=seed)
+            (head(features, labels)[0] / 2).backward()
+    norms, moved = [], []
+    for head in heads:
+        tensors = [*head.parameters(), *head.sampled_leaves()]
+        norms.append(torch.nn.utils.get_total_norm([tensor.grad for tensor in tensors]).item())
+        torch.nn.utils.clip_grad_value_(tensors, 1e-3)
+        if not head.sampled:
+            torch.optim.SGD(tensors, lr=1.0).step()
+        before = sampled_head(1.0).centres
+        head.step(1.0, momentum=0.0, weight_decay=0.0, nesterov=False)
+        moved.append(before - head.centres)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert (moved[0].abs() > 0.999e-3).float().mean() > 0.1  # the limit was reached
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("rate", "crops"), [(1.0, 16), (0.1, 16), (0.1, 300), (1e-9, 50)])
+def test_how_many_centres_compete(rate, crops):
+    head = MarginHead(4, 200, loss="arcface", margin=0.5, scale=16.0, sample_rate=rate)
+    found = []
+    for step in range(200):
+        head.steps = step
+        labels = torch.randint(0, 200, (crops,), generator=torch.Generator().manual_seed(step))
+        weight, _, empty = head._choose(labels)
+        found.append(len(weight) if empty is None else int((~empty).sum()))
+    assert sum(found) / len(found) == pytest.approx(head.centres_seen(crops), rel=0.05)
 
 
 def test_gradients_of_a_sampled_head_can_be_clipped_or_dropped():
