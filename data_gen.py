@@ -32,6 +32,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 import models
+import photos
 import recordio
 import utils
 from faces import escape, unescape
@@ -58,14 +59,19 @@ class Crops(Protocol):
 class FolderCrops:
     """Crops as files: `<root>/<identity>/<file>`, one folder per identity, labels in the sorted order of the folders.
 
-    Every identity folder must hold an image; a file that is no image by its suffix and a nested folder are errors,
-    because guessing which files to leave out loses data silently. Dot files are left alone.
+    Every identity folder must hold an image; a file there that is no image by its suffix, a nested folder and an image
+    beside the folders are errors, because guessing which files to leave out loses data silently. Dot files are left
+    alone.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.name = str(root)
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+        for entry in entries:
+            if not entry.is_dir() and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                raise InputError(f"{entry.path}: an image in no identity's folder; move it into one, or away")
         self.identity_names = folders
         self.files: list[str] = []
         labels: list[int] = []
@@ -101,17 +107,17 @@ class FolderCrops:
         return str(self.root / self.files[index])
 
 
-def open_training_set(path: str | Path) -> Crops:
+def open_training_set(path: str | Path, *, skip_unreadable: bool = False) -> Crops:
     """Open RecordIO (a folder with train.rec, or a .rec file) or a folder of identity folders, and check it.
 
-    Raises `InputError` when there is nothing to train on: no crops, fewer than two identities, a label out of range,
-    or an identity without a crop.
+    With `skip_unreadable`, damaged images do not matter yet. Raises `InputError` when there is nothing to train on: no
+    crops, fewer than two identities, a label out of range, or an identity without a crop.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_file() or (path / "train.rec").exists():
-        crops: Crops = recordio.open_crops(path)
+        crops: Crops = recordio.open_crops(path, skip_damaged=skip_unreadable)
     else:
         crops = FolderCrops(path)
     check(crops)
@@ -136,14 +142,19 @@ def check(crops: Crops) -> None:
         raise InputError(f"{crops.name}: one identity only; there is nothing to tell apart")
 
 
-def fingerprint(crops: Crops) -> str:
-    """A hash by which a restart recognises its data: labels, sizes and evenly spread samples of the bytes.
+def fingerprint(crops: Crops, *, skip_unreadable: bool = False) -> str:
+    """A hash by which a restart recognises its data: labels and evenly spread samples of the bytes.
 
-    It costs the same for any size of set (256 crops are read), so it does not notice every change of a pixel.
+    It costs the same for any size of set (256 crops are read), so it does not notice every change of a pixel. Raises
+    the error of an unreadable crop unless these are to be skipped.
     """
     digest = hashlib.sha256(np.ascontiguousarray(crops.labels, dtype="<i8").tobytes())
     for index in np.linspace(0, len(crops) - 1, 256).astype(np.int64).tolist():
-        digest.update(crops.read(index)[0])
+        try:
+            digest.update(crops.read(index)[0])
+        except (InputError, OSError):
+            if not skip_unreadable:
+                raise
     return digest.hexdigest()
 
 
@@ -597,9 +608,15 @@ class CropDataset(torch.utils.data.Dataset):
         return Batch(images, labels, torch.from_numpy(indices), sizes, colours, _NOTHING, "")
 
     def _read(self, index: int) -> tuple[bytes, int]:
-        """The encoded crop and its label; no bytes for one that cannot be read and is to be replaced."""
+        """The encoded crop and its label; no bytes for one that is left to the CPU.
+
+        Those are crops that cannot be read and are to be replaced, and those that EXIF turns, as OpenCV does and
+        nvJPEG does not.
+        """
         try:
-            return self.crops.read(index)
+            encoded, label = self.crops.read(index)
+            turned = b"Exif\0\0" in encoded[:64] and photos.orientation(encoded) != 1
+            return b"" if turned else encoded, label
         except (ValueError, OSError, InputError):
             self.readable(index, [])  # raises, unless such crops are replaced
             return b"", int(self.crops.labels[index])
@@ -631,6 +648,16 @@ def check_decoder(device: torch.device) -> None:
         _decode_on(device, [torch.from_numpy(encoded)])
     except RuntimeError as error:
         raise InputError(f"--decode gpu: {device} does not decode: {str(error).splitlines()[0]}") from error
+
+
+def check_jpeg(crops: Crops) -> None:
+    """Raise `InputError` for crops that are no JPEG, by a sample: `to_device` would decode every batch on the CPU."""
+    kinds = set()
+    for index in np.linspace(0, len(crops) - 1, 16).astype(np.int64).tolist():
+        with contextlib.suppress(InputError, OSError):  # for `CropDataset` to complain of
+            kinds.add(image_suffix(crops.read(index)[0]))
+    if kinds and ".jpg" not in kinds:
+        raise InputError(f"--decode gpu: {crops.name} holds no JPEG, and nothing else is decoded there")
 
 
 @functools.cache
@@ -670,7 +697,7 @@ def to_device(batch: Batch, dataset: CropDataset, device: torch.device) -> tuple
     try:
         sizes = batch.sizes.tolist()
         if 0 in sizes:
-            raise RuntimeError("a crop that cannot be read")
+            raise RuntimeError("a crop for the CPU")
         parts = list(batch.images.split(sizes))
         decoded = _decode_on(device, parts)
         if any(image.shape != (3, SIZE, SIZE) for image in decoded):

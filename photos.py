@@ -260,6 +260,14 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
     return _decode(_open(data[: marks.end] + _PADDING), data)
 
 
+def orientation(data: bytes) -> int:
+    """The EXIF orientation of an encoded photo, 1 to 8; 1 where there is none or it cannot be read."""
+    try:
+        return _orientation(_open(data))
+    except PhotoError:
+        return 1
+
+
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
     if "exif" not in image.info and image.format == "JPEG":

@@ -535,11 +535,6 @@ def _range_of(record: bytes) -> tuple[int, int] | None:
     return (int(first), int(end)) if first.is_integer() and end.is_integer() else None
 
 
-def _sample(count: int) -> list[int]:
-    """Up to `_SAMPLES` positions spread evenly over 0 .. count-1, both ends included."""
-    return np.unique(np.linspace(0, count - 1, _SAMPLES).astype(np.int64)).tolist()
-
-
 class CropSet:
     """Aligned crops with the identity of each, from RecordIO: the InsightFace layout, or plain image records.
 
@@ -552,10 +547,12 @@ class CropSet:
     `identities` is their number, `labels` int64 [n] in 0 .. identities-1, `keys` int64 [n], `name` the folder's name,
     `notes` what a user should hear about (sentences). Raises `InputError` for an identity without images, a label that
     is negative, fractional or leaves a gap, ranges that overlap or leave images out, an `.idx` that does not fit.
+    A few images are looked at; a damaged one is an `InputError`, too, unless `skip_damaged`: then `read` will find it.
     """
 
-    def __init__(self, rec_path: str | Path) -> None:
+    def __init__(self, rec_path: str | Path, *, skip_damaged: bool = False) -> None:
         self.path = Path(rec_path)
+        self._skip_damaged = skip_damaged
         self.name = self.path.resolve().parent.name
         self.notes: list[str] = []
         self.reader = RecordReader(self.path)
@@ -610,6 +607,17 @@ class CropSet:
         head, length = self.reader.peek(key)
         return self._header_of(head, length, key)[1:]
 
+    def _peek_at(self, keys: _Keys) -> dict[int, tuple[float, int]]:
+        """What `_peek` says of a sample of the images, by index; without the damaged ones if these are left alone."""
+        found = {}
+        for index in np.unique(np.linspace(0, len(keys) - 1, _SAMPLES).astype(np.int64)).tolist():
+            try:
+                found[index] = self._peek(keys[index])
+            except InputError:
+                if not self._skip_damaged:
+                    raise
+        return found
+
     def _from_header(self) -> _Layout | None:
         """The layout that record 0 describes; None if record 0 is absent or an image."""
         if 0 not in self.reader:
@@ -658,18 +666,19 @@ class CropSet:
 
     def _confirm(self, layout: _Layout) -> _Layout:
         """Compare a sample of the images with their identity records."""
-        sample = _sample(len(layout.keys))
-        wrong = []
-        for index in sample:
-            key = layout.keys[index]
-            label = self._peek(key)[0]
-            if label != layout.labels[index]:
-                wrong.append((key, label, int(layout.labels[index])))
+        sample = self._peek_at(layout.keys)
+        wrong = [
+            (layout.keys[index], label, int(layout.labels[index]))
+            for index, (label, _) in sample.items()
+            if label != layout.labels[index]
+        ]
         if not wrong:
             return layout
         if len(wrong) * 2 > len(sample):
             self.notes.append("the identity records do not fit the images' own labels; the latter were read instead")
             return self._from_images(layout.keys)
+        if self._skip_damaged:
+            return layout
         key, label, expected = wrong[0]
         self._fail(key, f"its label is {label:g}, but its identity record says {expected}")
 
@@ -723,13 +732,13 @@ class CropSet:
 
     def _compare_ids(self) -> bool:
         """Whether the records' ids are their keys, as in most sets; then a single exception is a wrong .idx line."""
-        sample = _sample(len(self))
-        keys = [self._keys[index] for index in sample]
-        wrong = [(key, id) for key in keys if (id := self._peek(key)[1]) != key]
-        if wrong and len(wrong) * 4 < len(sample):
+        sample = self._peek_at(self._keys)
+        wrong = [(self._keys[index], id) for index, (_, id) in sample.items() if id != self._keys[index]]
+        few = len(wrong) * 4 < len(sample)
+        if wrong and few and not self._skip_damaged:
             key, id = wrong[0]
             self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
-        return not wrong
+        return few or not wrong
 
     def _check_property(self) -> None:
         """`property` ("identities,height,width") is only compared: the numbers come from the records."""
@@ -744,7 +753,7 @@ class CropSet:
             self.notes.append(f"{path}: says {fields[0]} identities, the records hold {self.identities}")
 
 
-def open_crops(path: str | Path) -> CropSet:
+def open_crops(path: str | Path, *, skip_damaged: bool = False) -> CropSet:
     """The crops in a folder that holds `train.rec`, or in a `.rec` file.
 
     Raises `InputError` if there is none or it does not hold together; see `CropSet`.
@@ -754,7 +763,7 @@ def open_crops(path: str | Path) -> CropSet:
         path = path / "train.rec"
     if not path.is_file():
         raise InputError(f"{path}: no such RecordIO file")
-    return CropSet(path)
+    return CropSet(path, skip_damaged=skip_damaged)
 
 
 class CropWriter:

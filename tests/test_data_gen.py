@@ -1,6 +1,7 @@
 """Order, randomness, decoding and augmentation of training crops."""
 
 import dataclasses
+import io
 import pickle
 import shutil
 import subprocess
@@ -86,6 +87,11 @@ def test_folders_that_cannot_be_trained_on(tmp_path):
     with pytest.raises(InputError, match=r"empty: identity without a crop"):
         data_gen.open_training_set(tmp_path)
     (tmp_path / "empty").rmdir()
+    (tmp_path / "lost.JPG").write_bytes(b"")
+    with pytest.raises(InputError, match=r"lost.JPG: an image in no identity's folder"):
+        data_gen.open_training_set(tmp_path)
+    (tmp_path / "lost.JPG").unlink()
+    (tmp_path / "faces.tsv").write_text("x")
     (tmp_path / ".hidden").mkdir()
     assert len(data_gen.open_training_set(tmp_path)) == 12
     with pytest.raises(InputError, match="nothere: no such file or folder"):
@@ -338,6 +344,30 @@ def test_decoding_on_the_device_gives_the_same_batches(crops):
     assert torch.equal(labels, expected.labels) and skipped == []
     difference = (images.int() - expected.images.int()).abs()
     assert difference.max() <= 3 and difference.float().mean() < 0.3  # two decoders
+
+
+def test_a_crop_that_exif_turns_is_turned_wherever_it_is_decoded(tmp_path):
+    """OpenCV turns it, nvJPEG and its stand-in do not."""
+    items = list(jpegs(2, 2))
+    exif = Image.Exif()
+    exif[274] = 6
+    plain = cv2.imdecode(np.frombuffer(items[1][0], np.uint8), cv2.IMREAD_COLOR_RGB)
+    turned = io.BytesIO()
+    Image.fromarray(plain).save(turned, "JPEG", quality=95, exif=exif)
+    items[1] = (turned.getvalue(), 0)
+    recordio.write_crops(tmp_path, items)
+    dataset = CropDataset(data_gen.open_training_set(tmp_path), NONE, 0, encoded=True)
+    images, labels, skipped = data_gen.to_device(dataset[(0, np.array([0, 1]))], dataset, torch.device("cpu"))
+    assert labels.tolist() == [0, 0] and skipped == []
+    assert np.abs(np.rot90(plain, -1).astype(int) - images[1].numpy()).mean() < 4
+
+
+def test_a_set_without_jpeg_is_not_for_a_device_that_decodes(crops, tmp_path):
+    data_gen.check_jpeg(crops)
+    picture = encoded(np.zeros((112, 112, 3), np.uint8), ".png")
+    recordio.write_crops(tmp_path, [(picture, label) for label in range(3)])
+    with pytest.raises(InputError, match=r"--decode gpu: .* holds no JPEG"):
+        data_gen.check_jpeg(data_gen.open_training_set(tmp_path))
 
 
 def test_a_damaged_crop_is_named_when_the_device_decodes(damaged):
