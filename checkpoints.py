@@ -22,7 +22,7 @@ from margin import MarginHead
 from utils import InputError
 
 CHECKPOINT, PREVIOUS, BEST, EMBEDDING = "checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"
-IDENTITIES = "identities.tsv"
+IDENTITIES, RESULTS, RUN = "identities.tsv", "results.json", "run.json"
 
 # Options that may differ when a run goes on: none of them changes what is computed from one step to the next.
 FREE_OPTIONS = frozenset(
@@ -38,7 +38,8 @@ class State:
     head: MarginHead
     optimizer: torch.optim.SGD
     step: int = 0  # optimiser steps done
-    epoch_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)  # of loss, top-1, steps, seconds
+    # Of loss, top-1, steps, seconds, and seconds of these spent waiting for data.
+    epoch_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 5)
     look_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 3)  # since the last line in TensorBoard
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a report for each finished epoch
     skipped: set[int] = dataclasses.field(default_factory=set)  # unreadable crops that were replaced
@@ -106,7 +107,7 @@ def restore(state: State, content: dict[str, Any], path: Path, world: World) -> 
         if whole is not None and not state.head.sampled:
             _set_momentum(state, state.head.weight, state.head.own_rows(whole))
         state.step = content["step"]
-        state.epoch_sums = list(content["epoch_sums"])
+        state.epoch_sums[: len(content["epoch_sums"])] = content["epoch_sums"]
         state.look_sums = list(content.get("look_sums", state.look_sums))
         state.history = content["history"]
         state.skipped = set(content["skipped"])
@@ -122,7 +123,8 @@ def _set_momentum(state: State, parameter: nn.Parameter, values: Tensor) -> None
 def check_same_run(options: Train, data: dict[str, Any], content: dict[str, Any], path: Path) -> None:
     """Raise `InputError` naming every option that must not change inside a run and did."""
     saved, now = content["config"], plain_options(options)
-    changed = [key for key in now if key not in FREE_OPTIONS and saved.get(key, now[key]) != now[key]]
+    free = FREE_OPTIONS | {"epochs"} if options.schedule == "steps" else FREE_OPTIONS  # the other rates depend on it
+    changed = [key for key in now if key not in free and saved.get(key, now[key]) != now[key]]
     if changed:
         named = ", ".join(f"--{key.replace('_', '-')} was {saved[key]}, now {now[key]}" for key in changed)
         raise InputError(f"{path}: cannot go on with other options: {named}")
@@ -130,6 +132,8 @@ def check_same_run(options: Train, data: dict[str, Any], content: dict[str, Any]
         raise InputError(
             f"{path}: was trained on other data than --data: {_data_line(content['data'])}; now {_data_line(data)}"
         )
+    if content["epoch"] > options.epochs:
+        raise InputError(f"{path}: --epochs {options.epochs}, but {content['epoch']} are done")
 
 
 def _data_line(data: dict[str, Any]) -> str:
@@ -186,8 +190,9 @@ def write_embedding(path: Path, state: dict[str, Tensor]) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of a run that was killed while it wrote; each may be as large as a checkpoint."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for name in (CHECKPOINT, PREVIOUS, BEST, EMBEDDING, IDENTITIES, RESULTS, RUN):
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -28,6 +28,8 @@ def main() -> None:
     content = utils.load_checkpoint(options.checkpoint, mmap=True)
     if "head" not in content:
         raise InputError(f"{options.checkpoint}: weights alone; the centres are in a training checkpoint (best.pt)")
+    if options.out.resolve() == options.checkpoint.resolve().parent:
+        raise InputError(f"--out {options.out}: the folder of the run, whose {checkpoints.EMBEDDING} would be replaced")
     centres = torch.nn.functional.normalize(content["head"]["centres"].float())
     table = options.checkpoint.with_name(checkpoints.IDENTITIES)
     names = data_gen.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]

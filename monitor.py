@@ -6,8 +6,10 @@ transfer. The price: a loss that is not finite is noticed up to `--log-every` st
 named).
 """
 
+import fcntl
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
 import utils
 from distributed import World
+from utils import InputError
 from verification import VerificationResult, VerificationSet, curve
 
 # Steps after which a network that has learnt nothing at all is worth a warning.
@@ -92,27 +96,31 @@ class Window:
 class Watch:
     """Looks for runs that will come to nothing. Each warning is given once."""
 
-    identities: int
-    margin_cost: float  # what scale and margin add to the loss of a network that knows nothing
+    identities: float  # that a step tells apart: of a sampled head, those it sees
+    margin_cost: float  # what scale and present margin add to the loss of a network that knows nothing
     patience: int = PATIENCE
     given: set[str] = field(default_factory=set)
     steps: int = 0
+    effort: float = 0.0  # the same, each counted by its share of the full learning rate: a warm-up needs time
     hits: float = 0.0
     first_norm: float | None = None
 
-    def warnings(self, look: Look, norm: float) -> list[str]:
-        """New warnings after a look; `norm` is the mean feature norm of its last step."""
+    def warnings(self, look: Look, norm: float, rate_share: float = 1.0) -> list[str]:
+        """New warnings after a look; `norm` is the mean feature norm of its last step, `rate_share` that step's share
+        of the full learning rate.
+        """
         self.steps += len(look.losses)
+        self.effort += len(look.losses) * rate_share
         self.hits += look.top1
         found = []
         chance = math.log(self.identities)
-        if self.steps >= self.patience:
+        if self.effort >= self.patience:
             near_chance = abs(look.loss - chance) < 0.02 * chance or look.loss > 0.98 * (chance + self.margin_cost)
-            if near_chance and look.top1 < 0.01:
+            if near_chance and look.top1 < max(0.01, 2 / self.identities):
                 found.append(
                     f"stuck: after {self.steps} steps the loss is {look.loss:.2f}, that of guessing (log of "
-                    f"{self.identities} identities is {chance:.2f}); usually the learning rate is too high or has no "
-                    "--warmup, or the margin is too large to begin with (--margin-warmup)"
+                    f"{self.identities:.0f} identities is {chance:.2f}); usually the learning rate is too high or has "
+                    "no --warmup, or the margin is too large to begin with (--margin-warmup)"
                 )
             if self.hits == 0:
                 found.append(
@@ -132,20 +140,32 @@ class Watch:
 
 
 class RunLog:
-    """Lines to a file, with date and time, and above the progress bar to standard error; silent without a path."""
+    """Lines to a file, with date and time, and above the progress bar to standard error; silent without a path.
+
+    The file is locked: raises `InputError` if another process has it open so, which then trains into the same folder.
+    A POSIX lock, because forked loader workers do not share it: it ends with this process.
+    """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(f"{path.parent}: another process is training into this folder") from error
+        except OSError:
+            pass  # a file system without locks
 
     def __call__(self, text: str) -> None:
         """Write one line."""
-        if self.path is None:
+        if self._file is None:
             return
         tqdm.write(text, file=sys.stderr)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n"
+        os.write(self._file, line.encode("utf-8", "backslashreplace"))
 
 
 class Board:
@@ -188,12 +208,17 @@ class Board:
 
     def result(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """The hyper-parameters with what came of them."""
-        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        plain = {key: value if isinstance(value, int | float) else _printable(value) for key, value in settings.items()}
         self.writer.add_hparams(plain, metrics, run_name=".")
 
     def close(self) -> None:
         """Flush everything to disk."""
         self.writer.close()
+
+
+def _printable(value: Any) -> str:
+    """As text that protocol buffers take, also for a path that is not UTF-8."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _roc(result: VerificationResult) -> Any:
@@ -221,8 +246,11 @@ def write_run(
     folder: Path, options: dict[str, Any], data: dict[str, Any], sets: Sequence[VerificationSet], world: World
 ) -> None:
     """`run.json`: configuration, data and environment; one environment for each time that the run was started."""
-    path = folder / "run.json"
-    environments = json.loads(path.read_text("utf-8"))["environments"] if path.exists() else []
+    path = folder / checkpoints.RUN
+    try:
+        environments = list(json.loads(path.read_bytes())["environments"]) if path.exists() else []
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not written by train.py, or damaged; choose another --out, or remove it") from error
     environments.append(utils.environment() | {"device": str(world.device), "processes": world.size})
     hashes = {pairs.name: pairs.sha256 for pairs in sets}
     utils.write_json(

@@ -37,7 +37,7 @@ def full_margin(options: Train) -> tuple[float, ...]:
     return margin
 
 
-def margin_at(step: int, steps_per_epoch: int, options: Train) -> float | tuple[float, ...]:
+def margin_at(step: float, steps_per_epoch: int, options: Train) -> float | tuple[float, ...]:
     """The margin of a step: grows linearly from nothing over `--margin-warmup` epochs."""
     full = full_margin(options)
     share = min(1.0, step / (options.margin_warmup * steps_per_epoch)) if options.margin_warmup > 0 else 1.0
@@ -46,14 +46,11 @@ def margin_at(step: int, steps_per_epoch: int, options: Train) -> float | tuple[
     return full[0] * share
 
 
-def cost_of_margin(options: Train) -> float:
-    """What the full margin takes from the cosine of a crop at a right angle to its centre.
+def cost_of_margin(loss: str, margin: float | tuple[float, ...]) -> float:
+    """What a margin takes from the cosine of a crop at a right angle to its centre.
 
     Times the scale, it is what a network that knows nothing loses on top of log(identities).
     """
-    full = full_margin(options)
-    if options.loss == "arcface":
-        return math.sin(full[0])
-    if options.loss == "combined":
-        return full[2] - math.cos(full[0] * math.pi / 2 + full[1])
-    return full[0]
+    if isinstance(margin, tuple):
+        return margin[2] - math.cos(margin[0] * math.pi / 2 + margin[1])
+    return math.sin(margin) if loss == "arcface" else margin

@@ -63,11 +63,18 @@ def check_options(options: Train, world: World) -> None:
     for name in ("lr", "scale"):
         if not 0 < getattr(options, name) < math.inf:
             raise InputError(f"--{name} {getattr(options, name)} must be above 0")
+    if not -(1 << 63) <= options.seed < 1 << 63:
+        raise InputError(f"--seed {options.seed} has more than 64 bits")
+    if not all(0 <= milestone < math.inf for milestone in options.milestones):
+        raise InputError(f"--milestones {' '.join(map(str, options.milestones))} must not be negative")
     if options.warmup >= options.epochs:
         raise InputError(f"--warmup {options.warmup:g} leaves nothing of --epochs {options.epochs}")
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers {options.workers} must not be negative")
     full_margin(options)
+    parts = options.accumulate * (1 if options.sync_bn else world.size)
+    if options.batch_size == parts:
+        raise InputError(f"--batch-size {options.batch_size}: batch norm needs more than one crop in each part of it")
     if options.decode == "gpu" and world.device.type != "cuda":
         raise InputError(f"--decode gpu: the network runs on {world.device}")
     if options.decode == "gpu" and not Augmentation.named(options.augment).only_mirror_and_colours:
@@ -76,8 +83,23 @@ def check_options(options: Train, world: World) -> None:
         data_gen.check_decoder(world.device)
     if options.compile:
         distributed.check_compiler(world.device)
+    check_out(options)
+
+
+def check_out(options: Train) -> None:
+    """Refuse a folder for the run that holds another one, or whose files would get among the crops."""
     if not options.resume and (options.out / checkpoints.CHECKPOINT).exists():
         raise InputError(f"{options.out}: holds a run; add --resume to go on with it, or choose another --out")
+    try:
+        str(options.out).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"--out {options.out}: TensorBoard takes UTF-8 only; choose another name") from error
+    crops, out = options.data.resolve(), options.out.resolve()
+    if crops.is_file():
+        crops = crops.parent
+    in_records = (crops / "train.rec").exists() or options.data.is_file()
+    if out == crops or (out.is_relative_to(crops) and not in_records):
+        raise InputError(f"--out {options.out}: lies among the crops of --data {options.data}; choose another folder")
 
 
 def build(options: Train, identities: int, steps_per_epoch: int, world: World) -> State:
@@ -94,7 +116,7 @@ def build(options: Train, identities: int, steps_per_epoch: int, world: World) -
             options.embedding_size,
             identities,
             loss=options.loss,
-            margin=margin_at(0, steps_per_epoch, options),
+            margin=margin_at(math.inf, steps_per_epoch, options),  # the full one, so that it is checked
             scale=options.scale,
             sample_rate=options.sample_rate,
             focal_gamma=options.focal_gamma,
@@ -148,6 +170,19 @@ def apply_gradients(state: State, options: Train, rate: float) -> None:
     state.head.zero_grad()
 
 
+def check_finite(state: State, world: World) -> None:
+    """Raise `InputError` if a weight or centre is not finite, which the next loss would be the first to show.
+
+    Collective.
+    """
+    sums = torch.stack([values.detach().sum() for values in (*state.network.parameters(), state.head.centres)])
+    if world.largest(int(not sums.isfinite().all())):
+        raise InputError(
+            f"step {state.step - 1}: it left weights that are not finite. Usually the rate is too high; the last "
+            "checkpoint is from before"
+        )
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of dropout in one step on one rank: with it, a restart needs no generator's state."""
     return (seed * 1_000_003 + step) * 4_096 + rank & (1 << 63) - 1
@@ -186,6 +221,12 @@ def choose_workers(options: Train, world: World) -> int:
     return max(1, min(16, (len(os.sched_getaffinity(0)) - 1) // local))
 
 
+def advice_for_slow_input(options: Train, device: torch.device) -> str:
+    """What helps against waiting for data here."""
+    on_gpu = device.type == "cuda" and Augmentation.named(options.augment).only_mirror_and_colours
+    return "more --workers, or --decode gpu" if on_gpu and options.decode == "cpu" else "more --workers"
+
+
 class Reporter:
     """Looks at the run every few steps: stops it when the loss is not finite, and shows it on rank 0."""
 
@@ -201,8 +242,8 @@ class Reporter:
         self.options, self.state, self.order = options, state, order
         self.crops, self.world, self.log = crops, world, log
         self.window = monitor.Window(state.step)
-        self.watch = monitor.Watch(crops.identities, options.scale * cost_of_margin(options))
-        self.waited = 0.0  # seconds of this epoch
+        # Each micro-batch draws its own sample of centres.
+        self.watch = monitor.Watch(state.head.centres_seen(options.batch_size // options.accumulate), 0.0)
         self.board, self.bar = None, None
         if world.is_main:
             steps = options.epochs * order.steps_per_epoch
@@ -224,20 +265,22 @@ class Reporter:
             for sums in (epoch, since):
                 sums[:3] = (total + value for total, value in zip(sums, (*measured, 1.0), strict=False))
         epoch[3] += look.seconds
-        self.waited += look.waited
+        epoch[4] += look.waited
         loss, top1 = since[0] / since[2], since[1] / since[2]
         if norm is not None:
             self.state.look_sums = [0.0] * 3
         if self.board is None:
             return
         feature_norm = float(look.stats["feature_norm"].mean())
-        for text in self.watch.warnings(look, feature_norm):
-            self.log(f"warning: {text}")
         step = self.state.step - 1
+        rate = learning_rate(step, self.order.steps_per_epoch, self.options)
+        self.watch.margin_cost = self.options.scale * cost_of_margin(self.options.loss, self.state.head.margin)
+        for text in self.watch.warnings(look, feature_norm, rate / self.options.lr):
+            self.log(f"warning: {text}")
         values = {
             "train/loss": loss,
             "train/top1": top1,
-            "train/learning_rate": learning_rate(step, self.order.steps_per_epoch, self.options),
+            "train/learning_rate": rate,
             "train/feature_norm": feature_norm,
             "speed/crops_per_second": len(look.losses) * self.order.batch_size / look.seconds,
             "speed/data_wait": look.waited / look.seconds,
@@ -250,12 +293,13 @@ class Reporter:
                 self.board.distributions(self.state.step, look.stats)
 
     def _show(self, epoch: int, values: dict[str, float]) -> None:
-        self.bar.update(self.state.step - self.bar.n)
         self.bar.set_postfix_str(
             f"epoch {epoch}/{self.options.epochs}, loss {values['train/loss']:.3f}, top-1 {values['train/top1']:.1%}, "
             f"rate {values['train/learning_rate']:.3g}, {values['speed/crops_per_second']:.0f} crops/s, "
-            f"waited for data {values['speed/data_wait']:.1%}"
+            f"waited for data {values['speed/data_wait']:.1%}",
+            refresh=False,  # the update decides whether it is time for a line
         )
+        self.bar.update(self.state.step - self.bar.n)
 
     def _stop(self, look: monitor.Look, step: int) -> None:
         rate = learning_rate(step, self.order.steps_per_epoch, self.options)
@@ -271,7 +315,7 @@ class Reporter:
 
     def end_epoch(self, sets: list[VerificationSet]) -> None:
         """Add the epoch's report to the history; on rank 0, measure the verification sets first if it is their turn."""
-        loss, top1, steps, seconds = self.state.epoch_sums
+        loss, top1, steps, seconds, waited = self.state.epoch_sums
         report: dict[str, Any] = {
             "epoch": self.state.step // self.order.steps_per_epoch,
             "step": self.state.step,
@@ -279,10 +323,10 @@ class Reporter:
             "top1": top1 / steps,
             "seconds": seconds,
             "crops_per_second": steps * self.order.batch_size / seconds,
-            "data_wait": self.waited / seconds,
+            "data_wait": waited / seconds,
             "verification": {},
         }
-        self.state.epoch_sums, self.waited = [0.0] * 4, 0.0
+        self.state.epoch_sums = [0.0] * 5
         self.state.history.append(report)
         if self.board is None:
             return
@@ -298,7 +342,8 @@ class Reporter:
             f"{report['crops_per_second']:.0f} crops/s{figures}"
         )
         if report["data_wait"] > WAIT_WORTH_A_WORD:
-            self.log(f"the step waited for data {report['data_wait']:.0%} of the time: more --workers, or --decode gpu")
+            advice = advice_for_slow_input(self.options, self.world.device)
+            self.log(f"the step waited for data {report['data_wait']:.0%} of the time: {advice}")
 
     def show_result(self) -> None:
         """Write hyper-parameters and what came of them to TensorBoard."""
@@ -341,7 +386,7 @@ def publish(options: Train, state: State, crops: Crops, data: dict[str, Any]) ->
         "data": data,
         "unreadable_crops": [data_gen.describe(crops, index) for index in sorted(state.skipped)],
     }
-    utils.write_json(options.out / "results.json", results)
+    utils.write_json(options.out / checkpoints.RESULTS, results)
 
 
 def note_skipped(skipped: Iterable[int], state: State, crops: Crops, log: Callable[[str], None]) -> None:
@@ -355,13 +400,21 @@ def train(options: Train, world: World) -> int:
     """Run from the start or the last checkpoint to the end. Returns the exit code."""
     check_options(options, world)
     termination = Termination()
-    crops = data_gen.open_training_set(options.data)
+    skip = options.skip_unreadable
+    crops = data_gen.open_training_set(options.data, skip_unreadable=skip)
+    if options.decode == "gpu":
+        data_gen.check_jpeg(crops)
     order = BatchOrder(len(crops), options.batch_size, options.seed, world.rank, world.size, options.accumulate)
-    data = {"crops": len(crops), "identities": crops.identities, "fingerprint": data_gen.fingerprint(crops)}
-    world.check_same(data["fingerprint"], f"{options.data}: the processes do not see the same crops there")
+    fingerprint = data_gen.fingerprint(crops, skip_unreadable=skip)
+    data = {"crops": len(crops), "identities": crops.identities, "fingerprint": fingerprint}
+    world.check_same(fingerprint, f"{options.data}: the processes do not see the same crops there")
     log = monitor.RunLog(options.out / "log.txt" if world.is_main else None)
     val_sets = options.val if world.is_main else []
     sets = [verification.open_set(path, options.out / "val", device=world.device) for path in val_sets]
+
+    names = [pairs.name for pairs in sets]
+    if len(set(names)) < len(names):
+        raise InputError(f"--val: two sets have the same name ({', '.join(names)}); rename one")
 
     amp = options.amp if options.amp is not None else world.device.type == "cuda"
     distributed.prepare_device(world.device)
@@ -383,18 +436,16 @@ def train(options: Train, world: World) -> int:
     for note in getattr(crops, "notes", []):
         log(f"note: {note}")
     if world.is_main:
-        checkpoints.remove_leftovers(options.out)
-        data_gen.write_identities(options.out / checkpoints.IDENTITIES, data_gen.identity_names(crops))
         monitor.write_run(options.out, checkpoints.plain_options(options), data, sets, world)
+        data_gen.write_identities(options.out / checkpoints.IDENTITIES, data_gen.identity_names(crops))
+        checkpoints.remove_leftovers(options.out)
     if state.history and state.history[-1]["step"] == state.step:
         with distributed.averaged_statistics(state.network, world):
             if world.is_main:
                 publish(options, state, crops, data)  # in case the run was killed just after this checkpoint
 
     recipe = Augmentation.named(options.augment)
-    dataset = CropDataset(
-        crops, recipe, options.seed, skip_unreadable=options.skip_unreadable, encoded=options.decode == "gpu"
-    )
+    dataset = CropDataset(crops, recipe, options.seed, skip_unreadable=skip, encoded=options.decode == "gpu")
     wanted, pin = choose_workers(options, world), world.device.type == "cuda"
     workers, _ = data_gen.workers_that_fit(dataset, order, wanted)
     if workers < wanted:
@@ -442,6 +493,7 @@ def train(options: Train, world: World) -> int:
             if not action and not epoch_ends:
                 continue
             reporter.look()  # a checkpoint of a broken state must not be written
+            check_finite(state, world)
             note_skipped(world.union(state.skipped), state, crops, log)
             with distributed.averaged_statistics(state.network, world) as statistics:
                 if epoch_ends:

@@ -1,6 +1,7 @@
 """Runs that are killed, terminated, damaged and resumed."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -153,6 +154,15 @@ def test_resume_refuses_other_options_and_other_data(crops, tmp_path):
     code, text = train_run(free, output)
     assert code == 0, text
     assert_same_state(load(out / "checkpoint.pt"), before)
+    # More epochs follow where the rate does not depend on their number; fewer than are done cannot be.
+    three = first | {"epochs": 3}
+    assert train_run(options(crops, out, **three, resume=True), output)[0] == 0
+    at_once = tmp_path / "at once"
+    assert train_run(options(crops, at_once, **three), output)[0] == 0
+    assert_same_state(load(out / "checkpoint.pt"), load(at_once / "checkpoint.pt"))
+    assert json.loads((out / "results.json").read_bytes())["finished"]
+    code, text = train_run(options(crops, out, **first, resume=True), output)
+    assert code == 1 and "--epochs 1, but 3 are done" in text
 
 
 def test_a_kill_between_checkpoint_and_results_is_made_good(crops, tmp_path):

@@ -4,9 +4,11 @@ import argparse
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -15,11 +17,14 @@ import torch
 from training import (
     ROOT,
     SmallNetwork,
+    finish,
     folder_set,
     jpegs,
     load,
     options,
     record_set,
+    start,
+    train_main,
     train_run,
 )
 
@@ -54,6 +59,12 @@ def pairs(tmp_path_factory):
     impostors = [faces[2 * i + 12 * k] for i in range(6) for k in range(2)]
     verification_bin.write_bin(path, genuine + impostors, [True] * 6 + [False] * 6)
     return path
+
+
+def wait_for(path):
+    until = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def settings(**changes):
@@ -121,7 +132,7 @@ def test_cost_of_a_margin_is_what_an_ignorant_network_pays():
         with torch.no_grad():
             head.weight.copy_(torch.eye(64)[:50])
         loss, _ = head(torch.eye(64)[50:62], torch.arange(12))  # at right angles to all centres
-        cost = 16 * schedules.cost_of_margin(chosen)
+        cost = 16 * schedules.cost_of_margin(chosen.loss, head.margin)
         assert loss.item() == pytest.approx(math.log(1 + 49 * math.exp(cost)), rel=1e-4)
 
 
@@ -155,6 +166,10 @@ def test_intervals_that_mean_nothing(text):
         ({"loss": "combined", "margin": 0.5}, "--margin 0.5: combined takes 3 number"),
         ({"decode": "gpu"}, "--decode gpu: the network runs on cpu"),
         ({"workers": -1}, "--workers -1 must not be negative"),
+        ({"seed": 1 << 63}, "--seed 9223372036854775808 has more than 64 bits"),
+        ({"milestones": ["nan"]}, "--milestones nan must not be negative"),
+        ({"batch_size": 1}, "--batch-size 1: batch norm needs more than one crop"),
+        ({"batch_size": 4, "accumulate": 4}, "--batch-size 4: batch norm needs more than one crop"),
     ],
 )
 def test_options_no_run_can_use(changes, message, tmp_path):
@@ -169,6 +184,21 @@ def test_values_of_the_head_are_checked_by_the_head():
         train.build(settings(sample_rate=1.5), 10, 1, HERE)
     with pytest.raises(InputError, match="margin of arcface"):
         train.build(settings(margin=4.0), 10, 1, HERE)
+    with pytest.raises(InputError, match="margin of arcface"):
+        train.build(settings(margin=4.0, margin_warmup=2.0), 10, 1, HERE)
+
+
+def test_a_run_does_not_write_among_its_crops(tmp_path):
+    folders, records = folder_set(tmp_path / "people"), record_set(tmp_path / "records")
+    for data, out in (
+        (folders, folders),
+        (folders, folders / "run"),
+        (records, records),
+        (records / "train.rec", records),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"--out {out}: lies among the crops of --data {data}")):
+            train.check_options(config.parse(Train, argv=options(data, out)), HERE)
+    train.check_options(config.parse(Train, argv=options(records, records / "run")), HERE)
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
@@ -275,6 +305,10 @@ def test_centres_by_identity(finished, tmp_path):
         [*command, tmp_path / "embedding.pt", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "weights alone; the centres are in a training checkpoint" in done.stderr
+    done = subprocess.run(
+        [*command, out / "best.pt", "--out", out], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and f"--out {out}: the folder of the run, whose embedding.pt would be" in done.stderr
 
 
 def test_it_learns_a_small_set_by_heart(crops, tmp_path):
@@ -309,6 +343,30 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_rate(crops, tmp_pat
         assert load(out / "checkpoint.pt")["step"] <= step
 
 
+def test_weights_that_are_not_finite_are_not_saved(crops, tmp_path):
+    """The rate is beyond float32: the first loss is finite, and nothing is after the first step."""
+    out = tmp_path / "run"
+    code, text = train_run(options(crops, out, lr=3e38, save_every=1), tmp_path / "output")
+    assert code == 1 and text.count("error: step 0: it left weights that are not finite. Usually the rate") == 1
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_advice_is_what_can_be_done():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert train.advice_for_slow_input(settings(), gpu) == "more --workers, or --decode gpu"
+    assert train.advice_for_slow_input(settings(), cpu) == "more --workers"
+    assert train.advice_for_slow_input(settings(augment="strong"), gpu) == "more --workers"
+    assert train.advice_for_slow_input(settings(decode="gpu"), gpu) == "more --workers"
+
+
+def test_the_progress_line_is_sparse_in_a_file(crops, tmp_path):
+    code, text = train_run(options(crops, tmp_path / "run", epochs=20, log_every=1), tmp_path / "output")
+    assert code == 0
+    lines = [line for line in re.split("[\r\n]", text) if line.startswith("train:")]
+    assert "120/120" in lines[-1] and "waited for data" in lines[-1]
+    assert len(lines) < 60  # some for the lines of the log, none for each look
+
+
 def test_unreadable_crops_stop_the_run_or_are_counted(tmp_path):
     items = list(jpegs(6, 4))
     items[5] = (items[5][0][:200], items[5][1])
@@ -322,6 +380,72 @@ def test_unreadable_crops_stop_the_run_or_are_counted(tmp_path):
     assert text.count("crop 5: unreadable, replaced by the next crop") == 1  # in two epochs
     named = json.loads((tmp_path / "b" / "results.json").read_text())["unreadable_crops"]
     assert len(named) == 1 and named[0].endswith("crop 5")
+
+
+def test_damaged_records_stop_the_run_or_are_counted(tmp_path):
+    """The magic of a record and the label inside another one: both among the few that are looked at first."""
+    folder = record_set(tmp_path / "crops")
+    reader = recordio.RecordReader(folder / "train.rec")
+    first, second = (int(reader.offsets[reader.position(key)]) for key in (1, 8))
+    data = bytearray((folder / "train.rec").read_bytes())
+    data[first] ^= 255
+    data[second + 12 : second + 16] = np.float32(5).tobytes()
+    (folder / "train.rec").write_bytes(data)
+    code, text = train_run(options(folder, tmp_path / "a"), tmp_path / "output")
+    assert code == 1 and re.fullmatch(rf"error: {folder}/train.rec: record [18] at offset .*\n", text)
+    code, text = train_run(options(folder, tmp_path / "b", skip_unreadable=True), tmp_path / "output")
+    assert code == 0, text
+    named = json.loads((tmp_path / "b" / "results.json").read_text())["unreadable_crops"]
+    assert [name.split()[-1] for name in named] == ["0", "7"]
+    line = options(folder, tmp_path / "b", skip_unreadable=True, resume=True)
+    assert train_run(line, tmp_path / "output")[0] == 0
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    folders = folder_set(tmp_path / name)
+    (folders / "person-1").rename(folders / name)
+    crop = min((folders / name).iterdir())
+    crop.write_bytes(crop.read_bytes()[:300])
+    with pytest.raises(InputError, match="TensorBoard takes UTF-8 only"):
+        train.check_options(config.parse(Train, argv=options(folders, tmp_path / f"run-{name}")), HERE)
+    out = tmp_path / "run"
+    code, text = train_run(options(folders, out, skip_unreadable=True), tmp_path / "output")
+    assert code == 0, text
+    assert json.loads((out / "results.json").read_bytes())["unreadable_crops"] == [str(crop)]
+    assert json.loads((out / "run.json").read_bytes())["options"]["data"] == str(folders)
+    assert "caf\\udce9: unreadable" in (out / "log.txt").read_text().replace(f"/{crop.name}", "")
+
+
+def test_a_foreign_folder_keeps_its_files(crops, tmp_path):
+    out = tmp_path / "foreign"
+    out.mkdir()
+    (out / "run.json").write_text('{"mine": 1}')
+    (out / ".notes.txt.tmp").write_text("mine")
+    (out / "identities.tsv").write_text("mine")
+    code, text = train_run(options(crops, out), tmp_path / "output")
+    assert code == 1 and f"error: {out / 'run.json'}: not written by train.py, or damaged" in text
+    assert (out / "run.json").read_text() == '{"mine": 1}' and (out / "identities.tsv").read_text() == "mine"
+    (out / "run.json").unlink()
+    (out / ".checkpoint.pt.1.tmp").write_text("left over")
+    code, text = train_run(options(crops, out, epochs=1), tmp_path / "output")
+    assert code == 0, text
+    assert (out / ".notes.txt.tmp").read_text() == "mine" and not (out / ".checkpoint.pt.1.tmp").exists()
+
+
+def test_two_runs_into_one_folder(crops, tmp_path):
+    out = tmp_path / "run"
+    processes = start(train_main, options(crops, out, epochs=10_000, workers=1), output=tmp_path / "first")
+    wait_for(out / "checkpoint.pt")
+    code, text = train_run(options(crops, out, epochs=10_000, resume=True), tmp_path / "second")
+    assert code == 1 and text == f"error: {out}: another process is training into this folder\n"
+    for process in processes:
+        process.kill()
+    finish(processes)
+    content = load(out / "checkpoint.pt")
+    line = options(crops, out, epochs=content["epoch"] + 1, resume=True)
+    code, text = train_run(line, tmp_path / "second")  # at once, though the first one's worker may still be there
+    assert code == 0, text
 
 
 def test_verification_every_second_epoch_and_best_of_those(crops, pairs, tmp_path):
@@ -338,6 +462,14 @@ def test_a_missing_verification_set_is_found_before_the_first_step(crops, tmp_pa
     code, text = train_run(options(crops, tmp_path / "run", val="nowhere.bin"), tmp_path / "output")
     assert code == 1 and "error: nowhere.bin: no such file or folder" in text
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_verification_sets_of_one_name_are_refused(crops, pairs, tmp_path):
+    other = tmp_path / "elsewhere" / pairs.name
+    other.parent.mkdir()
+    other.write_bytes(pairs.read_bytes())
+    code, text = train_run(options(crops, tmp_path / "run", val=[pairs, other]), tmp_path / "output")
+    assert code == 1 and "error: --val: two sets have the same name (small, small); rename one" in text
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -400,6 +532,13 @@ def test_warnings_come_once_and_say_what_to_do():
     assert text.startswith("stuck")
     assert monitor.Watch(1000, 30.0, patience=1).warnings(*look([20.0], top1=0.001)) == []
     assert monitor.Watch(1000, 0.0, patience=1).warnings(*look([chance], top1=0.5)) == []
+    # Few identities: guessing hits one in ten.
+    assert monitor.Watch(10, 0.0, patience=1).warnings(*look([math.log(10)], top1=0.1))[0].startswith("stuck")
+    assert monitor.Watch(10, 0.0, patience=1).warnings(*look([math.log(10)], top1=0.3)) == []
+    # While the rate warms up there is nothing to be seen yet.
+    slow = monitor.Watch(1000, 0.0, patience=100)
+    assert slow.warnings(*look([chance] * 150), rate_share=0.5) == []
+    assert len(slow.warnings(*look([chance] * 60), rate_share=0.5)) == 2
     assert "explosion" in "".join(monitor.Watch(10, 0.0, steps=0, first_norm=1.0).warnings(*look([1.0], 0.5, math.nan)))
 
 
