@@ -82,8 +82,9 @@ def fsync_directory(path: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
 
-    On an exception `path` is untouched and the temporary file is removed. Readers never see half a file. The
-    temporary name is fixed per process, so what a `kill -9` leaves behind is `.<name>.<pid>.tmp`.
+    On an exception `path` is untouched and the temporary file is removed; a full disk's names `path`, which a write
+    alone does not know. Readers never see half a file. The temporary name is fixed per process, so what a `kill -9`
+    leaves behind is `.<name>.<pid>.tmp`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_directory(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK_ERRORS:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -229,7 +234,7 @@ def save_tensors(path: str | Path, content: dict[str, Any]) -> None:
         except RuntimeError as error:
             if not isinstance(error.__context__, OSError):
                 raise
-            raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from None
+            raise error.__context__ from None
 
 
 def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:

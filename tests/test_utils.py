@@ -52,13 +52,13 @@ def test_interrupted(capsys):
 
 
 @pytest.mark.parametrize(
-    ("write", "named"),
+    "write",
     [
-        ("utils.write_bytes('results.json', bytes(100_000))", "writing"),
-        ("utils.save_checkpoint('results.json', {'a': torch.zeros(25_000)})", "results.json"),
+        "utils.write_bytes('results.json', bytes(100_000))",
+        "utils.save_checkpoint('results.json', {'a': torch.zeros(25_000)})",
     ],
 )
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, write, named):
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, write):
     """Files may not grow beyond a limit in this process, as on a full disk."""
     code = (
         "import resource, signal, sys, torch, utils; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -69,7 +69,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, write, named)
     (tmp_path / "results.json").write_bytes(b"old")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (1, f"error: {named}: File too large\n")
+    assert (done.returncode, done.stderr) == (1, "error: results.json: File too large\n")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     assert (tmp_path / "results.json").read_bytes() == b"old"
 
