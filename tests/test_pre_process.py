@@ -1,5 +1,6 @@
 """Stage 2 as a user runs it: on real photos, on damaged ones, killed, sharded, restarted and re-aligned."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -330,6 +331,18 @@ def test_shards(monkeypatch):
     monkeypatch.setenv("RANK", "16")
     with pytest.raises(InputError, match="RANK=16"):
         Shard.parse(None)
+
+
+def test_a_byte_changed_anywhere_in_a_part_changes_no_result(tmp_path):
+    chunks = Chunks(tmp_path, 2, {})
+    found = FaceRow("A", "A/1.jpg", "crop", "", 1, (1.0, 2.0, 3.0, 4.0), ((1.0, 2.0),) * 5, 0.5)
+    chunks.save(0, [(found, b"jpeg"), (FaceRow("A", "A/2.jpg", "no_crop", "no face"), None)])
+    good, results = chunks.path(0).read_bytes(), list(chunks.results())
+    for at in range(len(good)):
+        for value in (good[at] ^ 1, good[at] ^ 0x90):
+            chunks.path(0).write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
+            with contextlib.suppress(InputError):
+                assert list(chunks.results()) == results, (at, value)
 
 
 def test_damaged_parts_are_named(painted, tmp_path, capsys):
