@@ -285,6 +285,25 @@ def default_workers(device: torch.device) -> int:
     return max(1, min(cores, int(free / GPU_BYTES)))
 
 
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C waits until the end, and processes that are started never hear it.
+
+    A terminal sends it to the whole group. The mask is for the processes, which inherit it; here it is not enough,
+    because another thread may be given the signal, and the interruption then hits a process half started.
+    """
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if noted:
+        raise KeyboardInterrupt
+
+
 def _results(people: People, todo: list[int], device: str, workers: int) -> Iterator[int]:
     workers = min(workers, len(todo))
     if workers <= 1:
@@ -295,12 +314,8 @@ def _results(people: People, todo: list[int], device: str, workers: int) -> Iter
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(workers, context, _start_worker, (people, device)) as pool:
         try:
-            # Ctrl-C in a terminal goes to the whole group; processes that start now do not hear it, but see below.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            try:
+            with _deaf_to_interrupts():
                 futures = [pool.submit(_work, chunk) for chunk in todo]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -228,6 +229,19 @@ def test_ctrl_c_ends_all_processes_at_once_and_says_one_line(tmp_path):
     assert stderr.endswith("interrupted; the same command goes on from here\n")
     assert not list((tmp_path / "people" / ".parts").glob("*.zip"))  # nothing was waited for
     assert not any(b"spawn_main" in command_of(worker) for worker in workers)
+
+
+def test_ctrl_c_heard_by_another_thread_waits_until_all_processes_are_started():
+    threading.Thread(target=threading.Event().wait, args=(60,), daemon=True).start()
+    before, child = signal.getsignal(signal.SIGINT), None
+    with pytest.raises(KeyboardInterrupt), dataset._deaf_to_interrupts():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)  # this thread does not take it, the other one does
+        time.sleep(0.2)
+        code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child is not None and child.stdout == "True\n"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.parametrize(
