@@ -12,6 +12,7 @@ import gzip
 import importlib.util
 import itertools
 import json
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -85,7 +86,7 @@ class HeadModel:
                 weights[f"{level}{quantity}"] = float(np.interp(who[quantity], (0.0, 0.5, 1.0), np.eye(3)[i]))
         total = sum(who[ancestry] for ancestry in ANCESTRIES)
         weights |= {ancestry: who[ancestry] / total for ancestry in ANCESTRIES}
-        return np.array([np.prod([weights[part] for part in key]) for key in self.macro_keys], np.float32)
+        return np.array([math.prod(weights[part] for part in key) for key in self.macro_keys], np.float32)
 
     def shifts(self, local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the local changes [L], in about [-1, 1], add to the vertices: the positive and the negative ones."""

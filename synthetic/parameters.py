@@ -10,7 +10,7 @@ Random numbers: one generator from (seed, identity), one from (seed, identity, i
 whatever else is drawn, in whatever order, on however many machines.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ class Identity:
 
     def record(self) -> dict[str, Any]:
         """Plain values for the table of truth."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Photo:
 
     def record(self) -> dict[str, Any]:
         """Plain values for the table of truth."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 def identity_generator(seed: int, identity: int) -> np.random.Generator:

@@ -112,7 +112,7 @@ class Renderer:
         face &= np.isin(np.arange(len(place)), skin_vertices) & (np.abs(place[:, 0]) < 7.2)
         self.face_vertices = np.nonzero(face)[0]
         self.eye_vertex = np.unique(head.faces[head.material == EYE])
-        self._kept: tuple[Any, Any, Any] = (None, None, None)
+        self._kept: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._tables: dict[int, tuple[wp.array, np.ndarray]] = {}  # uniforms on the host, by number of photos
 
     # -- geometry ------------------------------------------------------------------------------------------------
@@ -350,10 +350,11 @@ class Renderer:
             setattr(scene, name, arrays[name])
         for name in ("faces", "start", "normals", "colours", "info"):
             setattr(scene, f"prop_{name}", prop[name])
-        buffers, (irradiance, albedo, extra_light, half, image) = self._buffers(count, size)
+        buffers, (irradiance, albedo, extra_light, half, image), behind = self._buffers(count, size)
         geometry = [scene, arrays["faces"], normals]
         colours = [arrays["paint"], self.masks]
-        behind = self._array(np.stack([background(photo, size) for photo in photos]), wp.vec3)
+        for i, photo in enumerate(photos):
+            behind.numpy()[i] = background(photo, size)
         whole, grid = (count, size, size), (count, (size + 1) // 2, (size + 1) // 2)
         light = [irradiance, albedo, extra_light]
         wp.launch(kernels.trace_grid, grid, [*geometry, uniforms, buffers], device=self.warp)
@@ -364,7 +365,10 @@ class Renderer:
         wp.launch(kernels.scatter_light, whole, [irradiance, extra_light, uniforms, 0, half], device=self.warp)
         wp.launch(kernels.scatter_light, whole, [half, extra_light, uniforms, 1, irradiance], device=self.warp)
         wp.launch(
-            kernels.compose, whole, [*geometry, *colours, uniforms, buffers, *light, behind, 2, image], device=self.warp
+            kernels.compose,
+            whole,
+            [*geometry, *colours, uniforms, buffers, *light, behind.to(self.warp), 2, image],
+            device=self.warp,
         )
         # Every fourth pixel is enough; a GPU sends no more.
         fallen, coverage = irradiance[:, ::2, ::2].numpy(), albedo[:, ::2, ::2].numpy()[..., 3]
@@ -382,8 +386,8 @@ class Renderer:
                 view[name][i] = value
         return host.to(self.warp)
 
-    def _buffers(self, count: int, size: int) -> tuple[Any, list[wp.array]]:
-        """Per-pixel arrays of a batch, kept for the next batch of the same shape."""
+    def _buffers(self, count: int, size: int) -> tuple[Any, list[wp.array], wp.array]:
+        """Per-pixel arrays of a batch, the last of them on the host; kept for the next batch of the same shape."""
         if self._kept[0] != (count, size):
 
             def empty(dtype: Any) -> wp.array:
@@ -395,8 +399,9 @@ class Renderer:
             buffers.free = empty(wp.vec3)
             half = (size + 1) // 2
             buffers.raw = wp.empty((count, half, half), dtype=wp.vec3, device=self.warp)
-            self._kept = ((count, size), buffers, [*(empty(wp.vec4) for _ in range(4)), empty(wp.vec3)])
-        return self._kept[1], self._kept[2]
+            behind = wp.empty((count, size, size), dtype=wp.vec3, device="cpu")
+            self._kept = ((count, size), buffers, [*(empty(wp.vec4) for _ in range(4)), empty(wp.vec3)], behind)
+        return self._kept[1:]
 
     def _mesh(self, points: np.ndarray, faces: np.ndarray) -> wp.Mesh:
         return wp.Mesh(self._array(points, wp.vec3), self._array(faces.reshape(-1).astype(np.int32), wp.int32))

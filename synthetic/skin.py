@@ -40,16 +40,25 @@ def reflectance(melanin: np.ndarray, blood: np.ndarray) -> np.ndarray:
 
 
 _TABLE = np.linspace(0, 1.6, 4096, dtype=np.float32)
-_BY_MELANIN = reflectance(_TABLE, np.zeros_like(_TABLE))
-_BY_BLOOD = np.exp(-BLOOD * _TABLE[:, None])
+_BY_MELANIN = np.ascontiguousarray(reflectance(_TABLE, np.zeros_like(_TABLE)).T)
+_BY_BLOOD = np.exp(-BLOOD[:, None] * _TABLE)
+
+
+def _convert(values: np.ndarray, scale: float, offset: float, depth: int) -> np.ndarray:
+    """`values * scale + offset`, rounded and held within the range of OpenCV's unsigned `depth`, in one pass."""
+    return cv2.addWeighted(values, scale, values, 0, offset, dtype=depth)
 
 
 def _coloured(melanin: np.ndarray, blood: np.ndarray) -> np.ndarray:
-    """`reflectance` by table (pigments are rounded to 1/2560 and held within 0 and 1.6), five times as fast."""
-    scale = (len(_TABLE) - 1) / _TABLE[-1]
-    first = np.clip(melanin * scale, 0, len(_TABLE) - 1).astype(np.uint16)
-    second = np.clip(blood * scale, 0, len(_TABLE) - 1).astype(np.uint16)
-    return _BY_MELANIN.take(first, 0) * _BY_BLOOD.take(second, 0)
+    """`reflectance` by table, channels first (pigments are held within 0 and 1.6, rounded down to 1/2560)."""
+    scale = float((len(_TABLE) - 1) / _TABLE[-1])
+    first, second = (_convert(pigment, scale, -0.5, cv2.CV_16U).astype(np.intp) for pigment in (melanin, blood))
+    return np.stack(
+        [
+            dark.take(first, mode="clip") * red.take(second, mode="clip")
+            for dark, red in zip(_BY_MELANIN, _BY_BLOOD, strict=True)
+        ]
+    )
 
 
 @dataclass
@@ -64,6 +73,7 @@ class Canvas:
     ears: np.ndarray
     masks: np.ndarray  # [H, W, 4] uint8: lips, eye shadow, cheeks, oily zone; what photos recolour
     zones: dict[str, np.ndarray]  # [H, W] soft regions of the face: flush, socket, upper lid, sun, pores, hollows
+    face: tuple[slice, slice]  # rows and columns outside of which lips, sockets, lids and hollows are zero
     tiles: np.ndarray  # [3, H, W] float32 noise with zero mean: fine (1 texel), medium (3), coarse (9)
 
     @staticmethod
@@ -121,6 +131,13 @@ def _noise(rng: np.random.Generator, cells: float) -> np.ndarray:
     return cv2.resize(rng.normal(size=shape).astype(np.float32), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
 
 
+def _window(*layers: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
+    """Rows and columns of the smallest window that holds all that is not zero in layers [H, W], and a margin."""
+    used = np.any([layer != 0 for layer in layers], axis=0)
+    ends = [np.nonzero(used.any(axis))[0][[0, -1]] + (-margin, margin + 1) for axis in (1, 0)]
+    return tuple(slice(max(0, int(first)), int(last)) for first, last in ends)
+
+
 @lru_cache(maxsize=1)
 def load_canvas() -> Canvas:
     """Wrap the canonical head on the canvas (about a second)."""
@@ -151,6 +168,8 @@ def load_canvas() -> Canvas:
         + 0.6 * ears,
         "socket": np.exp(-(((side - 2.7) / 1.7) ** 2) - ((y + 1.2) / 0.75) ** 2) * front,
         "upper": np.exp(-(((side - 2.9) / 1.8) ** 2) - ((y - 0.5) / 0.9) ** 2) * front,
+        # Dark skin's upper lip is nearly as dark as the skin around it, the lower one lighter.
+        "lip_melanin": np.where(y > -6.72, 0.92, 0.78),
         "sun": np.clip((y - 1) / 8, -0.6, 0.8) + 0.5 * np.exp(-((side / 2) ** 2) - ((y + 2) / 2) ** 2),
         "pores": 0.5 + 0.5 * np.exp(-((side / 4) ** 2)),
         # Where little light gets in and vertices are too few to say so: between the lips, their corners, the nostrils.
@@ -158,6 +177,8 @@ def load_canvas() -> Canvas:
         + 0.55 * np.exp(-(((side - 2.3) / 0.22) ** 2) - ((y + 6.74) / 0.18) ** 2) * front
         + 0.6 * np.exp(-(((side - 0.64) / 0.34) ** 2) - ((y + 4.42) / 0.2) ** 2) * front,
     }
+    # Exact zeros in place of the bells' tails: denormal numbers are a hundred times as slow to multiply.
+    zones = {name: np.where(np.abs(zone) < 1e-4, 0, zone).astype(np.float32) for name, zone in zones.items()}
     rng = np.random.default_rng(7)
     fine = rng.normal(size=(HEIGHT, WIDTH)).astype(np.float32)
     tiles = np.stack([cv2.GaussianBlur(fine, (0, 0), 0.7) * 2.4, _noise(rng, 3), _noise(rng, 9)])
@@ -169,8 +190,8 @@ def load_canvas() -> Canvas:
         lids=lids,
         ears=ears,
         masks=np.ascontiguousarray((masks * 255).astype(np.uint8)),
-        # Exact zeros in place of the bells' tails: denormal numbers are a hundred times as slow to multiply.
-        zones={name: np.where(np.abs(zone) < 1e-4, 0, zone).astype(np.float32) for name, zone in zones.items()},
+        zones=zones,
+        face=_window(lips, *(zones[name] for name in ("socket", "upper", "hollows"))),
         tiles=tiles,
     )
 
@@ -232,9 +253,16 @@ def beard_region(style: str, place: np.ndarray, lips: np.ndarray | None = None) 
 
 
 @cache
-def _beard_on_canvas(style: str) -> np.ndarray:
+def _beard_window() -> tuple[slice, slice]:
     canvas = load_canvas()
-    return beard_region(style, canvas.place, canvas.lips).astype(np.float32)
+    return _window(beard_region("full", canvas.place, canvas.lips), margin=8)  # holds the other styles; blurred by 2
+
+
+@cache
+def _beard_on_canvas(style: str) -> np.ndarray:
+    """Density of a beard style in `_beard_window`."""
+    canvas, window = load_canvas(), _beard_window()
+    return beard_region(style, canvas.place[window], canvas.lips[window]).astype(np.float32)
 
 
 def _curve(layer: np.ndarray, points: np.ndarray, width: float, value: float) -> None:
@@ -259,10 +287,10 @@ def _wrinkles(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> n
     layer = np.zeros((HEIGHT, WIDTH), np.float32)
     age = identity.wrinkles
 
-    furrows: list[tuple[float, float, np.ndarray]] = []
+    furrows: list[tuple[float, float, np.ndarray, np.ndarray]] = []
 
     def furrow(x: np.ndarray, y: np.ndarray, width: float, depth: float) -> None:
-        furrows.append((depth, width, _surface(canvas, np.asarray(x, float), np.asarray(y, float))))
+        furrows.append((depth, width, x, y))
 
     steps = np.linspace(0, 1, 12)
     count = int(rng.integers(2, 6))
@@ -289,7 +317,10 @@ def _wrinkles(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> n
         if rng.random() < 0.6:
             furrow(side * (0.45 + 0.15 * steps), 1.6 + steps * 1.5, 1, age * rng.uniform(0.2, 0.9))
     furrow(np.linspace(-1.3, 1.3, 12), -8.75 + 0.1 * np.cos(np.linspace(-1.5, 1.5, 12)), 2, rng.uniform(0.05, 0.35))
-    for depth, width, points in sorted(furrows, key=lambda furrow: furrow[0]):  # the deepest is drawn over the others
+    furrows.sort(key=lambda furrow: furrow[0])  # the deepest is drawn over the others
+    depths, widths, x, y = zip(*furrows, strict=True)
+    lines = _surface(canvas, np.concatenate(x), np.concatenate(y)).reshape(len(furrows), -1, 3)
+    for points, width, depth in zip(lines, widths, depths, strict=True):
         _curve(layer, points, width, depth)
     return -cv2.GaussianBlur(layer, (0, 0), 1.1 + 0.6 * age)
 
@@ -341,48 +372,52 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
     """
     canvas = load_canvas()
     rng = np.random.default_rng([identity.seed, identity.number, 1 << 20])
-    x, y, z = np.moveaxis(canvas.place, -1, 0)
-    side = np.abs(x)
     if "texture" in off:
+        x, y, z = np.moveaxis(canvas.place, -1, 0)
+        side = np.abs(x)
         melanin, blood = np.full((HEIGHT, WIDTH), 0.2, np.float32), np.full((HEIGHT, WIDTH), 0.3, np.float32)
         colour = _coloured(melanin, blood + 0.5 * canvas.lips)
-        brow = np.exp(-(((side - 3.1) / 1.9) ** 4) - ((y - 2.0) / 0.35) ** 2)[..., None] * 0.7 * (z > -3)[..., None]
+        brow = np.exp(-(((side - 3.1) / 1.9) ** 4) - ((y - 2.0) / 0.35) ** 2) * 0.7 * (z > -3)
         return _encode(colour * (1 - brow) + 0.03 * brow, np.zeros((HEIGHT, WIDTH), np.float32))
 
     fine, medium, coarse = (np.roll(tile, tuple(rng.integers(0, (HEIGHT, WIDTH))), (0, 1)) for tile in canvas.tiles)
     # Below the chin the sphere sees skin at a grazing angle: noise would be stretched to streaks.
-    level = np.clip((canvas.phi + 58) / 20, 0.05, 1)
+    level = np.clip((canvas.phi[:, :1] + 58) / 20, 0.05, 1)
     fine, medium, coarse = fine * level, medium * level, coarse * level
     blotch = identity.blotches * level
-    melanin = identity.melanin * (1 + 0.025 * coarse + 0.015 * medium + blotch * 0.07 * _noise(rng, 30))
-    zones = canvas.zones
-    melanin += 0.04 * identity.tan * zones["sun"] * (0.3 + identity.melanin)
-    blood = 0.12 + 0.30 * identity.haemoglobin + 0.02 * coarse + blotch * 0.10 * _noise(rng, 26) + 0.02 * fine
-    blood += zones["flush"] * rng.uniform(0.05, 0.38) * (0.4 + identity.haemoglobin)
-    socket, upper = zones["socket"], zones["upper"]
-    melanin += (socket * 0.55 + upper * 0.35) * identity.under_eye * (0.10 + 0.22 * identity.melanin)
-    blood += (socket + 0.7 * upper) * identity.under_eye * 0.22
-    lips = canvas.lips
-    # Dark skin's upper lip is nearly as dark as the skin around it, the lower one lighter.
-    share = np.where(y > -6.72, 0.92, 0.78).astype(np.float32)
-    lip_melanin = identity.melanin * (share + 0.10 * identity.lip_colour) + 0.02
-    melanin = melanin * (1 - lips) + lips * (lip_melanin + 0.02 * medium)
-    blood = blood * (1 - lips) + lips * (0.70 + 0.14 * identity.lip_colour + 0.05 * coarse + 0.04 * fine)
+    zones, face = canvas.zones, canvas.face
+    melanin = cv2.addWeighted(coarse, 0.025, medium, 0.015, 1)
+    melanin += blotch * 0.07 * _noise(rng, 30)
+    melanin *= identity.melanin
+    melanin += zones["sun"] * (0.04 * identity.tan * (0.3 + identity.melanin))
+    blood = cv2.addWeighted(coarse, 0.02, fine, 0.02, 0.12 + 0.30 * identity.haemoglobin)
+    blood += blotch * 0.10 * _noise(rng, 26)
+    blood += zones["flush"] * (rng.uniform(0.05, 0.38) * (0.4 + identity.haemoglobin))
+    # Views: what is done in place to them is done to the canvas.
+    face_melanin, face_blood = melanin[face], blood[face]
+    socket, upper, lips = zones["socket"][face], zones["upper"][face], canvas.lips[face]
+    face_melanin += (socket * 0.55 + upper * 0.35) * (identity.under_eye * (0.10 + 0.22 * identity.melanin))
+    face_blood += (socket + 0.7 * upper) * (identity.under_eye * 0.22)
+    lip_melanin = identity.melanin * (zones["lip_melanin"][face] + 0.10 * identity.lip_colour) + 0.02
+    face_melanin += lips * (lip_melanin + 0.02 * medium[face] - face_melanin)
+    lip_blood = cv2.addWeighted(coarse[face], 0.05, fine[face], 0.04, 0.70 + 0.14 * identity.lip_colour)
+    face_blood += lips * (lip_blood - face_blood)
     if identity.freckles > 0.12:
         count = int(420 * identity.freckles)
         fx = np.concatenate([rng.normal(0, 3.4, count)])
         fy = rng.normal(-2.2, 1.9, count)
         spots = _spots(canvas, _surface(canvas, fx, fy), rng.uniform(0.4, 1.5, count), rng.uniform(0.2, 1, count))
-        melanin += 0.20 * spots * (1 - lips)
+        melanin += 0.20 * spots * (1 - canvas.lips)
     mole_x, mole_y = rng.normal(0, 4.0, identity.moles), rng.normal(-4, 4.5, identity.moles)
     mole_size = np.exp(rng.normal(0.35, 0.45, identity.moles))
     moles = _spots(canvas, _surface(canvas, mole_x, mole_y), mole_size, rng.uniform(0.4, 1.0, identity.moles))
     melanin += 0.45 * moles
-    age_spots = np.clip(coarse - 2.1 + 0.8 * identity.wrinkles, 0, 1) * max(0.0, identity.wrinkles - 0.45)
-    melanin += 0.25 * age_spots
+    if identity.wrinkles > 0.45:
+        age_spots = np.clip(coarse + (0.8 * identity.wrinkles - 2.1), 0, 1)
+        melanin += age_spots * (0.25 * (identity.wrinkles - 0.45))
     relief = _wrinkles(identity, canvas, rng)
-    blood += -0.10 * relief
-    melanin += -0.03 * relief * (0.3 + identity.melanin)
+    blood -= 0.10 * relief
+    melanin -= relief * (0.03 * (0.3 + identity.melanin))
     if identity.marks:  # one scar or birthmark
         start = np.array([rng.uniform(-4, 4), rng.uniform(-8, 5)])
         line = start + np.linspace(0, 1, 6)[:, None] * rng.normal(0, 1.0, 2)
@@ -391,21 +426,20 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         relief += 0.4 * cv2.GaussianBlur(scar, (0, 0), 0.8)
         melanin -= 0.1 * identity.melanin * scar
         blood += 0.12 * scar
-    melanin += 1.1 * zones["hollows"]
-    blood += 0.4 * zones["hollows"]
+    face_melanin += 1.1 * zones["hollows"][face]
+    face_blood += 0.4 * zones["hollows"][face]
     colour = _coloured(melanin, blood)
 
     hair = identity.hair
     root = np.array(hair["root"], np.float32) * (1 - hair["grey"]) + 0.35 * hair["grey"]
-    inside = scalp(identity, canvas.theta[:1], canvas.phi[:, :1]) + 1.6 * medium + 1.2 * coarse
+    inside = scalp(identity, canvas.theta[:1], canvas.phi[:, :1]) + cv2.addWeighted(medium, 1.6, coarse, 1.2, 0)
     cover = np.clip(inside / 4.0, 0, 1) * (1 - canvas.ears)
     bare = {"bald": 0.0, "buzz": 0.78}.get(hair["style"], 0.98)
     if hair["style"] == "bald" and "hair" not in off:
         bare = 0.30 * identity.beard["shadow"]
     cropped = hair["style"] in ("bald", "buzz")
     strand = np.clip(0.9 + 0.16 * fine, 0.2, 1) if cropped else np.clip(0.97 + 0.05 * fine, 0.7, 1)
-    opacity = (cover * bare * strand)[..., None]
-    colour += (np.minimum(root, 0.25) - colour) * opacity
+    _cover(colour, np.minimum(root, 0.25), cover * bare * strand)
 
     beard = identity.beard
     if beard["shadow"] > 0 or beard["style"] != "none":
@@ -415,27 +449,33 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         opaque = {"none": 0.0, "stubble": 0.42, "full": 0.6, "moustache": 1.0}.get(beard["style"], 0.8)
         cut = opaque * beard["density"]
         shadow = np.maximum(shadow, _beard_on_canvas(beard["style"]) * np.float32(cut))
-        hairs = np.clip(0.62 + 0.55 * fine + 0.2 * medium, 0, 1.3)
-        opacity = np.clip(cv2.GaussianBlur(shadow, (0, 0), 2) * hairs, 0, 0.92)[..., None]
-        colour += (tint.astype(np.float32) - colour) * opacity
+        window = _beard_window()
+        hairs = np.clip(cv2.addWeighted(fine[window], 0.55, medium[window], 0.2, 0.62), 0, 1.3)
+        opacity = np.clip(cv2.GaussianBlur(shadow, (0, 0), 2) * hairs, 0, 0.92)
+        _cover(colour[:, *window], tint, opacity)
 
     brow_colour = np.minimum(np.array(hair["root"], np.float32), 0.16) * identity.brow["darkness"] * 0.8
     brow_colour = brow_colour * (1 - 0.7 * hair["grey"]) + 0.25 * 0.7 * hair["grey"]
-    opacity = (_brows(identity, canvas, rng) * 0.9)[..., None]
     (left, top), (right, bottom) = _brow_box()
-    part = colour[top:bottom, left:right]
-    part += (brow_colour.astype(np.float32) - part) * opacity
+    _cover(colour[:, top:bottom, left:right], brow_colour, _brows(identity, canvas, rng) * 0.9)
 
-    pores = 0.05 * fine + 0.015 * medium
-    relief = relief * 1.1 + pores * zones["pores"] + lips * 0.08 * medium
+    pores = cv2.addWeighted(fine, 0.05, medium, 0.015, 0)
+    pores *= zones["pores"]
+    relief = cv2.addWeighted(relief, 1.1, pores, 1, 0)
+    relief[face] += lips * 0.08 * medium[face]
     return _encode(colour, relief)
 
 
+def _cover(colour: np.ndarray, by: np.ndarray, opacity: np.ndarray) -> None:
+    """Lay a colour [3] over colours [3, h, w] in place, by its opacity [h, w] in [0, 1]."""
+    for channel, value in zip(colour, by, strict=True):
+        channel += (np.float32(value) - channel) * opacity
+
+
 def _encode(colour: np.ndarray, relief: np.ndarray) -> np.ndarray:
-    texture = np.empty((HEIGHT, WIDTH, 4), np.uint8)
-    texture[..., :3] = np.sqrt(np.clip(colour, 0, 1)) * 255 + 0.5
-    texture[..., 3] = np.clip(relief * 100 + 150, 0, 255)
-    return texture
+    """The texture [H, W, 4] of colours [3, H, W] and relief [H, W]."""
+    channels = [_convert(np.sqrt(channel), 255, 0, cv2.CV_8U) for channel in colour]
+    return cv2.merge([*channels, _convert(relief, 100, 149.5, cv2.CV_8U)])
 
 
 def skin_tone(identity: Identity) -> tuple[float, float, float]:
