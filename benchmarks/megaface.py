@@ -92,12 +92,14 @@ def distractors(scratch, count):
     return np.load(path, mmap_mode="r")
 
 
-def product(probes, gallery, block):
+def product(probes, gallery, block, device):
     """The plain matrix product in blocks."""
-    left, out = torch.from_numpy(probes), torch.empty(len(probes), block)
+    left, out = torch.from_numpy(probes).to(device), torch.empty(len(probes), block, device=device)
     for start in range(0, len(gallery), block):
-        right = torch.from_numpy(np.array(gallery[start : start + block]))
+        right = torch.from_numpy(np.array(gallery[start : start + block])).to(device)
         torch.mm(left, right.t(), out=out) if len(right) == block else torch.mm(left, right.t())
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def timed(function):
@@ -112,17 +114,17 @@ def measure(arguments):
     (kind,) = arguments.probes
     probes, ids = make_probes(kind)
     gallery = distractors(arguments.scratch, arguments.one)
-    said = {}
+    said, device = {}, arguments.device
     if arguments.part == "product":
         some = gallery[: max(BLOCKS)]
-        product(probes, some, max(BLOCKS))
-        said["block"] = min(BLOCKS, key=lambda block: timed(lambda: product(probes, some, block)))
-        job = lambda: product(probes, gallery, said["block"])  # noqa: E731
+        product(probes, some, max(BLOCKS), device)
+        said["block"] = min(BLOCKS, key=lambda block: timed(lambda: product(probes, some, block, device)))
+        job = lambda: product(probes, gallery, said["block"], device)  # noqa: E731
     else:
-        identification(probes[:200], ids[:200], gallery[:2000], [2000])
+        identification(probes[:200], ids[:200], gallery[:2000], [2000], device=device)
 
         def job():
-            (result,) = identification(probes, ids, gallery, [len(gallery)])
+            (result,) = identification(probes, ids, gallery, [len(gallery)], device=device)
             texts = cmc_text(result), matches_text(result)
             said.update(rank1=float(result.cmc[0]), recomputed=result.recomputed, bytes=sum(map(len, texts)))
 
@@ -133,7 +135,7 @@ def measure(arguments):
 
 def start(arguments, kind, part, count):
     command = [sys.executable, __file__, "--scratch", arguments.scratch, "--part", part, "--one", count]
-    command += ["--probes", kind, "--threads", arguments.threads]
+    command += ["--probes", kind, "--threads", arguments.threads, "--device", arguments.device]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout)
@@ -191,6 +193,7 @@ def main():
     kinds = ("identities", "random")
     parser.add_argument("--probes", choices=kinds, nargs="+", default=kinds)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for both; memory is the host's")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--files", type=int, default=0, help="measure the reading of so many .bin files instead")
     parser.add_argument("--part", choices=("product", "challenge"), help=argparse.SUPPRESS)
