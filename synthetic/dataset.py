@@ -300,8 +300,8 @@ def _deaf_to_interrupts() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if noted:
-        raise KeyboardInterrupt
+    if noted and callable(handler):  # it is not where the signal is ignored, as under nohup
+        handler(signal.SIGINT, None)
 
 
 def _results(people: People, todo: list[int], device: str, workers: int) -> Iterator[int]:

@@ -215,9 +215,14 @@ def test_more_photos_than_memory_holds_are_made_in_pieces(made, renderer, tmp_pa
     assert people.missing() == [0]
 
 
+def hear_interrupts():
+    """As in a terminal: what a shell starts in the background ignores them, and so does all that it starts."""
+    return signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_ends_all_processes_at_once_and_says_one_line(tmp_path):
     """A terminal sends it to all of them, here while they load their modules."""
-    process = start(tmp_path / "people", "--workers", "2", start_new_session=True)
+    process = start(tmp_path / "people", "--workers", "2", start_new_session=True, preexec_fn=hear_interrupts)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline, workers = time.monotonic() + 700, set()
     while len(workers) < 2 and process.poll() is None and time.monotonic() < deadline:
@@ -233,14 +238,20 @@ def test_ctrl_c_ends_all_processes_at_once_and_says_one_line(tmp_path):
 
 def test_ctrl_c_heard_by_another_thread_waits_until_all_processes_are_started():
     threading.Thread(target=threading.Event().wait, args=(60,), daemon=True).start()
-    before, child = signal.getsignal(signal.SIGINT), None
-    with pytest.raises(KeyboardInterrupt), dataset._deaf_to_interrupts():  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGINT)  # this thread does not take it, the other one does
-        time.sleep(0.2)
-        code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    child, before = None, hear_interrupts()
+    try:
+        with pytest.raises(KeyboardInterrupt), dataset._deaf_to_interrupts():  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGINT)  # this thread does not take it, the other one does
+            time.sleep(0.2)
+            code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+            child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with dataset._deaf_to_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)  # ignored, as it was asked
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert child is not None and child.stdout == "True\n"
-    assert signal.getsignal(signal.SIGINT) is before
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
@@ -719,7 +730,7 @@ def test_hair_that_no_ray_met_is_filled_from_its_neighbours(renderer):
     identity.hair |= {"style": "bob", "volume": 1.0, "length": 1.0}
     shot = parameters.draw_photo(identity, 0, renderer.head, poses="frontal")
     renderer.photograph(identity, [shot])
-    buffers, (irradiance, albedo, *_) = renderer._buffers(1, 256)
+    buffers, (irradiance, albedo, *_), _ = renderer._buffers(1, 256)
     material, detail = buffers.flat.numpy()[0, ..., 3], buffers.detail.numpy()[0, ..., 3]
     left_out = (material == kernels.HAIR) & (detail == kernels.UNSEEN)
     y, x = np.nonzero(left_out)
