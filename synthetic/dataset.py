@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 import utils
 from align import align_face
 from chunks import Chunks, Shard
+from megaface import facescrub
 from recordio import CropWriter
 from synthetic import kernels
 from synthetic.head import data_folder
@@ -43,7 +44,6 @@ COLUMNS = (
     "identity", "file", "x0", "y0", "x1", "y1", "eye_right_x", "eye_right_y", "eye_left_x", "eye_left_y", "nose_x",
     "nose_y", "mouth_right_x", "mouth_right_y", "mouth_left_x", "mouth_left_y", "yaw", "pitch", "roll", "parameters",
 )  # fmt: skip
-ANNOTATIONS = ("name", "image_id", "face_id", "url", "bbox", "sha256")
 CROP_QUALITY = 95
 # Photos that are traced before any is encoded: a person may have more of them than memory holds.
 PIECE = 64
@@ -357,7 +357,7 @@ def merge(people: People) -> dict[str, Any]:
 
             truth = table("truth.tsv", COLUMNS)
             persons = table("identities.tsv", ("label", "identity", "number", "parameters"))
-            annotations = table("annotations.txt", ANNOTATIONS) if plan.layout == "facescrub" else None
+            annotations = table("annotations.txt", facescrub.COLUMNS) if plan.layout == "facescrub" else None
             writer = stack.enter_context(CropWriter(people.out)) if plan.crops else None
             for chunk in range(people.count):
                 text, crops = people.load_identity(chunk)
@@ -403,7 +403,7 @@ def pairs_text(plan: Plan) -> str:
 
 
 def annotation_rows(plan: Plan, out: Path, identity: int, truth: str) -> str:
-    """The rows of FaceScrub's annotation table (`ANNOTATIONS`) for an identity's rows of truth."""
+    """The rows of FaceScrub's annotation table (`facescrub.COLUMNS`) for an identity's rows of truth."""
     lines = []
     for image, row in enumerate(truth.splitlines()):
         fields = row.split("\t")
