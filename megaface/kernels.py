@@ -359,3 +359,53 @@ def fill_all_starts(high: np.ndarray, scale: np.ndarray, offset: np.ndarray, sta
     """`fill_starts` for high [r, K + 1], scale and offset [r], starts [r, bins]."""
     for i in range(len(high)):
         fill_starts(high[i], scale[i], offset[i], starts[i])
+
+
+# ---------------------------------------------------------------------------------------------- galleries of probes
+
+
+@compiled
+def gallery_positions(
+    half: np.ndarray,
+    first: int,
+    images: np.ndarray,
+    columns: np.ndarray,
+    mates: np.ndarray,
+    scores: np.ndarray,
+    width: np.ndarray,
+    positions: np.ndarray,
+    probes: np.ndarray,
+    squares: np.ndarray,
+) -> None:
+    """How many images of each gallery of probes come before the mates of probes `first`, `first` + 1, ...
+
+    half [r, U] half scores of these r probes; images int64 [T, I] the galleries, and their columns in `half`, -1 for
+    images that take no part; mates int64 [r, T], their exact scores float32 [r, T] (-inf: nothing to be done) and
+    places int64 [r, T], which are written. width float64 [r] as in `scores`; probes [n, d] and squares [n] of all.
+    """
+    near = np.empty(images.shape[1], np.int64)
+    exact = np.empty(images.shape[1], np.float32)
+    for i in range(len(half)):
+        own, row = squares[first + i], half[i]
+        for t in range(len(images)):
+            score, mate = scores[i, t], mates[i, t]
+            if score == -np.inf:
+                continue
+            low, high = np.float64(score) + own - width[i], np.float64(score) + own + width[i]
+            before = inside = 0
+            for j in range(images.shape[1]):
+                value = 2 * np.float64(row[columns[t, j]])
+                before += (value > high) & (columns[t, j] >= 0)
+                inside += (value >= low) & (value <= high) & (columns[t, j] >= 0)
+            if inside > 1:  # one is the mate
+                count = 0
+                for j in range(images.shape[1]):
+                    value = 2 * np.float64(row[columns[t, j]])
+                    if value >= low and value <= high and columns[t, j] >= 0 and images[t, j] != mate:
+                        near[count] = images[t, j]
+                        count += 1
+                row_dots(probes[first + i], probes, near[:count], exact)
+                for j in range(count):
+                    value = (exact[j] + exact[j]) + (-own + -squares[near[j]])
+                    before += (value > score) | ((value == score) & (near[j] > mate))
+            positions[i, t] = before

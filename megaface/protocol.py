@@ -22,9 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megaface import scores
+from megaface import kernels, scores
 from megaface.tally import BEST, Questions, Tally, strict_products, survey, tally, worker_count
-from megaface.windows import outward
 from utils import InputError
 
 IMPOSTOR_PROBES = 100  # the devkit's ROC takes the impostor scores of the first 100 probes (hard-coded)
@@ -32,7 +31,7 @@ GALLERIES = 10  # of the traditional CMC
 STEP = 0.01  # a curve's point is written when the value has risen by more than this
 MODULUS = 2**31 - 1  # minimal standard generator (Park and Miller 1988), std::minstd_rand0
 MULTIPLIER = 16807
-POSITION_ROWS = 4096  # probes whose gallery positions are found together
+POSITION_ROWS = 512  # probes whose gallery positions are found together
 PAIRS_TOGETHER = 8192  # genuine pairs that one worker scores at a time
 
 __all__ = ["BEST", "Identification", "Roc", "identification", "subsample"]
@@ -165,70 +164,81 @@ class _Game:
         self.survey = survey(self.values, "probe", workers)
         self.probes = torch.from_numpy(self.values).to(device)
         self.squares = torch.from_numpy(self.survey.squares).to(device)
-        self.bounds = scores.Bounds(self.survey, exact=False)
         self.groups = _groups(ids)
+        self.members = np.concatenate(self.groups)
+        # Of each probe: the number of its identity, its place among the probes of that, and how many others those are.
+        self.group, self.place, self.others = np.empty((3, len(ids)), np.int64)
+        for number, members in enumerate(self.groups):
+            self.group[members], self.place[members], self.others[members] = number, _count(members), len(members) - 1
+        self.starts = self.others.cumsum() - self.others  # of the pairs with this probe as gallery image
         with strict_products(workers), ThreadPoolExecutor(workers) as pool:
             self.pairs, self.pair_scores = self._genuine(pool)
-            self.keys = self.pairs @ [1, len(ids)]  # ascending
-            self.galleries = list(pool.map(self._trial, draw_galleries(self.groups)))
+            self.galleries = self._trials(pool)
         self.questions = self._questions()
 
     # ------------------------------------------------------------------------------------------ genuine pairs
 
     def _genuine(self, pool: Executor) -> tuple[np.ndarray, np.ndarray]:
         """All ordered pairs (a, b) int64 [P, 2] by b, then a; their scores float32 [P], -inf where one is absent."""
-        half = np.concatenate([_unordered_pairs(members) for members in self.groups])
-        values = np.concatenate(list(pool.map(self.score, np.array_split(half, -(-len(half) // PAIRS_TOGETHER)))))
-        pairs = np.concatenate([half, half[:, ::-1]])  # S(a, b) = S(b, a)
-        order = np.argsort(pairs @ [1, len(self.ids)])
-        return pairs[order], np.concatenate([values, values])[order]
+        gallery = np.repeat(_count(self.ids), self.others)
+        place = _count(gallery) - self.starts[gallery]
+        place += place >= self.place[gallery]
+        sizes = np.array([len(members) for members in self.groups])
+        pairs = np.stack([self.members[(sizes.cumsum() - sizes)[self.group[gallery]] + place], gallery], axis=1)
+        half = np.flatnonzero(pairs[:, 0] < pairs[:, 1])
+        values = np.empty(len(pairs), np.float32)
+        parts = np.array_split(pairs[half], -(-len(half) // PAIRS_TOGETHER))
+        values[half] = np.concatenate(list(pool.map(self.score, parts)))
+        values[self.pair_number(*pairs[half, ::-1].T)] = values[half]  # S(a, b) = S(b, a)
+        return pairs, values
+
+    def pair_number(self, probe: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+        """Where the genuine pairs (probe, gallery) stand in `pairs`."""
+        return self.starts[gallery] + self.place[probe] - (self.place[probe] > self.place[gallery])
 
     def score(self, pairs: np.ndarray) -> np.ndarray:
         """Devkit scores float32 [P] of probe pairs int64 [P, 2]; -inf where one is absent."""
-        first, second = (torch.from_numpy(np.ascontiguousarray(side)).to(self.probes.device) for side in pairs.T)
+        # The gallery's side first: the fast order is that of equal rows one after the other.
+        second, first = (torch.from_numpy(np.ascontiguousarray(side)).to(self.probes.device) for side in pairs.T)
         values = scores.pair_scores(self.probes, self.probes, first, second, self.squares, self.squares)
         return np.where(self.absent[pairs].any(axis=1), np.float32(-np.inf), values.cpu().numpy())
 
     # ------------------------------------------------------------------------------------------ traditional CMC
 
-    def _trial(self, gallery: np.ndarray) -> "_Trial":
-        """One gallery of the traditional CMC: its probes, their mates' scores and positions."""
-        mate = np.empty(len(self.ids), np.int64)
-        for members, image in zip(self.groups, gallery, strict=True):
-            mate[members] = image
-        probe = np.concatenate(self.groups)
-        probe = probe[mate[probe] != probe]
-        score = self.pair_scores[np.searchsorted(self.keys, probe + len(self.ids) * mate[probe])]
-        return _Trial(score, self._positions(probe, mate[probe], score, gallery))
+    def _trials(self, pool: Executor) -> list["_Trial"]:
+        """The galleries of the traditional CMC: of each its probes, their mates' scores and positions."""
+        images = np.stack(draw_galleries(self.groups))
+        mates = images.T[self.group]  # int64 [n, galleries]
+        score = np.full(mates.shape, -np.inf, np.float32)
+        probe, gallery = np.nonzero(mates != _count(self.ids)[:, None])  # an image is no probe of its own gallery
+        score[probe, gallery] = self.pair_scores[self.pair_number(probe, mates[probe, gallery])]
+        position = self._positions(pool, images, mates, score)
+        probes = [self.members[mate[self.members] != self.members] for mate in mates.T]
+        return [_Trial(score[some, number], position[some, number]) for number, some in enumerate(probes)]
 
-    def _positions(self, probe: np.ndarray, mate: np.ndarray, score: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-        """Where each probe's mate stands in the gallery: score descending, equal scores larger probe index first."""
-        position = np.full(len(probe), len(gallery) - 1)  # the last place, for pairs that cannot be scored
-        present = np.flatnonzero(np.isfinite(score))
-        others = gallery[~self.absent[gallery]]
-        for part in np.array_split(present, max(1, -(-len(present) // POSITION_ROWS))):
-            if len(part):
-                position[part] = self._count_better(probe[part], mate[part], score[part], others)
+    def _positions(self, pool: Executor, images: np.ndarray, mates: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """Where each probe's mate stands in each gallery, int64 [n, galleries]: score descending, equal scores larger
+        probe index first; the last place for pairs that cannot be scored."""
+        position = np.full(mates.shape, images.shape[1] - 1)
+        absent = self.absent[images]
+        chosen = np.unique(images[~absent])  # images are in several galleries: one product for all
+        if not len(chosen):
+            return position
+        column = np.where(absent, -1, np.searchsorted(chosen, images))
+        bounds = scores.Bounds(self.survey, exact=False)
+        width = bounds.half_width(scores.gallery_class(self.survey, chosen))
+        where = torch.from_numpy(chosen).to(self.probes.device)
+        right, right_squares = self.probes[where], self.squares[where]
+
+        def place(start: int) -> None:
+            rows = slice(start, min(start + POSITION_ROWS, len(mates)))
+            out = torch.empty(rows.stop - start, len(chosen), device=right.device)
+            half = scores.half_scores(self.probes[rows], right, right_squares, out, torch.empty_like(out))
+            some = mates[rows], score[rows], width[rows], position[rows]
+            kernels.gallery_positions(half.cpu().numpy(), start, images, column, *some, self.values, self.survey.squares)
+
+        list(pool.map(place, range(0, len(mates), POSITION_ROWS)))
         return position
-
-    def _count_better(self, probe: np.ndarray, mate: np.ndarray, score: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-        device = self.probes.device
-        rows, images = torch.from_numpy(probe).to(device), torch.from_numpy(gallery).to(device)
-        width = self.bounds.half_width(scores.gallery_class(self.survey, gallery))[probe]
-        middle = score.astype(np.float64) + self.bounds.squares[probe]
-        edges = outward((middle - width) / 2, (middle + width) / 2)
-        low, high = (torch.from_numpy(edge).to(device)[:, None] for edge in edges)
-        out = torch.empty(len(probe), len(gallery), device=device)
-        half = scores.half_scores(
-            self.probes[rows], self.probes[images], self.squares[images], out, torch.empty_like(out)
-        )
-        better, unsure = (half > high).cpu().numpy(), ((half >= low) & (half <= high)).cpu().numpy()
-        own = gallery[None] == mate[:, None]
-        better[own] = unsure[own] = False
-        row, column = np.nonzero(unsure)
-        exact = self.score(np.stack([probe[row], gallery[column]], axis=1))
-        better[row, column] = (exact > score[row]) | ((exact == score[row]) & (gallery[column] > mate[row]))
-        return better.sum(axis=1)
 
     # ------------------------------------------------------------------------------------------ questions
 
@@ -324,10 +334,9 @@ def _groups(ids: Sequence[str]) -> list[np.ndarray]:
     ]
 
 
-def _unordered_pairs(members: np.ndarray) -> np.ndarray:
-    """All pairs a < b of members (ascending), int64 [c (c - 1) / 2, 2]."""
-    first, second = np.triu_indices(len(members), 1)
-    return np.stack([members[first], members[second]], axis=1)
+def _count(some: Sequence | np.ndarray) -> np.ndarray:
+    """0, 1, ... for each of some."""
+    return np.arange(len(some))
 
 
 def draw_galleries(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
