@@ -20,7 +20,8 @@ import numpy as np
 
 STEP = 64  # scores that are looked at together: all below every bound, and none of them is looked at alone
 LANES = 8  # sequential sums under way at once: an addition takes four cycles, and two can start in each
-DENSE_SHARE = 4  # from every fourth pair of a row on, scoring all of them is cheaper than picking
+GROUP = 4  # rows whose scores are computed together when most of them are wanted
+DENSE_SHARE = 6  # from every sixth pair of a group on, scoring all of them is cheaper than picking
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -34,60 +35,60 @@ def compiled(function: Function) -> Function:
 
 
 @compiled
-def row_dots(left: np.ndarray, right: np.ndarray, columns: np.ndarray, dots: np.ndarray) -> None:
-    """Sequential dot products of `left` [d] with right[columns], into `dots` float32 [len(columns)]."""
-    last = len(columns) - 1
+def pair_dots(left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np.ndarray, dots: np.ndarray) -> None:
+    """Sequential dot products of pairs (left[rows[k]], right[columns[k]]), into `dots` float32 [len(rows)]."""
+    last = len(rows) - 1
     for start in range(0, last + 1, LANES):
         # Written out, because an array of sums would live in memory.
-        c0, c1 = columns[start], columns[min(start + 1, last)]
-        c2, c3 = columns[min(start + 2, last)], columns[min(start + 3, last)]
-        c4, c5 = columns[min(start + 4, last)], columns[min(start + 5, last)]
-        c6, c7 = columns[min(start + 6, last)], columns[min(start + 7, last)]
+        p1, p2, p3 = min(start + 1, last), min(start + 2, last), min(start + 3, last)
+        p4, p5, p6, p7 = min(start + 4, last), min(start + 5, last), min(start + 6, last), min(start + 7, last)
+        a0, a1, a2, a3 = left[rows[start]], left[rows[p1]], left[rows[p2]], left[rows[p3]]
+        a4, a5, a6, a7 = left[rows[p4]], left[rows[p5]], left[rows[p6]], left[rows[p7]]
+        b0, b1, b2, b3 = right[columns[start]], right[columns[p1]], right[columns[p2]], right[columns[p3]]
+        b4, b5, b6, b7 = right[columns[p4]], right[columns[p5]], right[columns[p6]], right[columns[p7]]
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
-        for k in range(len(left)):
-            value = left[k]
-            s0 += value * right[c0, k]
-            s1 += value * right[c1, k]
-            s2 += value * right[c2, k]
-            s3 += value * right[c3, k]
-            s4 += value * right[c4, k]
-            s5 += value * right[c5, k]
-            s6 += value * right[c6, k]
-            s7 += value * right[c7, k]
+        for k in range(left.shape[1]):
+            s0 += a0[k] * b0[k]
+            s1 += a1[k] * b1[k]
+            s2 += a2[k] * b2[k]
+            s3 += a3[k] * b3[k]
+            s4 += a4[k] * b4[k]
+            s5 += a5[k] * b5[k]
+            s6 += a6[k] * b6[k]
+            s7 += a7[k] * b7[k]
         sums = (s0, s1, s2, s3, s4, s5, s6, s7)
         for lane in range(min(LANES, last + 1 - start)):
             dots[start + lane] = sums[lane]
 
 
 @compiled
-def pair_dots(left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np.ndarray, dots: np.ndarray) -> None:
-    """Sequential dot products of pairs (left[rows[k]], right[columns[k]]); fastest where equal rows are adjacent."""
-    start = 0
-    while start < len(rows):
-        end = start + 1
-        while end < len(rows) and rows[end] == rows[start]:
-            end += 1
-        row_dots(left[rows[start]], right, columns[start:end], dots[start:end])
-        start = end
+def group_dots(left: np.ndarray, turned: np.ndarray, dots: np.ndarray) -> None:
+    """Sequential dot products of `left` [g, d] with all columns of `turned` [d, N], into `dots` float32 [GROUP, N].
 
-
-@compiled
-def all_dots(left: np.ndarray, turned: np.ndarray, dots: np.ndarray) -> None:
-    """Sequential dot products of `left` [d] with all columns of `turned` [d, N], into `dots` float32 [N]."""
-    width = 256  # the sums stay in the first-level cache
-    whole = len(left) // 4 * 4
-    for start in range(0, len(dots), width):
-        some = dots[start : start + width]
-        some[:] = 0
-        for k in range(0, whole, 4):  # four at a time: each sum is read and written once for them
-            t0, t1 = turned[k, start : start + width], turned[k + 1, start : start + width]
-            t2, t3 = turned[k + 2, start : start + width], turned[k + 3, start : start + width]
-            for j in range(len(some)):
-                total = (some[j] + left[k] * t0[j]) + left[k + 1] * t1[j]
-                some[j] = (total + left[k + 2] * t2[j]) + left[k + 3] * t3[j]
-        for k in range(whole, len(left)):
-            for j in range(len(some)):
-                some[j] += left[k] * turned[k, start + j]
+    Rows of `dots` beyond g hold the last one's.
+    """
+    width = 512  # the sums of a group stay in the first-level cache
+    last, whole = len(left) - 1, left.shape[1] // 4 * 4
+    a, b, c, d = left[0], left[min(1, last)], left[min(2, last)], left[min(3, last)]
+    dots[:] = 0
+    for start in range(0, turned.shape[1], width):
+        end = min(start + width, turned.shape[1])
+        # Written out, because the compiler makes vectors of rows that it knows to be contiguous.
+        e, f, g, h = dots[0, start:end], dots[1, start:end], dots[2, start:end], dots[3, start:end]
+        for k in range(0, whole, 4):  # four rows and four dimensions: what is read once serves for sixteen products
+            t0, t1, t2, t3 = turned[k, start:end], turned[k + 1, start:end], turned[k + 2, start:end], turned[k + 3, start:end]
+            for j in range(end - start):
+                e[j] = (((e[j] + a[k] * t0[j]) + a[k + 1] * t1[j]) + a[k + 2] * t2[j]) + a[k + 3] * t3[j]
+                f[j] = (((f[j] + b[k] * t0[j]) + b[k + 1] * t1[j]) + b[k + 2] * t2[j]) + b[k + 3] * t3[j]
+                g[j] = (((g[j] + c[k] * t0[j]) + c[k + 1] * t1[j]) + c[k + 2] * t2[j]) + c[k + 3] * t3[j]
+                h[j] = (((h[j] + d[k] * t0[j]) + d[k + 1] * t1[j]) + d[k + 2] * t2[j]) + d[k + 3] * t3[j]
+        for k in range(whole, left.shape[1]):
+            for j in range(end - start):
+                value = turned[k, start + j]
+                e[j] += a[k] * value
+                f[j] += b[k] * value
+                g[j] += c[k] * value
+                h[j] += d[k] * value
 
 
 @compiled
@@ -97,8 +98,8 @@ def turn(gallery: np.ndarray) -> np.ndarray:
     side = 32
     for row in range(0, gallery.shape[0], side):
         for column in range(0, gallery.shape[1], side):
-            for i in range(row, min(row + side, gallery.shape[0])):
-                for k in range(column, min(column + side, gallery.shape[1])):
+            for k in range(column, min(column + side, gallery.shape[1])):
+                for i in range(row, min(row + side, gallery.shape[0])):
                     turned[k, i] = gallery[i, k]
     return turned
 
@@ -106,28 +107,39 @@ def turn(gallery: np.ndarray) -> np.ndarray:
 @compiled
 def exact_scores(
     left: np.ndarray,
-    left_square: float,
+    left_squares: np.ndarray,
     right: np.ndarray,
     right_squares: np.ndarray,
     turned: np.ndarray,
+    rows: np.ndarray,
     columns: np.ndarray,
     scores: np.ndarray,
 ) -> np.ndarray:
-    """The devkit's scores of `left` [d] against right[columns], into scores[: len(columns)]; columns ascend.
+    """The devkit's scores of pairs (left[rows[k]], right[columns[k]]), into `scores` float32 [len(rows)]; rows ascend.
 
-    `scores` is float32 [N]. `turned` is empty until a call needs all of `right` [N, d] transposed; pass on what is
-    returned.
+    `turned` is empty until a call needs all of `right` [N, d] transposed; pass on what is returned.
     """
-    if len(columns) * DENSE_SHARE < len(right):
-        row_dots(left, right, columns, scores)
-    else:
-        if not turned.size:
-            turned = turn(right)
-        all_dots(left, turned, scores)
-        for i in range(len(columns)):  # i <= columns[i]: nothing is overwritten before it is read
-            scores[i] = scores[columns[i]]
-    for i in range(len(columns)):
-        scores[i] = (scores[i] + scores[i]) + (-left_square + -right_squares[columns[i]])
+    dots = np.empty((0, 0), np.float32)
+    waiting = start = 0  # pairs from `waiting` to `start` are scored one by one
+    while start < len(rows):
+        first = rows[start] // GROUP * GROUP
+        end = start + 1
+        while end < len(rows) and rows[end] < first + GROUP:
+            end += 1
+        if (end - start) * DENSE_SHARE >= GROUP * len(right):
+            if not dots.size:
+                dots = np.empty((GROUP, len(right)), np.float32)
+            if not turned.size:
+                turned = turn(right)
+            group_dots(left[first : first + GROUP], turned, dots)
+            for i in range(start, end):
+                scores[i] = dots[rows[i] - first, columns[i]]
+            pair_dots(left, right, rows[waiting:start], columns[waiting:start], scores[waiting:start])
+            waiting = end
+        start = end
+    pair_dots(left, right, rows[waiting:], columns[waiting:], scores[waiting:])
+    for i in range(len(rows)):
+        scores[i] = (scores[i] + scores[i]) + (-left_squares[rows[i]] + -right_squares[columns[i]])
     return turned
 
 
@@ -174,9 +186,9 @@ def sort_in(
     places = np.empty(STEP, np.uint32)
     for begin in range(0, len(values), STEP):
         part = values[begin : begin + STEP]
-        some = 0
+        some = False
         for j in range(len(part)):
-            some += part[j] >= lowest
+            some |= part[j] >= lowest
         if not some:
             continue
         for j in range(len(part)):
@@ -195,22 +207,13 @@ def sort_in(
 
 
 @compiled
-def climb(
-    exact: np.ndarray,
-    thresholds: np.ndarray,
-    weights: np.ndarray,
-    columns: np.ndarray,
-    slots: np.ndarray,
-    histogram: np.ndarray,
-) -> None:
-    """Add exact scores to the histogram. `slots`: about how many thresholds each exceeds."""
-    for i in range(len(columns)):
-        k = slots[i]
-        while k > 0 and exact[i] <= thresholds[k - 1]:
-            k -= 1
-        while exact[i] > thresholds[k]:
-            k += 1
-        histogram[k] += weights[columns[i]]
+def climb(score: float, thresholds: np.ndarray, slot: int) -> int:
+    """How many thresholds an exact score exceeds; about `slot`."""
+    while slot > 0 and score <= thresholds[slot - 1]:
+        slot -= 1
+    while score > thresholds[slot]:
+        slot += 1
+    return slot
 
 
 # ---------------------------------------------------------------------------------------------- the five best
@@ -227,9 +230,9 @@ def candidates(values: np.ndarray, least: float, width: float, top: np.ndarray, 
     count = 0
     for begin in range(0, len(values), STEP):
         part = values[begin : begin + STEP]
-        some = 0
+        some = False
         for j in range(len(part)):
-            some += part[j] >= least
+            some |= part[j] >= least
         if not some:
             continue
         for j in range(len(part)):
@@ -272,86 +275,120 @@ def keep_best(index: np.ndarray, score: np.ndarray, rows: np.ndarray, columns: n
 
 
 @compiled
-def count_rows(
-    values: np.ndarray,
-    probes: np.ndarray,
-    squares: np.ndarray,
-    gallery: np.ndarray,
-    gallery_squares: np.ndarray,
-    weights: np.ndarray,
-    windows: tuple[np.ndarray, ...],
-    histogram: np.ndarray,
-) -> int:
-    """Sort the scores of r probes against N distractors in; returns how many were computed again.
-
-    values [r, N] are half scores or scores, as `windows` are; probes [r, d], squares [r]; gallery [N, d], its squares
-    [N] and weights int64 [N]. `windows` holds low, high and thresholds [r, K + 1], starts and guesses [r, bins], scale
-    and offset [r]. The answer is added to `histogram` int64 [r, K + 1], as `sort_in` says. Windows and histogram may
-    have one row that stands for all.
-    """
-    low, high, thresholds, starts, guesses, scale, offset = windows
-    columns = np.empty(values.shape[1], np.int64)
-    slots = np.empty(values.shape[1], np.int64)
-    exact = np.empty(values.shape[1], np.float32)
-    turned = np.empty((0, 0), np.float32)
-    recomputed = 0
-    for i in range(len(values)):
-        w = min(i, len(low) - 1)
-        count = sort_in(
-            values[i],
-            low[w],
-            high[w],
-            starts[w],
-            guesses[w],
-            scale[w],
-            offset[w],
-            weights,
-            histogram[w],
-            columns,
-            slots,
-        )
-        if count:
-            some = columns[:count]
-            turned = exact_scores(probes[i], squares[i], gallery, gallery_squares, turned, some, exact)
-            climb(exact, thresholds[w], weights, some, slots, histogram[w])
-            recomputed += count
-    return recomputed
+def add_up(products: np.ndarray, row: int, shift: np.ndarray, half: np.ndarray) -> None:
+    """One row of half scores, into `half` [N], from products [P, r, N] over pieces of the dimensions (`scores`)."""
+    part = products[0, row]
+    for j in range(len(half)):
+        half[j] = part[j] + shift[j]
+    for number in range(1, len(products)):
+        part = products[number, row]
+        for j in range(len(half)):
+            half[j] += part[j]
 
 
 @compiled
-def best_rows(
-    half: np.ndarray,
+def scan_rows(
+    products: np.ndarray,
+    shift: np.ndarray,
     probes: np.ndarray,
     squares: np.ndarray,
     gallery: np.ndarray,
     gallery_squares: np.ndarray,
+    turned: np.ndarray,
+    weights: np.ndarray,
+    windows: tuple[np.ndarray, ...],
+    histogram: np.ndarray,
+    near: tuple[np.ndarray, ...],
     least: np.ndarray,
     width: np.ndarray,
     rounds: bool,
     best: int,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    scores: np.ndarray,
-) -> int:
-    """Find what can be among the `best` of r probes, with exact scores; returns how many candidates there are.
+    found: tuple[np.ndarray, ...],
+) -> tuple[int, int, np.ndarray]:
+    """Sort the scores of r probes against N distractors in, and find what can be among the `best` of each probe.
 
-    half [r, N] half scores; least and width float64 [r] as in `candidates`; `rounds`: whether scores round at all.
-    Writes the candidates into rows and columns int64 and scores float32, each of room for r N.
+    products [P, r, N] and shift [N] as in `add_up`; probes [r, d], squares [r]; gallery [N, d], its squares [N] and
+    weights int64 [N]; `turned` as in `exact_scores`. `windows` holds low, high and thresholds [r, K + 1], starts and
+    guesses [r, bins], scale and offset [r]. The counts are added to `histogram` int64 [r, K + 1], as `sort_in` says.
+    least and width float64 [r] as in `candidates`; `rounds`: whether scores round at all. `near` is scratch, and
+    `found` takes the candidates: rows, columns and exact scores, each of room for r N. So has `near`, and slots.
+    Returns how many scores were computed again for a threshold, how many candidates there are, and `turned`.
     """
-    found = np.empty(half.shape[1], np.int64)
-    exact = np.empty(half.shape[1], np.float32)
-    turned = np.empty((0, 0), np.float32)
+    low, high, thresholds, starts, guesses, scale, offset = windows
+    near_row, near_column, near_score, slots = near
+    row, column, score = found
+    half = np.empty(products.shape[2], np.float32)
     top = np.empty(best, np.float64)
-    total = 0
-    for i in range(len(half)):
-        count = candidates(half[i], least[i], width[i], top, found)
-        if rounds and count:
-            turned = exact_scores(probes[i], squares[i], gallery, gallery_squares, turned, found[:count], exact)
-        for j in range(count):
-            rows[total], columns[total] = i, found[j]
-            scores[total] = exact[j] if rounds else 2 * half[i, found[j]] - squares[i]
-            total += 1
-    return total
+    near_count = count = 0
+    for i in range(products.shape[1]):
+        add_up(products, i, shift, half)
+        some = sort_in(
+            half,
+            low[i],
+            high[i],
+            starts[i],
+            guesses[i],
+            scale[i],
+            offset[i],
+            weights,
+            histogram[i],
+            near_column[near_count:],
+            slots[near_count:],
+        )
+        near_row[near_count : near_count + some] = i
+        near_count += some
+        some = candidates(half, least[i], width[i], top, column[count:])
+        row[count : count + some] = i
+        for j in range(count, count + some):
+            score[j] = (half[column[j]] + half[column[j]]) - squares[i]
+        count += some
+    sides = probes, squares, gallery, gallery_squares
+    turned = exact_scores(*sides, turned, near_row[:near_count], near_column[:near_count], near_score)
+    for j in range(near_count):
+        i = near_row[j]
+        histogram[i, climb(near_score[j], thresholds[i], slots[j])] += weights[near_column[j]]
+    if rounds:
+        turned = exact_scores(*sides, turned, row[:count], column[:count], score)
+    return near_count, count, turned
+
+
+@compiled
+def count_impostors(
+    products: np.ndarray,
+    shift: np.ndarray,
+    which: np.ndarray,
+    probes: np.ndarray,
+    squares: np.ndarray,
+    gallery: np.ndarray,
+    gallery_squares: np.ndarray,
+    turned: np.ndarray,
+    weights: np.ndarray,
+    windows: tuple[np.ndarray, ...],
+    histogram: np.ndarray,
+    near: tuple[np.ndarray, ...],
+) -> tuple[int, np.ndarray]:
+    """Sort the scores of rows `which` of a block into the gaps between all genuine scores; the rest as `scan_rows`.
+
+    probes [r, d] and squares [r] are those of `which` int64 [r]; `windows` are in units of the score, and they and
+    `histogram` int64 [U + 1] have no rows. Returns how many scores were computed again, and `turned`.
+    """
+    low, high, genuine, starts, guesses, scale, offset = windows
+    row, column, score, slots = near
+    value = np.empty(products.shape[2], np.float32)
+    count = 0
+    for i in range(len(which)):
+        add_up(products, which[i], shift, value)
+        for j in range(len(value)):
+            value[j] = (value[j] + value[j]) - squares[i]
+        some = sort_in(
+            value, low, high, starts, guesses, scale, offset, weights, histogram, column[count:], slots[count:]
+        )
+        row[count : count + some] = i
+        count += some
+    turned = exact_scores(probes, squares, gallery, gallery_squares, turned, row[:count], column[:count], score)
+    for j in range(count):
+        histogram[climb(score[j], genuine, slots[j])] += weights[column[j]]
+    return count, turned
 
 
 @compiled
@@ -383,7 +420,7 @@ def gallery_positions(
     images that take no part; mates int64 [r, T], their exact scores float32 [r, T] (-inf: nothing to be done) and
     places int64 [r, T], which are written. width float64 [r] as in `scores`; probes [n, d] and squares [n] of all.
     """
-    near = np.empty(images.shape[1], np.int64)
+    near, own_row = np.empty(images.shape[1], np.int64), np.empty(images.shape[1], np.int64)
     exact = np.empty(images.shape[1], np.float32)
     for i in range(len(half)):
         own, row = squares[first + i], half[i]
@@ -404,7 +441,8 @@ def gallery_positions(
                     if value >= low and value <= high and columns[t, j] >= 0 and images[t, j] != mate:
                         near[count] = images[t, j]
                         count += 1
-                row_dots(probes[first + i], probes, near[:count], exact)
+                own_row[:count] = first + i
+                pair_dots(probes, probes, own_row[:count], near[:count], exact)
                 for j in range(count):
                     value = (exact[j] + exact[j]) + (-own + -squares[near[j]])
                     before += (value > score) | ((value == score) & (near[j] > mate))

@@ -205,6 +205,8 @@ class Scan:
         self.squares = torch.from_numpy(of_probes.squares).to(device)
         self.genuine = torch.from_numpy(questions.genuine).to(device)
         self.segments = [self.new_segment() for _ in sizes]
+        self.local = threading.local()  # each thread's `work`
+        self.works: list[CpuWork | GpuWork] = []
         self.blocks: list[Block] = []
         self.kinds: list[Kind] = []
         self.twins: dict[int, np.ndarray] = {}  # first of identical distractors -> the last `BEST` of them
@@ -279,13 +281,16 @@ class Scan:
 
     def score(self, block: Block) -> int:
         """Score one block against all probes; returns how many distractors it stands for."""
-        work = CpuWork(self, block) if self.device.type == "cpu" else GpuWork(self, block)
-        for start in range(0, len(self.probes), self.rows):
-            work.chunk(slice(start, min(start + self.rows, len(self.probes))))
+        if not hasattr(self.local, "work"):
+            self.local.work = CpuWork(self) if self.device.type == "cpu" else GpuWork(self)
+            self.works.append(self.local.work)
+        self.local.work.take(block)
         return int(len(block.columns) if block.weights is None else block.weights.sum())
 
     def collect(self) -> list[Tally]:
         """Add the segments up to each size."""
+        for work in self.works:
+            work.add_to_segment()
         answers: list[Tally] = []
         total = self.new_segment()
         for segment in self.segments:

@@ -1,5 +1,6 @@
-"""The pass over one block of distractors on a CPU: a matrix product, then compiled loops over its rows (`kernels`)."""
+"""The pass over blocks of distractors on a CPU: a matrix product, then compiled loops over its rows (`kernels`)."""
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,70 +12,100 @@ from megaface.segments import BEST, exceeding
 if TYPE_CHECKING:
     from megaface.tally import Block, Scan
 
+PRODUCTS = 1 << 22  # room for the products of a chunk, in all pieces of the dimensions: 16 MB
+
 
 class CpuWork:
-    """One block of distractors on its way past all probes. Each worker thread has its own."""
+    """What one worker thread needs to take blocks of distractors past all probes: memory for products, and counts."""
 
-    def __init__(self, scan: "Scan", block: "Block") -> None:
-        self.scan, self.block = scan, block
-        self.segment, self.kind = scan.segments[block.segment], scan.kind(block.kind)
+    def __init__(self, scan: "Scan") -> None:
+        self.scan = scan
+        self.pieces = scores.product_pieces(scan.values.shape[1])
+        self.rows = min(scan.rows, len(scan.values), max(kernels.GROUP, PRODUCTS // (len(self.pieces) * scan.columns)))
+        room = self.rows * scan.columns
+        self.products = torch.empty(len(self.pieces) * room)  # by torch, which starts it where a cache line starts
+        # Room for every score, of which the system gives only what is touched.
+        kinds = np.int64, np.int64, np.float32
+        self.found = tuple(np.empty(room, kind) for kind in kinds)  # candidates: rows, columns and scores
+        self.near = tuple(np.empty(room, kind) for kind in (*kinds, np.int64))  # what is next to a threshold, and where
+        self.segment = scan.segments[0]
+        self._start_counts()
+
+    def _start_counts(self) -> None:
+        self.histogram = np.zeros_like(self.segment.histogram)
+        self.accepted = np.zeros(len(self.segment.accepted) + 1, np.int64)
+        self.recomputed = 0
+
+    def add_to_segment(self) -> None:
+        """Hand the counts over to the segment that they belong to."""
+        with self.segment.lock:
+            self.segment.histogram += self.histogram
+            self.segment.accepted += exceeding(self.accepted[None])[0]
+            self.segment.recomputed += self.recomputed
+
+    def take(self, block: "Block") -> None:
+        """Score a block against all probes."""
+        scan = self.scan
+        if scan.segments[block.segment] is not self.segment:
+            self.add_to_segment()
+            self.segment = scan.segments[block.segment]
+            self._start_counts()
+        self.block, self.kind = block, scan.kind(block.kind)
         self.windows, self.impostors = self.kind.open()
-        self.gallery = scan.read(block)
-        self.squares = scan.survey.squares[block.columns]
+        self.gallery, self.squares = scan.read(block), scan.survey.squares[block.columns]
+        self.shift = self.squares * np.float32(-0.5)
+        self.turned = np.empty((0, 0), np.float32)
         self.weights = np.ones(len(block.columns), np.int64) if block.weights is None else block.weights
-        shape = min(scan.rows, len(scan.probes)), len(block.columns)
-        self.out, self.scratch = torch.empty(shape), torch.empty(shape)
-        # Candidates for the best: room for every score, of which the system gives only what is touched.
-        self.found = np.empty(self.out.numel(), np.int64), np.empty(self.out.numel(), np.int64)
-        self.found_scores = np.empty(self.out.numel(), np.float32)
+        for start in range(0, len(scan.values), self.rows):
+            self._chunk(slice(start, min(start + self.rows, len(scan.values))))
 
-    def chunk(self, rows: slice) -> None:
-        """Score probes `rows` against the block and add what that tells to the segment."""
-        scan, size = self.scan, rows.stop - rows.start
-        gallery, squares = torch.from_numpy(self.gallery), torch.from_numpy(self.squares)
-        half = scores.half_scores(scan.probes[rows], gallery, squares, self.out[:size], self.scratch[:size]).numpy()
-        self.count(rows, half)
-        self.find_best(rows, half)
-        which = scan.impostors_in(rows)
-        if len(which):
-            self.count_impostors(which, half[which - rows.start])
-
-    def count(self, rows: slice, half: np.ndarray) -> None:
-        """Sort the half scores of probes `rows` into the gaps between their thresholds."""
-        histogram = np.zeros_like(self.segment.histogram[rows])
+    def _chunk(self, rows: slice) -> None:
+        """Score probes `rows` against the block; count, and offer the segment what can be among the five best."""
+        scan = self.scan
+        products = self._multiply(rows)
         with self.kind.lock:
             windows = self.windows.for_kernel(rows)
-        recomputed = kernels.count_rows(half, *self.sides(rows), self.weights, windows, histogram)
-        with self.segment.lock:
-            self.segment.histogram[rows] += histogram
-            self.segment.recomputed += recomputed
-
-    def find_best(self, rows: slice, half: np.ndarray) -> None:
-        """Offer what can be among the five best of probes `rows`."""
         least, width = self.kind.least(rows, self.segment.fifth(rows))
-        rounds = not self.scan.bounds.exact
-        count = kernels.best_rows(half, *self.sides(rows), least, width, rounds, BEST, *self.found, self.found_scores)
-        if not count:
-            return
-        probe, column = (some[:count] for some in self.found)
-        twins = None if self.block.weights is None else self.scan.twins
-        self.segment.add_best(rows.start + probe, self.block.columns[column], self.found_scores[:count], twins)
-        if rounds:
-            with self.segment.lock:
-                self.segment.recomputed += count
+        rounds = not scan.bounds.exact
+        recomputed, count, self.turned = kernels.scan_rows(
+            products,
+            self.shift,
+            *self._sides(rows),
+            self.weights,
+            windows,
+            self.histogram[rows],
+            self.near,
+            least,
+            width,
+            rounds,
+            BEST,
+            self.found,
+        )
+        self.recomputed += recomputed + (count if rounds else 0)
+        if count:
+            probe, column, score = (some[:count] for some in self.found)
+            twins = None if self.block.weights is None else scan.twins
+            self.segment.add_best(rows.start + probe, self.block.columns[column], score, twins)
+        which = scan.impostors_in(rows)
+        if len(which):
+            with self.kind.lock:
+                windows = self.impostors.for_kernel()
+            sides = self._sides(which)
+            recomputed, self.turned = kernels.count_impostors(
+                products, self.shift, which - rows.start, *sides, self.weights, windows, self.accepted, self.near
+            )
+            self.recomputed += recomputed
 
-    def count_impostors(self, which: np.ndarray, half: np.ndarray) -> None:
-        """Add the scores of the ROC's probes `which` to the impostors above each genuine score."""
-        value = 2 * half - self.scan.survey_of_probes.squares[which][:, None]
-        histogram = np.zeros((1, len(self.segment.accepted) + 1), np.int64)
-        with self.kind.lock:
-            windows = self.impostors.for_kernel()
-        recomputed = kernels.count_rows(value, *self.sides(which), self.weights, windows, histogram)
-        with self.segment.lock:
-            self.segment.accepted += exceeding(histogram)[0]
-            self.segment.recomputed += recomputed
+    def _multiply(self, rows: slice) -> np.ndarray:
+        """The products of probes `rows` with the block, float32 [P, r, N], in P pieces of the dimensions."""
+        shape = len(self.pieces), rows.stop - rows.start, len(self.gallery)
+        products = self.products[: math.prod(shape)].view(shape)
+        left, right = self.scan.probes[rows], torch.from_numpy(self.gallery).t()
+        for (start, end), out in zip(self.pieces, products, strict=True):
+            torch.mm(left[:, start:end], right[start:end], out=out)
+        return products.numpy()
 
-    def sides(self, rows: slice | np.ndarray) -> tuple[np.ndarray, ...]:
-        """Features and squared norms of probes and of the block."""
+    def _sides(self, rows: slice | np.ndarray) -> tuple[np.ndarray, ...]:
+        """Features and squared norms of probes and of the block, the block's features turned if they are."""
         scan = self.scan
-        return scan.values[rows], scan.survey_of_probes.squares[rows], self.gallery, self.squares
+        return scan.values[rows], scan.survey_of_probes.squares[rows], self.gallery, self.squares, self.turned

@@ -20,10 +20,14 @@ DENSE_SHARE = 0.2  # from this share of uncertain scores on, scoring whole rows 
 
 
 class GpuWork:
-    """One block of distractors on its way past all probes. Each worker thread has its own."""
+    """What one worker thread needs to take blocks of distractors past all probes."""
 
-    def __init__(self, scan: "Scan", block: "Block") -> None:
-        self.scan, self.block = scan, block
+    def __init__(self, scan: "Scan") -> None:
+        self.scan = scan
+
+    def take(self, block: "Block") -> None:
+        """Score a block against all probes."""
+        scan, self.block = self.scan, block
         self.segment, self.kind = scan.segments[block.segment], scan.kind(block.kind)
         self.windows, self.impostors = self.kind.open()
         self.gallery = torch.from_numpy(scan.read(block)).to(scan.device)
@@ -31,6 +35,11 @@ class GpuWork:
         self.weights = None if block.weights is None else torch.from_numpy(block.weights).to(scan.device)
         self.out = torch.empty(min(scan.rows, len(scan.probes)), len(block.columns), device=scan.device)
         self.scratch = torch.empty_like(self.out)
+        for start in range(0, len(scan.probes), scan.rows):
+            self.chunk(slice(start, min(start + scan.rows, len(scan.probes))))
+
+    def add_to_segment(self) -> None:
+        """Nothing is held back: every chunk is in its segment."""
 
     def chunk(self, rows: slice) -> None:
         """Score probes `rows` against the block and add what that tells to the segment."""

@@ -110,7 +110,7 @@ class Windows:
         return bins
 
     def for_kernel(self, rows: slice) -> tuple[np.ndarray, ...]:
-        """What `kernels.count_rows` takes as windows, for probes `rows`. Call from one thread at a time."""
+        """What `kernels.scan_rows` takes as windows, for probes `rows`. Call from one thread at a time."""
         if rows.start not in self._tables:
             self._tables[rows.start] = torch.from_numpy(self._make_starts(rows))
         low, high, thresholds, scale, offset = (
@@ -182,14 +182,14 @@ class ImpostorWindows:
         self._tables: list[np.ndarray] = []
 
     def for_kernel(self) -> tuple[np.ndarray, ...]:
-        """What `kernels.count_rows` takes as windows, one row for all. Call from one thread at a time."""
-        scale, offset = np.array([self.scale], np.float32), np.array([self.offset], np.float32)
+        """What `kernels.count_impostors` takes as windows. Call from one thread at a time."""
+        scale, offset = np.float32(self.scale), np.float32(self.offset)
         if not self._tables:
             # The windows of neighbours overlap by dozens: the thresholds themselves make a better guess.
             for edge in (self.high, self.genuine):
-                self._tables.append(np.empty((1, IMPOSTOR_BINS), np.int32))
-                kernels.fill_all_starts(edge[None], scale, offset, self._tables[-1])
-        return self.low[None], self.high[None], self.genuine[None], *self._tables, scale, offset
+                self._tables.append(np.empty(IMPOSTOR_BINS, np.int32))
+                kernels.fill_starts(edge, scale, offset, self._tables[-1])
+        return self.low, self.high, self.genuine, *self._tables, scale, offset
 
     @cached_property
     def near(self) -> Tensor:
