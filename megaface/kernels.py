@@ -5,8 +5,8 @@ whole-array operations that is a dozen passes over the block and thousands of sh
 a row that lies in the first-level cache, at one to three nanoseconds a score, and no thread waits for the interpreter.
 Numba compiles these functions at first use and keeps the result next to this file (or in the user's cache folder).
 
-None of them may be compiled with `fastmath`: the order of the additions is the point, and a fused multiply-add would
-round once where the devkit rounds twice.
+None of them but `range_squares` may be compiled with `fastmath`: the order of the additions is the point, and a fused
+multiply-add would round once where the devkit rounds twice.
 
 Conventions: features are C-contiguous float32; D is a half score (`scores`, equation 1); a window (`windows`) is the
 pair (low, high) of float32 around a threshold, `low` and `high` ascending and ended by an infinity.
@@ -29,6 +29,20 @@ Function = TypeVar("Function", bound=Callable)
 def compiled(function: Function) -> Function:
     """Compile with Numba: without the interpreter's lock, as NumPy divides, kept for the next process."""
     return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def range_squares(values: np.ndarray, edges: np.ndarray, squares: np.ndarray) -> None:
+    """|x|^2 of float32 [n, d], per range of dimensions between `edges` [C + 1], into `squares` float64 [n, C].
+
+    The one sum here that may be added in any order; in the same one for equal features.
+    """
+    for i in range(len(values)):
+        for c in range(squares.shape[1]):
+            total = 0.0
+            for k in range(edges[c], edges[c + 1]):
+                total += np.float64(values[i, k]) * np.float64(values[i, k])
+            squares[i, c] = total
 
 
 # ---------------------------------------------------------------------------------------------- exact scores
@@ -153,13 +167,42 @@ def to_bin(value: float, scale: float, offset: float, bins: int) -> int:
 
 
 @compiled
+def fill_windows(
+    thresholds: np.ndarray,
+    asked: np.ndarray,
+    squares: np.ndarray,
+    width: np.ndarray,
+    exact: bool,
+    low: np.ndarray,
+    high: np.ndarray,
+) -> None:
+    """The windows of the first `asked` [n] of each probe's thresholds [n, K + 1], into low and high [n, K + 1].
+
+    squares and width float64 [n] as in `scores`. Edges are rounded outward. When scores are `exact`, none is near a
+    threshold, and one on it is not above it: low follows high.
+    """
+    for i in range(len(thresholds)):
+        for k in range(asked[i]):
+            middle = thresholds[i, k] + squares[i]
+            down, up = (middle - width[i]) / 2, (middle + width[i]) / 2
+            low[i, k], high[i, k] = down, up
+            if high[i, k] < up:
+                high[i, k] = np.nextafter(high[i, k], np.float32(np.inf))
+            if exact:
+                low[i, k] = np.nextafter(high[i, k], np.float32(np.inf))
+            elif low[i, k] > down:
+                low[i, k] = np.nextafter(low[i, k], np.float32(-np.inf))
+
+
+@compiled
 def fill_starts(high: np.ndarray, scale: float, offset: float, starts: np.ndarray) -> None:
     """starts[b]: how many of the ascending `high` are surely below every value of bin b."""
-    k, last = 0, len(high) - 1  # the infinity at the end is below nothing
-    for number in range(len(starts)):
-        while k < last and to_bin(high[k], scale, offset, len(starts)) < number:
-            k += 1
-        starts[number] = k
+    number = 0
+    for k in range(len(high) - 1):  # the infinity at the end is below nothing
+        end = to_bin(high[k], scale, offset, len(starts)) + 1
+        starts[number:end] = k
+        number = max(number, end)
+    starts[number:] = len(high) - 1
 
 
 @compiled

@@ -16,14 +16,14 @@ changing the counts (`ignored`). Counts are kept as integers: the devkit's float
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megaface import kernels, scores
-from megaface.tally import BEST, Questions, Tally, strict_products, survey, tally, worker_count
+from megaface.tally import BEST, Questions, Tally, survey, tally, worker_threads
 from utils import InputError
 
 IMPOSTOR_PROBES = 100  # the devkit's ROC takes the impostor scores of the first 100 probes (hard-coded)
@@ -111,10 +111,21 @@ def identification(
     absent = np.zeros(len(probes), bool) if absent is None else np.asarray(absent, bool)
     _check_shapes(probes, ids, distractors, sizes)
     used = sorted({min(size, len(distractors)) for size in sizes})
-    game = _Game(probes, ids, absent, torch.device(device))
-    answers = tally(
-        game.values, distractors, game.questions, used, ignored=ignored, absent=absent, device=device, advance=advance
-    )
+    device = torch.device(device)
+    with worker_threads(device) as pool:
+        game = _Game(probes, ids, absent, device, pool)
+        answers = tally(
+            game.values,
+            game.survey,
+            distractors,
+            game.questions,
+            used,
+            pool,
+            ignored=ignored,
+            absent=absent,
+            device=device,
+            advance=advance,
+        )
     by_columns = dict(zip(used, answers, strict=True))
     columns = [min(size, len(distractors)) for size in sizes]
     return [game.result(size, m, by_columns[m]) for size, m in zip(sizes, columns, strict=True)]
@@ -157,11 +168,12 @@ def _check_shapes(probes: np.ndarray, ids: tuple[str, ...], distractors: np.ndar
 class _Game:
     """Everything that the probes alone decide: genuine pairs and scores, galleries, and what to ask of distractors."""
 
-    def __init__(self, probes: np.ndarray, ids: tuple[str, ...], absent: np.ndarray, device: torch.device) -> None:
+    def __init__(
+        self, probes: np.ndarray, ids: tuple[str, ...], absent: np.ndarray, device: torch.device, pool: Executor
+    ) -> None:
         self.ids, self.absent = ids, absent
         self.values = np.ascontiguousarray(probes)
-        workers = worker_count(device)
-        self.survey = survey(self.values, "probe", workers)
+        self.survey = survey(self.values, "probe", pool)
         self.probes = torch.from_numpy(self.values).to(device)
         self.squares = torch.from_numpy(self.survey.squares).to(device)
         self.groups = _groups(ids)
@@ -171,9 +183,8 @@ class _Game:
         for number, members in enumerate(self.groups):
             self.group[members], self.place[members], self.others[members] = number, _count(members), len(members) - 1
         self.starts = self.others.cumsum() - self.others  # of the pairs with this probe as gallery image
-        with strict_products(workers), ThreadPoolExecutor(workers) as pool:
-            self.pairs, self.pair_scores = self._genuine(pool)
-            self.galleries = self._trials(pool)
+        self.pairs, self.pair_scores = self._genuine(pool)
+        self.galleries = self._trials(pool)
         self.questions = self._questions()
 
     # ------------------------------------------------------------------------------------------ genuine pairs

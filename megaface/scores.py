@@ -142,13 +142,14 @@ def survey_rows(values: np.ndarray) -> Survey:
     """`Survey` of a few features [n, d], float32 or float64 (rounded to float32 first, as everywhere here)."""
     chunks = dimension_chunks(values.shape[1])
     with np.errstate(over="ignore", invalid="ignore"):
-        exact = np.asarray(values, np.float32).astype(np.float64)
-        parts = np.stack([np.einsum("ij,ij->i", exact[:, a:b], exact[:, a:b]) for a, b in chunks], axis=1)
+        values = np.asarray(values, np.float32)
+        parts = np.empty((len(values), len(chunks)))
+        kernels.range_squares(values, np.array([a for a, _ in chunks] + [values.shape[1]]), parts)
         total = parts.sum(axis=1)
         # The devkit sums in order; another order can round to another float32 only next to the midpoint of two.
         margin = total * (values.shape[1] * 2.0**-52)
         unsure = np.flatnonzero((total - margin).astype(np.float32) != (total + margin).astype(np.float32))
-        total[unsure] = np.cumsum(exact[unsure] ** 2, axis=1)[:, -1]
+        total[unsure] = np.cumsum(values[unsure].astype(np.float64) ** 2, axis=1)[:, -1]
         squares = total.astype(np.float32)
         # Any fixed odd multipliers do; these are the splitmix64 increment and its multiples.
         multipliers = (np.arange(1, len(chunks) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
@@ -257,7 +258,7 @@ class Bounds:
         self.exact = exact
 
     def half_width(self, gallery: GalleryClass, thresholds: np.ndarray | None = None) -> np.ndarray:
-        """W float64 [n] that holds for every decision `S > s` against one of `thresholds` [n, K] (padded with inf).
+        """W float64 [n] that holds for every decision `S > s` against one of `thresholds` [n, K], ascending up to infs.
 
         Without thresholds W holds for any decision.
         """
@@ -280,14 +281,12 @@ class Bounds:
 
     def _largest_dot(self, gallery: GalleryClass, thresholds: np.ndarray) -> np.ndarray:
         """The largest |dot| [n] at which a score can equal a threshold: 2 dot = s + |p|^2 + |g|^2."""
-        finite = np.where(np.isfinite(thresholds), thresholds, np.nan).astype(np.float64)
-        filled = np.isfinite(thresholds).any(axis=1)
-        low, high = np.zeros(len(filled)), np.zeros(len(filled))
-        low[filled] = np.nanmin(finite[filled], axis=1)
-        high[filled] = np.nanmax(finite[filled], axis=1)
+        count = np.isfinite(thresholds).sum(axis=1)
+        low = thresholds[:, 0].astype(np.float64)
+        high = np.take_along_axis(thresholds, np.maximum(count - 1, 0)[:, None], 1)[:, 0].astype(np.float64)
         smallest = np.abs(low + self.squares + gallery.smallest_square)
         largest = np.abs(high + self.squares + gallery.largest_square)
-        return np.where(filled, np.maximum(smallest, largest) / 2, 0.0)
+        return np.where(count > 0, np.maximum(smallest, largest) / 2, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- matrix product

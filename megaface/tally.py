@@ -19,7 +19,7 @@ recomputed for the most part and take some ten times as long.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -106,22 +106,21 @@ class Kind:
 
 
 @contextmanager
-def strict_products(workers: int) -> Iterator[None]:
-    """Matrix products in true float32 (no TF32, no bfloat16), and one torch thread in each of several workers."""
+def worker_threads(device: torch.device) -> Iterator[Executor]:
+    """Threads that share the work, with matrix products in true float32 (no TF32, no bfloat16); a GPU is fed by one.
+
+    Each thread tells torch that it wants no others: torch asks per thread, and BLAS would start as many for each.
+    """
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
-    if workers > 1:
-        torch.set_num_threads(1)
+    count = threads if device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(count, "challenge", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield
+        yield pool
     finally:
-        torch.set_num_threads(threads)
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what threads that start later begin with
         torch.set_float32_matmul_precision(precision)
-
-
-def worker_count(device: torch.device) -> int:
-    """Threads that share the work: a GPU is fed by one."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 class FeatureError(InputError):
@@ -132,10 +131,10 @@ class FeatureError(InputError):
         self.side, self.row, self.reason = side, row, reason
 
 
-def survey(values: np.ndarray, name: str, workers: int = 1, usable: np.ndarray | None = None) -> Survey:
+def survey(values: np.ndarray, name: str, pool: Executor | None = None, usable: np.ndarray | None = None) -> Survey:
     """Survey all features [n, d] in parallel; `FeatureError` for a usable one whose scores could be not finite."""
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values))))
+    do = map if pool is None else pool.map
+    parts = list(do(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values))))
     whole = scores.join_surveys(parts)
     fits = whole.squares <= scores.LARGEST_SQUARE  # false for NaN
     bad = np.flatnonzero(~fits if usable is None else ~fits & usable)
@@ -147,34 +146,35 @@ def survey(values: np.ndarray, name: str, workers: int = 1, usable: np.ndarray |
 
 def tally(
     probes: np.ndarray,
+    of_probes: Survey,
     distractors: np.ndarray,
     questions: Questions,
     sizes: Sequence[int],
+    pool: Executor,
     *,
     ignored: np.ndarray | None = None,
-    absent: np.ndarray | None = None,
-    device: torch.device | str = "cpu",
+    absent: np.ndarray,
+    device: torch.device,
     advance: Callable[[int], object] = lambda columns: None,
 ) -> list[Tally]:
     """Answer `questions` for the first m distractors, for every m of `sizes` (ascending, the last at most M).
 
-    `probes` [n, d] and `distractors` [M, d] are float32 or float64 arrays (memory-mapped ones are read in blocks).
+    `probes` float32 [n, d] and their survey; `distractors` [M, d] float32 or float64 (a memory-mapped array is read in
+    blocks). `pool` as from `worker_threads` for this device.
     `ignored` bool [M] marks distractors that can match nothing, whatever is in their rows, `absent` bool [n] probes
     without a feature: their rows, zeros, count nothing and have no best distractors. `advance` is called with the
     number of distractors that each finished block covered. Raises `InputError` for features that are not finite or
     too large.
     """
     usable = np.ones(sizes[-1], bool) if ignored is None else ~np.asarray(ignored[: sizes[-1]], bool)
-    scan = Scan(probes, distractors[: sizes[-1]], questions, sizes, usable, absent, torch.device(device))
+    of_distractors = survey(distractors[: sizes[-1]], "distractor", pool, usable)
+    scan = Scan(
+        probes, of_probes, distractors[: sizes[-1]], of_distractors, questions, sizes, usable, absent, device
+    )
     scan.plan(usable)
     advance(int((~usable).sum()))
-    pool = ThreadPoolExecutor(scan.workers)
-    try:
-        with strict_products(scan.workers):
-            for covered in pool.map(scan.score, scan.blocks):
-                advance(covered)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for covered in pool.map(scan.score, scan.blocks):
+        advance(covered)
     return scan.collect()
 
 
@@ -184,24 +184,22 @@ class Scan:
     def __init__(
         self,
         probes: np.ndarray,
+        of_probes: Survey,
         distractors: np.ndarray,
+        of_distractors: Survey,
         questions: Questions,
         sizes: Sequence[int],
         usable: np.ndarray,
-        absent: np.ndarray | None,
+        absent: np.ndarray,
         device: torch.device,
     ) -> None:
         self.device, self.distractors, self.questions, self.sizes = device, distractors, questions, list(sizes)
-        self.workers = worker_count(device)
         self.rows, self.columns = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
-        self.absent = np.zeros(len(probes), bool) if absent is None else absent
-        values = np.ascontiguousarray(probes, np.float32)
-        of_probes = survey(values, "probe", self.workers)
-        self.values, self.survey_of_probes = values, of_probes
-        self.survey = survey(distractors, "distractor", self.workers, usable)
-        tops = float(of_probes.squares.max()), float(self.survey.squares[usable].max(initial=0))
-        self.bounds = Bounds(of_probes, rounds_nowhere(values, distractors, usable, tops))
-        self.probes = torch.from_numpy(values).to(device)
+        self.absent = absent
+        self.values, self.survey_of_probes, self.survey = probes, of_probes, of_distractors
+        tops = float(of_probes.squares.max()), float(of_distractors.squares[usable].max(initial=0))
+        self.bounds = Bounds(of_probes, rounds_nowhere(probes, distractors, usable, tops))
+        self.probes = torch.from_numpy(probes).to(device)
         self.squares = torch.from_numpy(of_probes.squares).to(device)
         self.genuine = torch.from_numpy(questions.genuine).to(device)
         self.segments = [self.new_segment() for _ in sizes]
@@ -316,7 +314,8 @@ def rounds_nowhere(
     """Whether all features are multiples of one power of two, coarse enough for every score to be exact."""
     step = float("inf")
     for values, wanted in ((probes, np.ones(len(probes), bool)), (distractors, usable)):
-        for rows in scores.survey_ranges(len(values)):
+        # The first row alone tells of nearly all features that they round.
+        for rows in (slice(0, 1), *scores.survey_ranges(len(values))):
             step = min(step, scores.quantum(values[rows][wanted[rows]]))
             if not scores.is_exact(step, *largest_squares):
                 return False

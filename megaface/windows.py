@@ -70,31 +70,33 @@ class Windows:
         `distractors`: about how many scores a probe will have."""
         self.device = device
         self.count = thresholds.shape[1]
-        self.finite = np.isfinite(thresholds) & ~absent[:, None]
-        width = bounds.half_width(gallery, thresholds)[:, None]
-        middle = np.where(self.finite, thresholds, 0.0) + bounds.squares[:, None]
-        low, high = outward((middle - width) / 2, (middle + width) / 2)
-        if bounds.exact:  # nothing rounds, so a half score on the threshold is not above it
-            low = np.nextafter(high, np.float32(np.inf))
+        asked = np.where(absent, 0, np.isfinite(thresholds).sum(axis=1))  # how many thresholds each probe has
         # One more column of infinities ends every row.
-        low = np.pad(np.where(self.finite, low, np.inf), ((0, 0), (0, 1)), constant_values=np.inf)
-        high = np.pad(np.where(self.finite, high, np.inf), ((0, 0), (0, 1)), constant_values=np.inf)
-        self.low, self.high = (torch.from_numpy(edge.astype(np.float32)).to(device) for edge in (low, high))
-        ended = np.pad(thresholds, ((0, 0), (0, 1)), constant_values=np.inf)
-        self.thresholds = torch.from_numpy(ended).to(device)
+        shape = len(thresholds), self.count + 1
+        low, high = np.full(shape, np.inf, np.float32), np.full(shape, np.inf, np.float32)
+        ended = np.full(shape, np.inf, np.float32)
+        ended[:, :-1] = thresholds
+        width = bounds.half_width(gallery, thresholds)
+        kernels.fill_windows(ended, asked, bounds.squares, width, bounds.exact, low, high)
+        self.low, self.high, self.thresholds = (torch.from_numpy(edge).to(device) for edge in (low, high, ended))
+        self.asked = asked
         self.lowest = self.low[:, 0].clone()
         bins = min(TABLE_ENTRIES // max(1, len(low)), distractors // SCORES_PER_BIN)
         bins = int(np.clip(bins, 256, LARGEST_TABLE))
         self.bins = 1 << (bins.bit_length() - 1)
-        self.scale, self.offset = self._lines(low.astype(np.float64), high.astype(np.float64))
+        self.scale, self.offset = self._lines(low, high)
         self._tables: dict[int, Tensor] = {}
 
     def _lines(self, low: np.ndarray, high: np.ndarray) -> tuple[Tensor, Tensor]:
-        finite = np.pad(self.finite, ((0, 0), (0, 1)))
-        least = np.where(finite, np.minimum(low, high), np.inf).min(axis=1)
-        most = np.where(finite, np.maximum(low, high), -np.inf).max(axis=1)
-        some = self.finite.any(axis=1)
-        scale, offset = line(np.where(some, least, 0.0), np.where(some, most, 1.0), self.bins)
+        rows, last = np.arange(len(low)), np.maximum(self.asked - 1, 0)
+        least, most = (
+            np.where(self.asked > 0, some, without).astype(np.float64)
+            for some, without in (
+                (np.minimum(low[:, 0], high[:, 0]), 0),
+                (np.maximum(low[rows, last], high[rows, last]), 1),
+            )
+        )
+        scale, offset = line(least, most, self.bins)
         return torch.from_numpy(scale).to(self.device), torch.from_numpy(offset).to(self.device)
 
     def to_bins(self, values: Tensor, rows: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ class Windows:
         size = rows.stop - rows.start
         where = torch.arange(rows.start, rows.stop, device=self.device)
         low, high = self.low[rows, : self.count], self.high[rows, : self.count]
-        finite = self.finite[rows]
+        finite = np.arange(self.count) < self.asked[rows, None]
         # The work arrays have one entry more per row, so that what ends in the last bin does not reach the next row.
         shift = np.arange(size)[:, None]
         first, last = (

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+import time
 
 import hypothesis
 import megaface_transcription as slow
@@ -397,12 +399,36 @@ def test_products_are_true_float32_whatever_the_caller_prefers():
     threads = torch.get_num_threads()
     torch.set_float32_matmul_precision("medium")
     try:
-        with tally.strict_products(2):
-            assert torch.get_float32_matmul_precision() == "highest"
+        with tally.worker_threads(torch.device("cpu")) as pool:
+            assert pool.submit(torch.get_float32_matmul_precision).result() == "highest"
         assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.get_num_threads() == threads
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert torch.get_num_threads() == threads
+
+
+def test_a_product_in_a_worker_takes_one_thread():
+    """BLAS in every worker on all cores: with two workers, products took half as long again."""
+
+    def product():
+        left, right = torch.ones(2048, 2048), torch.ones(2048, 2048)
+        cpu, others = time.thread_time(), time.process_time()
+        left @ right
+        return time.process_time() - others, time.thread_time() - cpu
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with tally.worker_threads(torch.device("cpu")) as pool:
+            everything, own = pool.submit(product).result()
+            later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        found = []
+        later.start()
+        later.join()
+        assert found == [2]
+    finally:
+        torch.set_num_threads(threads)
+    assert everything < 1.3 * own
 
 
 def test_two_workers_find_the_same_as_one(monkeypatch):
