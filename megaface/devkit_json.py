@@ -4,13 +4,19 @@ The devkit writes them with an old jsoncpp (`StyledStreamWriter` with a tab): ke
 the document, arrays on one line when short, and floats as `%#.16g` of the float32 with trailing zeros cut to one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
+from megaface import kernels
 from megaface.protocol import Identification, subsample
 
-RIGHT_MARGIN = 74  # an array of this many characters, or a third as many elements, goes over several lines
+RIGHT_MARGIN = 74  # an array of this many characters goes over several lines
+LONG_ARRAY = -(-RIGHT_MARGIN // 3)  # and so does one of this many elements
+NO_ITEMS = "[]"
+INDENT = 3 * "\t"  # of the arrays of matches
+SEPARATOR = f",\n{INDENT}\t"
 
 
 def float_text(value: float) -> str:
@@ -27,12 +33,15 @@ def float_text(value: float) -> str:
 def array_text(items: Sequence[str], indent: str) -> str:
     """A JSON array of printed scalars, as it stands after `"key" : ` or on a line of its own."""
     if not items:
-        return "[]"
-    if 3 * len(items) < RIGHT_MARGIN:
+        return NO_ITEMS
+    if len(items) < LONG_ARRAY:
         line = f"[ {', '.join(items)} ]"
         if len(line) < RIGHT_MARGIN:
             return line
-    lines = f",\n{indent}\t".join(items)
+    return _long_array_text(f",\n{indent}\t".join(items), indent)
+
+
+def _long_array_text(lines: str, indent: str) -> str:
     return f"\n{indent}[\n{indent}\t{lines}\n{indent}]"
 
 
@@ -54,25 +63,42 @@ def cmc_text(result: Identification) -> str:
 
 def matches_text(result: Identification) -> str:
     """The text of `matches_*.json`: for every probe its best distractors, and the ranks of its mates."""
-    # Printed all at once: a call per probe would take longer than the printing.
-    mates, ranks = _integers(result.pairs[:, 0]), _integers(result.ranks)
-    best, scores = _integers(result.best_index.ravel()), _floats(result.best_score.ravel())
-    starts = np.searchsorted(result.pairs[:, 1], np.arange(len(result.ids) + 1)).tolist()
-    listed = (result.best_index >= 0).sum(axis=1).tolist()
-    width = result.best_index.shape[1]
+    of_probe = np.searchsorted(result.pairs[:, 1], np.arange(len(result.ids) + 1))
+    listed = result.best_index >= 0
+    of_best = np.append(0, listed.sum(axis=1).cumsum())
+    printed = _floats(result.best_score[listed])
+    scores = (array_text(printed[start:end], INDENT) for start, end in pairwise(of_best.tolist()))
+    best = _integer_arrays(result.best_index[listed], of_best)
+    mates, ranks = _integer_arrays(result.pairs[:, 0], of_probe), _integer_arrays(result.ranks, of_probe)
     entries = []
-    for probe in range(len(result.ids)):
-        some = slice(probe * width, probe * width + listed[probe])
-        distractors = _object({"idx": best[some], "score": scores[some]})
-        some = slice(starts[probe], starts[probe + 1])
-        probes = _object({"idx": mates[some], "rank": ranks[some]}) if mates[some] else " null"
+    for best_of, scores_of, mates_of, ranks_of in zip(best, scores, mates, ranks, strict=True):
+        distractors = _object("idx", best_of, "score", scores_of)
+        probes = " null" if mates_of == NO_ITEMS else _object("idx", mates_of, "rank", ranks_of)
         entries.append(f'\t\n\t{{\n\t\t"distractors" :{distractors},\n\t\t"probes" :{probes}\n\t}}')
     return "\n[\n" + ",\n".join(entries) + "\n]\n"
 
 
-def _object(arrays: dict[str, list[str]]) -> str:
-    members = ",\n".join(f'\t\t\t"{name}" : {array_text(items, chr(9) * 3)}' for name, items in arrays.items())
-    return f" \n\t\t{{\n{members}\n\t\t}}"
+def _object(first: str, one: str, second: str, other: str) -> str:
+    return f' \n\t\t{{\n\t\t\t"{first}" : {one},\n\t\t\t"{second}" : {other}\n\t\t}}'
+
+
+def _integer_arrays(values: np.ndarray, bounds: np.ndarray) -> Iterator[str]:
+    """The texts of the arrays values[bounds[k] : bounds[k + 1]] of numbers >= 0.
+
+    All are printed at once, as if every array were long: those that are need only be cut out.
+    """
+    separator = np.frombuffer(SEPARATOR.encode(), np.uint8)
+    text, ends = np.empty((20 + len(separator)) * len(values), np.uint8), np.empty(len(values) + 1, np.int64)
+    ends[0] = -len(separator)
+    kernels.join_integers(values.astype(np.uint64), separator, text, ends[1:])
+    lines = text[: max(0, ends[-1])].tobytes().decode()
+    starts, ends = (ends[bounds] + len(separator)).tolist(), ends[bounds].tolist()
+    for number, count in enumerate(np.diff(bounds).tolist()):
+        some = lines[starts[number] : ends[number + 1]]
+        if count >= LONG_ARRAY:
+            yield _long_array_text(some, INDENT)
+        else:
+            yield array_text(some.split(SEPARATOR) if count else [], INDENT)
 
 
 def _rank_curve(curve: np.ndarray) -> tuple[list[str], list[str]]:
@@ -80,13 +106,8 @@ def _rank_curve(curve: np.ndarray) -> tuple[list[str], list[str]]:
     return _integers(kept), _floats(curve[kept])
 
 
-def _integers(values: Sequence[int] | np.ndarray) -> list[str]:
-    values = np.asarray(values)
-    numbers = values.tolist()
-    if len(numbers) and values.min() >= 0 and values.max() < len(numbers):
-        texts = list(map(str, range(int(values.max()) + 1)))  # many are equal: a look into a table is faster
-        return [texts[number] for number in numbers]
-    return list(map(str, numbers))
+def _integers(values: Sequence[int]) -> list[str]:
+    return list(map(str, values))
 
 
 def _floats(values: np.ndarray) -> list[str]:

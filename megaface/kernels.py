@@ -490,3 +490,30 @@ def gallery_positions(
                     value = (exact[j] + exact[j]) + (-own + -squares[near[j]])
                     before += (value > score) | ((value == score) & (near[j] > mate))
             positions[i, t] = before
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+@compiled
+def join_integers(numbers: np.ndarray, separator: np.ndarray, text: np.ndarray, ends: np.ndarray) -> None:
+    """Decimal digits of uint64 numbers [N], each followed by `separator` uint8; ends int64 [N]: where the digits end.
+
+    `text` uint8 has room for 20 digits and a separator per number.
+    """
+    ten, zero = np.uint64(10), np.uint64(ord("0"))
+    length = 0
+    for i in range(len(numbers)):
+        number, digits = numbers[i], 1
+        while number >= ten:
+            number //= ten
+            digits += 1
+        length += digits
+        number = numbers[i]
+        for place in range(length - 1, length - 1 - digits, -1):
+            text[place] = zero + number % ten
+            number //= ten
+        ends[i] = length
+        for character in separator:
+            text[length] = character
+            length += 1
