@@ -111,4 +111,9 @@ def _integers(values: Sequence[int]) -> list[str]:
 
 
 def _floats(values: np.ndarray) -> list[str]:
-    return [float_text(value) for value in np.asarray(values, np.float64).tolist()]
+    text, odd = np.empty(21 * len(values), np.uint8), np.empty(len(values), bool)
+    length = kernels.join_scores(np.asarray(values, np.float32), ord(" "), text, odd)
+    items = text[:length].tobytes().decode().split(" ")[: len(values)]
+    for number in np.flatnonzero(odd):
+        items[number] = float_text(float(values[number]))
+    return items

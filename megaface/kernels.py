@@ -12,6 +12,7 @@ Conventions: features are C-contiguous float32; D is a half score (`scores`, equ
 pair (low, high) of float32 around a threshold, `low` and `high` ascending and ended by an infinity.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -517,3 +518,43 @@ def join_integers(numbers: np.ndarray, separator: np.ndarray, text: np.ndarray, 
         for character in separator:
             text[length] = character
             length += 1
+
+
+@compiled
+def join_scores(numbers: np.ndarray, separator: int, text: np.ndarray, odd: np.ndarray) -> int:
+    """Float32 numbers [N] as `devkit_json.float_text` prints them, each followed by the byte `separator`.
+
+    Only magnitudes from 0.01 up to 10, sixteen digits of which are a shift of a product that fits into 64 bits: of
+    others nothing is written, and they are marked in `odd` bool [N]. `text` uint8 has room for 21 bytes a number;
+    returns how many were written.
+    """
+    ten, zero, one = np.uint64(10), np.uint64(ord("0")), np.uint64(1)
+    length = 0
+    for i in range(len(numbers)):
+        size = abs(np.float64(numbers[i]))
+        odd[i] = not (0.01 <= size < 10)
+        if not odd[i]:
+            decimals = 15 if size >= 1 else 16 if size >= 0.1 else 17
+            fraction, exponent = math.frexp(size)
+            product = np.uint64(fraction * 2.0**24)  # times 2^(exponent - 24) is the number
+            for _ in range(decimals):
+                product *= np.uint64(5)
+            shift = np.uint64(24 - exponent - decimals)
+            digits = product >> shift
+            rest, half = product - (digits << shift), one << (shift - one)
+            if rest > half or (rest == half and digits & one):
+                digits += one
+            if numbers[i] < 0:
+                text[length] = ord("-")
+                length += 1
+            length += decimals + 2  # with the digit before the point
+            for place in range(length - 1, length - 1 - decimals, -1):
+                text[place] = zero + digits % ten
+                digits //= ten
+            text[length - decimals - 1] = ord(".")
+            text[length - decimals - 2] = zero + digits
+            while text[length - 1] == zero and text[length - 2] == zero:
+                length -= 1
+        text[length] = separator
+        length += 1
+    return length

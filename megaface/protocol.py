@@ -15,7 +15,7 @@ changing the counts (`ignored`). Counts are kept as integers: the devkit's float
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from megaface import kernels, scores
-from megaface.tally import BEST, Questions, Tally, survey, tally, worker_threads
+from megaface.scores import Survey
+from megaface.tally import BEST, Questions, Tally, finish_survey, start_survey, tally, worker_threads
 from utils import InputError
 
 IMPOSTOR_PROBES = 100  # the devkit's ROC takes the impostor scores of the first 100 probes (hard-coded)
@@ -107,17 +108,20 @@ def identification(
     features that are not finite or overflow float32.
     """
     ids = tuple(ids)
-    probes = np.asarray(probes, np.float32) if absent is None else _without(probes, absent)
+    probes = np.ascontiguousarray(probes if absent is None else _without(probes, absent), np.float32)
     absent = np.zeros(len(probes), bool) if absent is None else np.asarray(absent, bool)
     _check_shapes(probes, ids, distractors, sizes)
     used = sorted({min(size, len(distractors)) for size in sizes})
+    distractors = distractors[: used[-1]]
     device = torch.device(device)
     with worker_threads(device) as pool:
-        game = _Game(probes, ids, absent, device, pool)
+        surveys = start_survey(probes, pool), start_survey(distractors, pool)
+        game = _Game(probes, surveys[0], ids, absent, device, pool)
         answers = tally(
-            game.values,
+            probes,
             game.survey,
             distractors,
+            surveys[1],
             game.questions,
             used,
             pool,
@@ -169,13 +173,15 @@ class _Game:
     """Everything that the probes alone decide: genuine pairs and scores, galleries, and what to ask of distractors."""
 
     def __init__(
-        self, probes: np.ndarray, ids: tuple[str, ...], absent: np.ndarray, device: torch.device, pool: Executor
+        self,
+        probes: np.ndarray,
+        survey: Iterable[Survey],
+        ids: tuple[str, ...],
+        absent: np.ndarray,
+        device: torch.device,
+        pool: Executor,
     ) -> None:
-        self.ids, self.absent = ids, absent
-        self.values = np.ascontiguousarray(probes)
-        self.survey = survey(self.values, "probe", pool)
-        self.probes = torch.from_numpy(self.values).to(device)
-        self.squares = torch.from_numpy(self.survey.squares).to(device)
+        self.values, self.ids, self.absent = probes, ids, absent
         self.groups = _groups(ids)
         self.members = np.concatenate(self.groups)
         # Of each probe: the number of its identity, its place among the probes of that, and how many others those are.
@@ -183,9 +189,12 @@ class _Game:
         for number, members in enumerate(self.groups):
             self.group[members], self.place[members], self.others[members] = number, _count(members), len(members) - 1
         self.starts = self.others.cumsum() - self.others  # of the pairs with this probe as gallery image
+        self.survey = finish_survey(probes, "probe", survey)
+        self.probes = torch.from_numpy(probes).to(device)
+        self.squares = torch.from_numpy(self.survey.squares).to(device)
         self.pairs, self.pair_scores = self._genuine(pool)
         self.galleries = self._trials(pool)
-        self.questions = self._questions()
+        self.questions = self._questions()  # while the pool places mates in their galleries
 
     # ------------------------------------------------------------------------------------------ genuine pairs
 
@@ -217,24 +226,24 @@ class _Game:
     # ------------------------------------------------------------------------------------------ traditional CMC
 
     def _trials(self, pool: Executor) -> list["_Trial"]:
-        """The galleries of the traditional CMC: of each its probes, their mates' scores and positions."""
+        """The galleries of the traditional CMC: of each its probes and their mates' scores."""
         images = np.stack(draw_galleries(self.groups))
         mates = images.T[self.group]  # int64 [n, galleries]
         score = np.full(mates.shape, -np.inf, np.float32)
         probe, gallery = np.nonzero(mates != _count(self.ids)[:, None])  # an image is no probe of its own gallery
         score[probe, gallery] = self.pair_scores[self.pair_number(probe, mates[probe, gallery])]
-        position = self._positions(pool, images, mates, score)
+        self._start_placing(pool, images, mates, score)
         probes = [self.members[mate[self.members] != self.members] for mate in mates.T]
-        return [_Trial(score[some, number], position[some, number]) for number, some in enumerate(probes)]
+        return [_Trial(some, score[some, number]) for number, some in enumerate(probes)]
 
-    def _positions(self, pool: Executor, images: np.ndarray, mates: np.ndarray, score: np.ndarray) -> np.ndarray:
-        """Where each probe's mate stands in each gallery, int64 [n, galleries]: score descending, equal scores larger
-        probe index first; the last place for pairs that cannot be scored."""
-        position = np.full(mates.shape, images.shape[1] - 1)
+    def _start_placing(self, pool: Executor, images: np.ndarray, mates: np.ndarray, score: np.ndarray) -> None:
+        """Let the pool find where each probe's mate stands in each gallery, int64 [n, galleries]: score descending,
+        equal scores larger probe index first; the last place for pairs that cannot be scored."""
+        self.position, self.placing = np.full(mates.shape, images.shape[1] - 1), []
         absent = self.absent[images]
         chosen = np.unique(images[~absent])  # images are in several galleries: one product for all
         if not len(chosen):
-            return position
+            return
         column = np.where(absent, -1, np.searchsorted(chosen, images))
         bounds = scores.Bounds(self.survey, exact=False)
         width = bounds.half_width(scores.gallery_class(self.survey, chosen))
@@ -245,11 +254,10 @@ class _Game:
             rows = slice(start, min(start + POSITION_ROWS, len(mates)))
             out = torch.empty(rows.stop - start, len(chosen), device=right.device)
             half = scores.half_scores(self.probes[rows], right, right_squares, out, torch.empty_like(out))
-            some = mates[rows], score[rows], width[rows], position[rows]
+            some = mates[rows], score[rows], width[rows], self.position[rows]
             kernels.gallery_positions(half.cpu().numpy(), start, images, column, *some, self.values, self.survey.squares)
 
-        list(pool.map(place, range(0, len(mates), POSITION_ROWS)))
-        return position
+        self.placing = [pool.submit(place, start) for start in range(0, len(mates), POSITION_ROWS)]
 
     # ------------------------------------------------------------------------------------------ questions
 
@@ -314,7 +322,9 @@ class _Game:
         return Roc(accepts, counts.astype(np.float32) / np.float32(self.genuine_total), impostors)
 
     def _traditional(self, beaten: np.ndarray, columns: int) -> np.ndarray:
-        position = np.concatenate([trial.position for trial in self.galleries])
+        for task in self.placing:
+            task.result()
+        position = np.concatenate([self.position[trial.probe, number] for number, trial in enumerate(self.galleries)])
         histogram = np.bincount(position + beaten, minlength=columns + len(self.groups)).astype(np.float32)
         # The devkit adds float32 shares one after the other, so the curve ends a little off 1.
         return np.cumsum(histogram / np.float32(len(position)), dtype=np.float32)
@@ -325,8 +335,8 @@ class _Trial:
     """The probes of one traditional gallery. The devkit compares the i-th of them with the distractors of probe i of
     the *list* (a defect, part of its published numbers), so their order matters."""
 
+    probe: np.ndarray  # int64 [Q]
     score: np.ndarray  # float32 [Q]: S(probe, mate)
-    position: np.ndarray  # int64 [Q]: of the mate in the gallery, 0 is best
 
 
 def ascending_bits(values: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from megaface.devkit_json import cmc_text, matches_text
 from megaface.features import read_bins, write_matrix
 from megaface.lists import TemplateList, read_template_list
 from megaface.protocol import IMPOSTOR_PROBES, Identification, identification
-from megaface.tally import FeatureError, survey
+from megaface.tally import FeatureError, finish_survey, start_survey, worker_threads
 from utils import InputError
 
 SIZES = (10, 100, 1000, 10000, 100000, 1000000)
@@ -189,7 +189,9 @@ def load(features: TemplateList, what: str, dimensions: int | None = None) -> np
 def matrix_rows(left: np.ndarray, right: np.ndarray, what: str) -> Iterator[np.ndarray]:
     """The devkit's score matrix [n, m] in blocks of rows, exact to the bit."""
     tensors = torch.from_numpy(left), torch.from_numpy(right)
-    squares = [torch.from_numpy(survey(side, "feature").squares) for side in (left, right)]
+    with worker_threads(torch.device("cpu")) as pool:
+        surveys = [finish_survey(side, "feature", start_survey(side, pool)) for side in (left, right)]
+    squares = [torch.from_numpy(survey.squares) for survey in surveys]
     with utils.progress(len(left), f"writing {what}", unit="row") as bar:
         for start in range(0, len(left), MATRIX_ROWS):
             rows = slice(start, start + MATRIX_ROWS)

@@ -18,7 +18,7 @@ recomputed for the most part and take some ten times as long.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,11 +131,16 @@ class FeatureError(InputError):
         self.side, self.row, self.reason = side, row, reason
 
 
-def survey(values: np.ndarray, name: str, pool: Executor | None = None, usable: np.ndarray | None = None) -> Survey:
-    """Survey all features [n, d] in parallel; `FeatureError` for a usable one whose scores could be not finite."""
-    do = map if pool is None else pool.map
-    parts = list(do(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values))))
-    whole = scores.join_surveys(parts)
+def start_survey(values: np.ndarray, pool: Executor) -> Iterator[Survey]:
+    """Let the pool survey features [n, d] piece by piece; returns at once."""
+    return pool.map(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values)))
+
+
+def finish_survey(
+    values: np.ndarray, name: str, parts: Iterable[Survey], usable: np.ndarray | None = None
+) -> Survey:
+    """The survey of all features; `FeatureError` for a usable one whose scores could be not finite."""
+    whole = scores.join_surveys(list(parts))
     fits = whole.squares <= scores.LARGEST_SQUARE  # false for NaN
     bad = np.flatnonzero(~fits if usable is None else ~fits & usable)
     if len(bad):
@@ -148,6 +153,7 @@ def tally(
     probes: np.ndarray,
     of_probes: Survey,
     distractors: np.ndarray,
+    survey: Iterable[Survey],
     questions: Questions,
     sizes: Sequence[int],
     pool: Executor,
@@ -157,20 +163,18 @@ def tally(
     device: torch.device,
     advance: Callable[[int], object] = lambda columns: None,
 ) -> list[Tally]:
-    """Answer `questions` for the first m distractors, for every m of `sizes` (ascending, the last at most M).
+    """Answer `questions` for the first m distractors, for every m of `sizes`, which ascend up to M.
 
     `probes` float32 [n, d] and their survey; `distractors` [M, d] float32 or float64 (a memory-mapped array is read in
-    blocks). `pool` as from `worker_threads` for this device.
+    blocks) and their survey that was started; `pool` as from `worker_threads` for this device.
     `ignored` bool [M] marks distractors that can match nothing, whatever is in their rows, `absent` bool [n] probes
     without a feature: their rows, zeros, count nothing and have no best distractors. `advance` is called with the
     number of distractors that each finished block covered. Raises `InputError` for features that are not finite or
     too large.
     """
     usable = np.ones(sizes[-1], bool) if ignored is None else ~np.asarray(ignored[: sizes[-1]], bool)
-    of_distractors = survey(distractors[: sizes[-1]], "distractor", pool, usable)
-    scan = Scan(
-        probes, of_probes, distractors[: sizes[-1]], of_distractors, questions, sizes, usable, absent, device
-    )
+    of_distractors = finish_survey(distractors, "distractor", survey, usable)
+    scan = Scan(probes, of_probes, distractors, of_distractors, questions, sizes, usable, absent, device)
     scan.plan(usable)
     advance(int((~usable).sum()))
     for covered in pool.map(scan.score, scan.blocks):
