@@ -12,7 +12,7 @@ from megaface.segments import BEST, exceeding
 if TYPE_CHECKING:
     from megaface.tally import Block, Scan
 
-PRODUCTS = 1 << 22  # room for the products of a chunk, in all pieces of the dimensions: 16 MB
+PRODUCTS = 1 << 21  # room for the products of a chunk, in all pieces of the dimensions: 8 MB
 
 
 class CpuWork:
