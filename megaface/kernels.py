@@ -196,23 +196,69 @@ def fill_windows(
 
 
 @compiled
-def fill_starts(high: np.ndarray, scale: float, offset: float, starts: np.ndarray) -> None:
-    """starts[b]: how many of the ascending `high` are surely below every value of bin b."""
-    number = 0
-    for k in range(len(high) - 1):  # the infinity at the end is below nothing
-        end = to_bin(high[k], scale, offset, len(starts)) + 1
-        starts[number:end] = k
-        number = max(number, end)
-    starts[number:] = len(high) - 1
+def fill_table(low: np.ndarray, high: np.ndarray, scale: float, offset: float, table: np.ndarray) -> None:
+    """What each bin tells of the thresholds: how many are surely below, plus K + 1 where a window of others touches it.
+
+    low and high [K + 1]; `table` holds integers up to 2 K + 1.
+    """
+    k = done = 0
+    while high[k] < np.inf:
+        edges = to_bin(low[k], scale, offset, len(table)), to_bin(high[k], scale, offset, len(table))
+        first, end = max(min(edges), done), max(max(edges) + 1, done)
+        table[done:first] = k
+        table[first:end] = k + len(high)
+        done = end
+        k += 1
+    table[done:] = k
+
+
+@compiled
+def fill_tables(low: np.ndarray, high: np.ndarray, scale: np.ndarray, offset: np.ndarray, tables: np.ndarray) -> None:
+    """`fill_table` for low and high [r, K + 1], scale and offset [r], tables [r, bins]."""
+    for i in range(len(high)):
+        fill_table(low[i], high[i], scale[i], offset[i], tables[i])
 
 
 @compiled
 def sort_in(
     values: np.ndarray,
+    lowest: float,
+    table: np.ndarray,
+    scale: float,
+    offset: float,
+    weights: np.ndarray,
+    histogram: np.ndarray,
+    columns: np.ndarray,
+) -> int:
+    """Sort values [N] into the gaps between K thresholds as far as `table` tells.
+
+    Adds the weight of each value that surely exceeds exactly k thresholds to histogram[k] (k = 0 is not kept right).
+    The columns of the others, ascending, go into `columns` [N] (and their weights into the second half of histogram
+    int64 [2 K + 2], which means nothing). Returns how many those are.
+    """
+    count, sure, bins = 0, len(histogram) // 2, len(table)
+    some = False
+    for j in range(len(values)):
+        some |= values[j] >= lowest
+    if not some:
+        return 0
+    places = np.empty(len(values), np.uint32)  # unsigned: an index that may be negative is looked at twice
+    for j in range(len(values)):
+        places[j] = to_bin(values[j], scale, offset, bins)
+    for j in range(len(values)):  # without a branch: whether a value is near a threshold nobody can foresee
+        code = np.uint32(table[places[j]])
+        histogram[code] += weights[j]
+        columns[count] = j
+        count += code >= sure
+    return count
+
+
+@compiled
+def look_closer(
+    values: np.ndarray,
     low: np.ndarray,
     high: np.ndarray,
-    starts: np.ndarray,
-    guesses: np.ndarray,
+    table: np.ndarray,
     scale: float,
     offset: float,
     weights: np.ndarray,
@@ -220,34 +266,24 @@ def sort_in(
     columns: np.ndarray,
     slots: np.ndarray,
 ) -> int:
-    """Sort values [N] into the gaps between K thresholds.
+    """Sort in those of the values at `columns` [M], as `sort_in` left them, that are outside of all windows.
 
-    Adds the weight of each value that surely exceeds exactly k thresholds to histogram[k] (k = 0 is not kept right).
-    Values inside a window are not added: their columns, ascending, and about how many thresholds they exceed, by the
-    table `guesses`, go into `columns` and `slots`. Returns how many those are.
+    The columns of the others take their place, and the thresholds that those surely exceed go into `slots`; returns how
+    many they are.
     """
-    count, lowest, last = 0, low[0], len(starts)
-    places = np.empty(STEP, np.uint32)
-    for begin in range(0, len(values), STEP):
-        part = values[begin : begin + STEP]
-        some = False
-        for j in range(len(part)):
-            some |= part[j] >= lowest
-        if not some:
-            continue
-        for j in range(len(part)):
-            places[j] = to_bin(part[j], scale, offset, last)
-        for j in range(len(part)):
-            value, place = part[j], places[j]
-            k = np.uint32(starts[place])  # unsigned: an index that may be negative is looked at twice
-            while value > high[k]:
-                k += np.uint32(1)
-            if value < low[k]:
-                histogram[k] += weights[begin + j]
-            else:
-                columns[count], slots[count] = begin + j, guesses[place]
-                count += 1
-    return count
+    kept = 0
+    for i in range(len(columns)):
+        column = columns[i]
+        value = values[column]
+        k = np.int64(table[to_bin(value, scale, offset, len(table))]) - len(high)
+        k += value > high[k]  # nearly always enough, and again without a branch
+        while value > high[k]:
+            k += 1
+        inside = value >= low[k]
+        histogram[k] += 0 if inside else weights[column]
+        columns[kept], slots[kept] = column, k
+        kept += inside
+    return kept
 
 
 @compiled
@@ -352,13 +388,13 @@ def scan_rows(
     """Sort the scores of r probes against N distractors in, and find what can be among the `best` of each probe.
 
     products [P, r, N] and shift [N] as in `add_up`; probes [r, d], squares [r]; gallery [N, d], its squares [N] and
-    weights int64 [N]; `turned` as in `exact_scores`. `windows` holds low, high and thresholds [r, K + 1], starts and
-    guesses [r, bins], scale and offset [r]. The counts are added to `histogram` int64 [r, K + 1], as `sort_in` says.
-    least and width float64 [r] as in `candidates`; `rounds`: whether scores round at all. `near` is scratch, and
-    `found` takes the candidates: rows, columns and exact scores, each of room for r N. So has `near`, and slots.
+    weights int64 [N]; `turned` as in `exact_scores`. `windows` holds low, high and thresholds [r, K + 1], tables
+    [r, bins], scale and offset [r]. The counts are added to `histogram` int64 [r, 2 K + 2], as `sort_in` says.
+    least and width float64 [r] as in `candidates`; `rounds`: whether scores round at all. `found` takes the candidates:
+    rows, columns and exact scores, each of room for r N. So has `near`, which is scratch: the same, and slots.
     Returns how many scores were computed again for a threshold, how many candidates there are, and `turned`.
     """
-    low, high, thresholds, starts, guesses, scale, offset = windows
+    low, high, thresholds, tables, scale, offset = windows
     near_row, near_column, near_score, slots = near
     row, column, score = found
     half = np.empty(products.shape[2], np.float32)
@@ -366,21 +402,13 @@ def scan_rows(
     near_count = count = 0
     for i in range(products.shape[1]):
         add_up(products, i, shift, half)
-        some = sort_in(
-            half,
-            low[i],
-            high[i],
-            starts[i],
-            guesses[i],
-            scale[i],
-            offset[i],
-            weights,
-            histogram[i],
-            near_column[near_count:],
-            slots[near_count:],
-        )
-        near_row[near_count : near_count + some] = i
-        near_count += some
+        of_row = tables[i], scale[i], offset[i], weights, histogram[i]
+        some = sort_in(half, low[i, 0], *of_row, near_column[near_count:])
+        if some:
+            columns = near_column[near_count : near_count + some]
+            some = look_closer(half, low[i], high[i], *of_row, columns, slots[near_count:])
+            near_row[near_count : near_count + some] = i
+            near_count += some
         some = candidates(half, least[i], width[i], top, column[count:])
         row[count : count + some] = i
         for j in range(count, count + some):
@@ -410,36 +438,33 @@ def count_impostors(
     windows: tuple[np.ndarray, ...],
     histogram: np.ndarray,
     near: tuple[np.ndarray, ...],
+    rounds: bool,
 ) -> tuple[int, np.ndarray]:
     """Sort the scores of rows `which` of a block into the gaps between all genuine scores; the rest as `scan_rows`.
 
-    probes [r, d] and squares [r] are those of `which` int64 [r]; `windows` are in units of the score, and they and
-    `histogram` int64 [U + 1] have no rows. Returns how many scores were computed again, and `turned`.
+    probes [r, d] and squares [r] are those of `which` int64 [r]. `windows` holds the least score that can be above a
+    genuine one, the genuine scores [U + 1], tables [bins] of their windows and of themselves, scale and offset;
+    `histogram` int64 [2 U + 2]. Returns how many scores were computed again, and `turned`.
     """
-    low, high, genuine, starts, guesses, scale, offset = windows
-    row, column, score, slots = near
+    lowest, genuine, table, places, scale, offset = windows
+    row, column, score, _ = near
     value = np.empty(products.shape[2], np.float32)
     count = 0
     for i in range(len(which)):
         add_up(products, which[i], shift, value)
         for j in range(len(value)):
             value[j] = (value[j] + value[j]) - squares[i]
-        some = sort_in(
-            value, low, high, starts, guesses, scale, offset, weights, histogram, column[count:], slots[count:]
-        )
+        some = sort_in(value, lowest, table, scale, offset, weights, histogram, column[count:])
         row[count : count + some] = i
+        for j in range(count, count + some):
+            score[j] = value[column[j]]
         count += some
-    turned = exact_scores(probes, squares, gallery, gallery_squares, turned, row[:count], column[:count], score)
+    if rounds:
+        turned = exact_scores(probes, squares, gallery, gallery_squares, turned, row[:count], column[:count], score)
     for j in range(count):
-        histogram[climb(score[j], genuine, slots[j])] += weights[column[j]]
+        about = places[to_bin(score[j], scale, offset, len(places))]
+        histogram[climb(score[j], genuine, about)] += weights[column[j]]
     return count, turned
-
-
-@compiled
-def fill_all_starts(high: np.ndarray, scale: np.ndarray, offset: np.ndarray, starts: np.ndarray) -> None:
-    """`fill_starts` for high [r, K + 1], scale and offset [r], starts [r, bins]."""
-    for i in range(len(high)):
-        fill_starts(high[i], scale[i], offset[i], starts[i])
 
 
 # ---------------------------------------------------------------------------------------------- galleries of probes

@@ -32,15 +32,17 @@ class CpuWork:
         self._start_counts()
 
     def _start_counts(self) -> None:
-        self.histogram = np.zeros_like(self.segment.histogram)
-        self.accepted = np.zeros(len(self.segment.accepted) + 1, np.int64)
+        # Twice as wide as what counts: see `kernels.sort_in`.
+        probes, codes = self.segment.histogram.shape
+        self.histogram = np.zeros((probes, 2 * codes), np.int64)
+        self.accepted = np.zeros((1, 2 * len(self.segment.accepted) + 2), np.int64)
         self.recomputed = 0
 
     def add_to_segment(self) -> None:
         """Hand the counts over to the segment that they belong to."""
         with self.segment.lock:
-            self.segment.histogram += self.histogram
-            self.segment.accepted += exceeding(self.accepted[None])[0]
+            self.segment.histogram += self.histogram[:, : self.segment.histogram.shape[1]]
+            self.segment.accepted += exceeding(self.accepted[:, : len(self.segment.accepted) + 1])[0]
             self.segment.recomputed += self.recomputed
 
     def take(self, block: "Block") -> None:
@@ -92,9 +94,9 @@ class CpuWork:
                 windows = self.impostors.for_kernel()
             sides = self._sides(which)
             recomputed, self.turned = kernels.count_impostors(
-                products, self.shift, which - rows.start, *sides, self.weights, windows, self.accepted, self.near
+                products, self.shift, which - rows.start, *sides, self.weights, windows, self.accepted[0], self.near, rounds
             )
-            self.recomputed += recomputed
+            self.recomputed += recomputed if rounds else 0
 
     def _multiply(self, rows: slice) -> np.ndarray:
         """The products of probes `rows` with the block, float32 [P, r, N], in P pieces of the dimensions."""

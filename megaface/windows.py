@@ -7,10 +7,7 @@ surely does not, and between the two it has to be computed again in the devkit's
 To sort millions of scores into the gaps between some fifty thresholds a row, the range of the thresholds is cut into
 bins, and a table says for each bin how many thresholds lie below it, or that a window touches it. The map from values
 to bins is monotone, and values and window edges go through the same operations, so a bin can never contradict a
-comparison: at worst a bin is marked that need not have been.
-
-A CPU goes from its table to the thresholds themselves (`kernels.sort_in`), so there the table only says where to start;
-a GPU, which has no loop per score, reads the whole answer from the table where no window is near.
+comparison: at worst a bin is marked that need not have been. Where none is marked, the table is the whole answer.
 """
 
 from functools import cached_property
@@ -113,52 +110,19 @@ class Windows:
 
     def for_kernel(self, rows: slice) -> tuple[np.ndarray, ...]:
         """What `kernels.scan_rows` takes as windows, for probes `rows`. Call from one thread at a time."""
-        if rows.start not in self._tables:
-            self._tables[rows.start] = torch.from_numpy(self._make_starts(rows))
-        low, high, thresholds, scale, offset = (
-            some[rows].numpy() for some in (self.low, self.high, self.thresholds, self.scale, self.offset)
-        )
-        starts = self._tables[rows.start].numpy()
-        return low, high, thresholds, starts, starts, scale, offset
-
-    def _make_starts(self, rows: slice) -> np.ndarray:
-        starts = np.empty((rows.stop - rows.start, self.bins), smallest_kind(self.count))
-        high, scale, offset = (some[rows].numpy() for some in (self.high, self.scale, self.offset))
-        kernels.fill_all_starts(high, scale, offset, starts)
-        return starts
+        some = self.low, self.high, self.thresholds, self.table(rows), self.scale, self.offset
+        return tuple((values if values is some[3] else values[rows]).numpy() for values in some)
 
     def table(self, rows: slice) -> Tensor:
-        """uint8, int16 or int32 [r, bins] for probes `rows`: how many thresholds are surely below a bin, plus K + 1
-        where the window of the next threshold touches it. Call from one thread at a time."""
+        """uint8, int16 or int32 [r, bins] for probes `rows`, as `kernels.fill_table` says. Call from one thread at a
+        time."""
         if rows.start not in self._tables:
-            self._tables[rows.start] = self._make_table(rows)
+            table = np.empty((rows.stop - rows.start, self.bins), smallest_kind(2 * self.count + 1))
+            kernels.fill_tables(
+                *(some[rows].cpu().numpy() for some in (self.low, self.high, self.scale, self.offset)), table
+            )
+            self._tables[rows.start] = torch.from_numpy(table).to(self.device)
         return self._tables[rows.start]
-
-    def _make_table(self, rows: slice) -> Tensor:
-        size, codes = rows.stop - rows.start, self.count + 1
-        table = np.empty((size, self.bins), smallest_kind(2 * codes))
-        for start in range(0, size, TABLE_ROWS):
-            part = slice(start, min(start + TABLE_ROWS, size))
-            table[part] = self._make_rows(slice(rows.start + part.start, rows.start + part.stop))
-        return torch.from_numpy(table).to(self.device)
-
-    def _make_rows(self, rows: slice) -> np.ndarray:
-        size = rows.stop - rows.start
-        where = torch.arange(rows.start, rows.stop, device=self.device)
-        low, high = self.low[rows, : self.count], self.high[rows, : self.count]
-        finite = np.arange(self.count) < self.asked[rows, None]
-        # The work arrays have one entry more per row, so that what ends in the last bin does not reach the next row.
-        shift = np.arange(size)[:, None]
-        first, last = (
-            (self.to_bins(edge, where).cpu().numpy().astype(np.int64) + shift)[finite]
-            for edge in (torch.minimum(low, high), torch.maximum(low, high))
-        )
-        length = size * (self.bins + 1)
-        starts = np.bincount(first, minlength=length).reshape(size, -1)
-        ends = np.bincount(last + 1, minlength=length).reshape(size, -1)
-        below = ends.cumsum(axis=1)[:, : self.bins]
-        touched = starts.cumsum(axis=1)[:, : self.bins] > below
-        return below + (self.count + 1) * touched
 
 
 class ImpostorWindows:
@@ -180,33 +144,34 @@ class ImpostorWindows:
         self.low, self.high, self.genuine = (np.append(some, np.float32(np.inf)) for some in (low, high, genuine))
         self.lowest = float(min(low[0], high[0]))
         scale, offset = line(np.minimum(low, high)[:1].astype(float), high[-1:].astype(float), IMPOSTOR_BINS)
-        self.scale, self.offset = float(scale[0]), float(offset[0])
-        self._tables: list[np.ndarray] = []
+        self.scale, self.offset = scale[0], offset[0]
 
-    def for_kernel(self) -> tuple[np.ndarray, ...]:
+    def for_kernel(self) -> tuple:
         """What `kernels.count_impostors` takes as windows. Call from one thread at a time."""
-        scale, offset = np.float32(self.scale), np.float32(self.offset)
-        if not self._tables:
-            # The windows of neighbours overlap by dozens: the thresholds themselves make a better guess.
-            for edge in (self.high, self.genuine):
-                self._tables.append(np.empty(IMPOSTOR_BINS, np.int32))
-                kernels.fill_starts(edge, scale, offset, self._tables[-1])
-        return self.low, self.high, self.genuine, *self._tables, scale, offset
+        return self.lowest, self.genuine, self.table, self._places, self.scale, self.offset
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """int32 [bins], as `kernels.fill_table` says."""
+        table = np.empty(IMPOSTOR_BINS, np.int32)
+        kernels.fill_table(self.low, self.high, self.scale, self.offset, table)
+        return table
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """About how many genuine scores are below a score in each bin, int32 [bins]."""
+        places = np.empty(IMPOSTOR_BINS, np.int32)
+        kernels.fill_table(self.genuine, self.genuine, self.scale, self.offset, places)
+        return places % len(self.genuine)
 
     @cached_property
     def near(self) -> Tensor:
-        """Whether a bin touches a window, bool [bins]."""
-        if self.exact:
-            return torch.zeros(IMPOSTOR_BINS, dtype=torch.bool, device=self.device)
-        first, last = (
-            self.to_bins(torch.from_numpy(edge[:-1])).numpy().astype(np.int64) for edge in (self.low, self.high)
-        )
-        opened = np.bincount(first, minlength=IMPOSTOR_BINS + 1) - np.bincount(last + 1, minlength=IMPOSTOR_BINS + 1)
-        return torch.from_numpy(opened.cumsum()[:IMPOSTOR_BINS] > 0).to(self.device)
+        """Whether a bin touches a window, bool [bins]; no window is any where nothing rounds."""
+        return torch.from_numpy((self.table >= len(self.genuine)) & (not self.exact)).to(self.device)
 
     def to_bins(self, values: Tensor) -> Tensor:
         """Bins int32 of scores; monotone."""
-        bins = values * self.scale
-        bins += self.offset
+        bins = values * float(self.scale)
+        bins += float(self.offset)
         bins.clamp_(0, IMPOSTOR_BINS - 1)
         return bins.to(torch.int32)
