@@ -23,7 +23,7 @@ TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to
 LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
 SCORES_PER_BIN = 8  # of a probe: fewer would not repay the making of a table
 TABLE_ROWS = 128  # probes whose scores go through their tables together
-IMPOSTOR_BINS = 1 << 16
+IMPOSTOR_BINS = 1 << 17
 STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
 
 
