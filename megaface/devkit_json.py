@@ -50,7 +50,7 @@ def cmc_text(result: Identification) -> str:
     accept_rates, verification_rates = result.roc.subsampled()
     curves = {
         "cmc": _rank_curve(result.cmc),
-        "roc": (_floats(accept_rates), _floats(verification_rates)),
+        "roc": (printed_floats(accept_rates), printed_floats(verification_rates)),
         "traditional_cmc": _rank_curve(result.traditional_cmc),
     }
     members = []
@@ -66,10 +66,10 @@ def matches_text(result: Identification) -> str:
     of_probe = np.searchsorted(result.pairs[:, 1], np.arange(len(result.ids) + 1))
     listed = result.best_index >= 0
     of_best = np.append(0, listed.sum(axis=1).cumsum())
-    printed = _floats(result.best_score[listed])
+    printed = printed_floats(result.best_score[listed])
     scores = (array_text(printed[start:end], INDENT) for start, end in pairwise(of_best.tolist()))
-    best = _integer_arrays(result.best_index[listed], of_best)
-    mates, ranks = _integer_arrays(result.pairs[:, 0], of_probe), _integer_arrays(result.ranks, of_probe)
+    best = integer_arrays(result.best_index[listed], of_best)
+    mates, ranks = integer_arrays(result.pairs[:, 0], of_probe), integer_arrays(result.ranks, of_probe)
     entries = []
     for best_of, scores_of, mates_of, ranks_of in zip(best, scores, mates, ranks, strict=True):
         distractors = _object("idx", best_of, "score", scores_of)
@@ -82,7 +82,7 @@ def _object(first: str, one: str, second: str, other: str) -> str:
     return f' \n\t\t{{\n\t\t\t"{first}" : {one},\n\t\t\t"{second}" : {other}\n\t\t}}'
 
 
-def _integer_arrays(values: np.ndarray, bounds: np.ndarray) -> Iterator[str]:
+def integer_arrays(values: np.ndarray, bounds: np.ndarray) -> Iterator[str]:
     """The texts of the arrays values[bounds[k] : bounds[k + 1]] of numbers >= 0.
 
     All are printed at once, as if every array were long: those that are need only be cut out.
@@ -103,14 +103,11 @@ def _integer_arrays(values: np.ndarray, bounds: np.ndarray) -> Iterator[str]:
 
 def _rank_curve(curve: np.ndarray) -> tuple[list[str], list[str]]:
     kept = subsample(curve)
-    return _integers(kept), _floats(curve[kept])
+    return list(map(str, kept)), printed_floats(curve[kept])
 
 
-def _integers(values: Sequence[int]) -> list[str]:
-    return list(map(str, values))
-
-
-def _floats(values: np.ndarray) -> list[str]:
+def printed_floats(values: np.ndarray) -> list[str]:
+    """`float_text` of each of the float32 values [N]."""
     text, odd = np.empty(21 * len(values), np.uint8), np.empty(len(values), bool)
     length = kernels.join_scores(np.asarray(values, np.float32), ord(" "), text, odd)
     items = text[:length].tobytes().decode().split(" ")[: len(values)]

@@ -91,7 +91,12 @@ def group_dots(left: np.ndarray, turned: np.ndarray, dots: np.ndarray) -> None:
         # Written out, because the compiler makes vectors of rows that it knows to be contiguous.
         e, f, g, h = dots[0, start:end], dots[1, start:end], dots[2, start:end], dots[3, start:end]
         for k in range(0, whole, 4):  # four rows and four dimensions: what is read once serves for sixteen products
-            t0, t1, t2, t3 = turned[k, start:end], turned[k + 1, start:end], turned[k + 2, start:end], turned[k + 3, start:end]
+            t0, t1, t2, t3 = (
+                turned[k, start:end],
+                turned[k + 1, start:end],
+                turned[k + 2, start:end],
+                turned[k + 3, start:end],
+            )
             for j in range(end - start):
                 e[j] = (((e[j] + a[k] * t0[j]) + a[k + 1] * t1[j]) + a[k + 2] * t2[j]) + a[k + 3] * t3[j]
                 f[j] = (((f[j] + b[k] * t0[j]) + b[k + 1] * t1[j]) + b[k + 2] * t2[j]) + b[k + 3] * t3[j]

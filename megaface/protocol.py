@@ -255,7 +255,9 @@ class _Game:
             out = torch.empty(rows.stop - start, len(chosen), device=right.device)
             half = scores.half_scores(self.probes[rows], right, right_squares, out, torch.empty_like(out))
             some = mates[rows], score[rows], width[rows], self.position[rows]
-            kernels.gallery_positions(half.cpu().numpy(), start, images, column, *some, self.values, self.survey.squares)
+            kernels.gallery_positions(
+                half.cpu().numpy(), start, images, column, *some, self.values, self.survey.squares
+            )
 
         self.placing = [pool.submit(place, start) for start in range(0, len(mates), POSITION_ROWS)]
 

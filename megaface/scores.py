@@ -9,8 +9,8 @@ the order inside a pair is kept, so the result is the devkit's to the last bit. 
 
 **The bound.** Let u = 2^-24, eta = 2^-126 (what one operation can lose to underflow, flushed or not),
 gamma_k = k u / (1 - k u), N = |p| |g| >= sum |p_k g_k|, d the exact dot product, h = -|g|^2 / 2. A matrix product is
-split along the dimensions into pieces of about 128, each computed by BLAS in an order that nobody knows (any order,
-with or without FMA, obeys gamma_128), and the pieces and h are added:
+split along the dimensions into pieces of about 256, each computed by BLAS in an order that nobody knows (any order,
+with or without FMA, obeys gamma_256), and the pieces and h are added:
 
     |D - (d + h)|  <=  gamma_(piece + pieces + 1) N + gamma_(pieces + 1) |h| + 2 n eta                             (1)
 
@@ -50,7 +50,7 @@ UNDERFLOW = 2.0**-126  # float32: largest absolute error of one operation that u
 LARGEST_SQUARE = 0.99 * float(np.finfo(np.float32).max) / 4
 
 CHUNKS = 16  # pieces in which the norms of prefixes and tails are known, for (2)
-PIECE = 128  # dimensions per matrix product, for (1): shorter is more exact and slower
+PIECE = 256  # dimensions per matrix product, for (1): shorter is more exact and slower
 # Scores that are added up together. A GPU is bound by the calls, two per dimension, so it gets as many as a small one
 # has memory for (1.6 GB of products); on a CPU two buffers shall stay in a core's second-level cache.
 PAIR_BATCH_GPU = 1 << 18
@@ -210,10 +210,9 @@ class GalleryClass:
 
 
 def _prefix_and_tail(chunk_squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Upper bounds [n, C] of the squared norms of the dimensions up to the end, and from the start, of each range."""
     squares = chunk_squares.astype(np.float64) * (1 + 1e-5) + 2 * UNDERFLOW * UNDERFLOW
-    prefix = np.sqrt(np.cumsum(squares, axis=1))
-    tail = np.sqrt(np.cumsum(squares[:, ::-1], axis=1)[:, ::-1])
-    return prefix, tail
+    return squares.cumsum(axis=1), squares[:, ::-1].cumsum(axis=1)[:, ::-1]
 
 
 def gallery_class(survey: Survey, members: np.ndarray) -> GalleryClass:
@@ -224,7 +223,7 @@ def gallery_class(survey: Survey, members: np.ndarray) -> GalleryClass:
         some_prefix, some_tail = _prefix_and_tail(survey.chunk_squares[part])
         prefix, tail = np.maximum(prefix, some_prefix.max(axis=0)), np.maximum(tail, some_tail.max(axis=0))
     squares = survey.squares[members]
-    return GalleryClass(float(squares.max()), float(squares.min()), prefix, tail)
+    return GalleryClass(float(squares.max()), float(squares.min()), np.sqrt(prefix), np.sqrt(tail))
 
 
 def split_by_norm(squares: np.ndarray) -> np.ndarray:
@@ -253,7 +252,7 @@ class Bounds:
 
     def __init__(self, survey: Survey, exact: bool) -> None:
         self.squares = survey.squares.astype(np.float64)
-        self.prefix, self.tail = _prefix_and_tail(survey.chunk_squares)
+        self.prefix, self.tail = (np.sqrt(squares) for squares in _prefix_and_tail(survey.chunk_squares))
         self.widths = survey.widths
         self.exact = exact
 

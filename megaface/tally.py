@@ -136,9 +136,7 @@ def start_survey(values: np.ndarray, pool: Executor) -> Iterator[Survey]:
     return pool.map(lambda rows: scores.survey_rows(values[rows]), scores.survey_ranges(len(values)))
 
 
-def finish_survey(
-    values: np.ndarray, name: str, parts: Iterable[Survey], usable: np.ndarray | None = None
-) -> Survey:
+def finish_survey(values: np.ndarray, name: str, parts: Iterable[Survey], usable: np.ndarray | None = None) -> Survey:
     """The survey of all features; `FeatureError` for a usable one whose scores could be not finite."""
     whole = scores.join_surveys(list(parts))
     fits = whole.squares <= scores.LARGEST_SQUARE  # false for NaN

@@ -94,7 +94,15 @@ class CpuWork:
                 windows = self.impostors.for_kernel()
             sides = self._sides(which)
             recomputed, self.turned = kernels.count_impostors(
-                products, self.shift, which - rows.start, *sides, self.weights, windows, self.accepted[0], self.near, rounds
+                products,
+                self.shift,
+                which - rows.start,
+                *sides,
+                self.weights,
+                windows,
+                self.accepted[0],
+                self.near,
+                rounds,
             )
             self.recomputed += recomputed if rounds else 0
 
