@@ -76,18 +76,17 @@ class Windows:
         width = bounds.half_width(gallery, thresholds)
         kernels.fill_windows(ended, asked, bounds.squares, width, bounds.exact, low, high)
         self.low, self.high, self.thresholds = (torch.from_numpy(edge).to(device) for edge in (low, high, ended))
-        self.asked = asked
         self.lowest = self.low[:, 0].clone()
         bins = min(TABLE_ENTRIES // max(1, len(low)), distractors // SCORES_PER_BIN)
         bins = int(np.clip(bins, 256, LARGEST_TABLE))
         self.bins = 1 << (bins.bit_length() - 1)
-        self.scale, self.offset = self._lines(low, high)
+        self.scale, self.offset = self._lines(low, high, asked)
         self._tables: dict[int, Tensor] = {}
 
-    def _lines(self, low: np.ndarray, high: np.ndarray) -> tuple[Tensor, Tensor]:
-        rows, last = np.arange(len(low)), np.maximum(self.asked - 1, 0)
+    def _lines(self, low: np.ndarray, high: np.ndarray, asked: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows, last = np.arange(len(low)), np.maximum(asked - 1, 0)
         least, most = (
-            np.where(self.asked > 0, some, without).astype(np.float64)
+            np.where(asked > 0, some, without).astype(np.float64)
             for some, without in (
                 (np.minimum(low[:, 0], high[:, 0]), 0),
                 (np.maximum(low[rows, last], high[rows, last]), 1),
@@ -110,8 +109,10 @@ class Windows:
 
     def for_kernel(self, rows: slice) -> tuple[np.ndarray, ...]:
         """What `kernels.scan_rows` takes as windows, for probes `rows`. Call from one thread at a time."""
-        some = self.low, self.high, self.thresholds, self.table(rows), self.scale, self.offset
-        return tuple((values if values is some[3] else values[rows]).numpy() for values in some)
+        low, high, thresholds, scale, offset = (
+            some[rows].numpy() for some in (self.low, self.high, self.thresholds, self.scale, self.offset)
+        )
+        return low, high, thresholds, self.table(rows).numpy(), scale, offset
 
     def table(self, rows: slice) -> Tensor:
         """uint8, int16 or int32 [r, bins] for probes `rows`, as `kernels.fill_table` says. Call from one thread at a
