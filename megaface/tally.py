@@ -36,6 +36,7 @@ from utils import InputError
 
 CPU_BLOCK = 1024, 1024  # probes x distractors of one product: square, so that BLAS packs little; 4 MB of scores
 GPU_BLOCK = 4096, 1 << 16
+NARROW_BLOCK = 256  # distractors: fewer are not worth a worker
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,24 @@ class Kind:
 
 @contextmanager
 def worker_threads(device: torch.device) -> Iterator[Executor]:
-    """Threads that share the work, with matrix products in true float32 (no TF32, no bfloat16); a GPU is fed by one.
+    """Threads that share the work, with matrix products in true float32 (no TF32, no bfloat16).
 
     Each thread tells torch that it wants no others: torch asks per thread, and BLAS would start as many for each.
     """
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
-    count = threads if device.type == "cpu" else 1
-    pool = ThreadPoolExecutor(count, "challenge", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(worker_count(device), "challenge", initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # what threads that start later begin with
         torch.set_float32_matmul_precision(precision)
+
+
+def worker_count(device: torch.device) -> int:
+    """Threads that share the work: a GPU is fed by one."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 class FeatureError(InputError):
@@ -196,6 +201,7 @@ class Scan:
         device: torch.device,
     ) -> None:
         self.device, self.distractors, self.questions, self.sizes = device, distractors, questions, list(sizes)
+        self.workers = worker_count(device)
         self.rows, self.columns = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
         self.absent = absent
         self.values, self.survey_of_probes, self.survey = probes, of_probes, of_distractors
@@ -228,9 +234,18 @@ class Scan:
             for number in range(len(self.sizes)):
                 for repeated in (False, True):
                     inside = np.flatnonzero((groups == kind) & (segment == number) & ((times > 1) == repeated))
-                    for first in range(0, len(inside), self.columns):
-                        part = inside[first : first + self.columns]
+                    for part in self.cut(inside):
                         self.blocks.append(Block(number, kind, members[part], times[part] if repeated else None))
+
+    def cut(self, members: np.ndarray) -> list[np.ndarray]:
+        """Parts that are at most as wide as a block; for several workers equal ones, and as many for each."""
+        if not len(members):
+            return []
+        if self.workers == 1:
+            return np.split(members, range(self.columns, len(members), self.columns))
+        count = -(-len(members) // self.columns)
+        even = -(-count // self.workers) * self.workers
+        return np.array_split(members, max(count, min(even, len(members) // NARROW_BLOCK)))
 
     def unique(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One of each set of identical distractors among `members`, ascending, and how often it occurs."""
