@@ -21,7 +21,7 @@ import numpy as np
 
 STEP = 64  # scores that are looked at together: all below every bound, and none of them is looked at alone
 LANES = 8  # sequential sums under way at once: an addition takes four cycles, and two can start in each
-GROUP = 4  # rows whose scores are computed together when most of them are wanted
+GROUP = 32  # rows whose scores are computed together when many of them are wanted
 DENSE_SHARE = 6  # from every sixth pair of a group on, scoring all of them is cheaper than picking
 
 Function = TypeVar("Function", bound=Callable)
@@ -80,35 +80,32 @@ def pair_dots(left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np
 def group_dots(left: np.ndarray, turned: np.ndarray, dots: np.ndarray) -> None:
     """Sequential dot products of `left` [g, d] with all columns of `turned` [d, N], into `dots` float32 [GROUP, N].
 
-    Rows of `dots` beyond g hold the last one's.
+    What is in the rows of `dots` beyond g means nothing.
     """
-    width = 512  # the sums of a group stay in the first-level cache
+    width = 256  # of a panel of `turned` that stays in the second-level cache while all rows pass
     last, whole = len(left) - 1, left.shape[1] // 4 * 4
-    a, b, c, d = left[0], left[min(1, last)], left[min(2, last)], left[min(3, last)]
     dots[:] = 0
     for start in range(0, turned.shape[1], width):
         end = min(start + width, turned.shape[1])
-        # Written out, because the compiler makes vectors of rows that it knows to be contiguous.
-        e, f, g, h = dots[0, start:end], dots[1, start:end], dots[2, start:end], dots[3, start:end]
-        for k in range(0, whole, 4):  # four rows and four dimensions: what is read once serves for sixteen products
-            t0, t1, t2, t3 = (
-                turned[k, start:end],
-                turned[k + 1, start:end],
-                turned[k + 2, start:end],
-                turned[k + 3, start:end],
-            )
-            for j in range(end - start):
-                e[j] = (((e[j] + a[k] * t0[j]) + a[k + 1] * t1[j]) + a[k + 2] * t2[j]) + a[k + 3] * t3[j]
-                f[j] = (((f[j] + b[k] * t0[j]) + b[k + 1] * t1[j]) + b[k + 2] * t2[j]) + b[k + 3] * t3[j]
-                g[j] = (((g[j] + c[k] * t0[j]) + c[k + 1] * t1[j]) + c[k + 2] * t2[j]) + c[k + 3] * t3[j]
-                h[j] = (((h[j] + d[k] * t0[j]) + d[k + 1] * t1[j]) + d[k + 2] * t2[j]) + d[k + 3] * t3[j]
-        for k in range(whole, left.shape[1]):
-            for j in range(end - start):
-                value = turned[k, start + j]
-                e[j] += a[k] * value
-                f[j] += b[k] * value
-                g[j] += c[k] * value
-                h[j] += d[k] * value
+        for i in range(0, len(left), 4):
+            a, b, c, d = left[i], left[min(i + 1, last)], left[min(i + 2, last)], left[min(i + 3, last)]
+            # Written out, because the compiler makes vectors of rows that it knows to be contiguous.
+            e, f, g, h = dots[i, start:end], dots[i + 1, start:end], dots[i + 2, start:end], dots[i + 3, start:end]
+            for k in range(0, whole, 4):  # four rows and four dimensions: what is read once is used four times
+                t, u = turned[k, start:end], turned[k + 1, start:end]
+                v, w = turned[k + 2, start:end], turned[k + 3, start:end]
+                for j in range(end - start):
+                    e[j] = (((e[j] + a[k] * t[j]) + a[k + 1] * u[j]) + a[k + 2] * v[j]) + a[k + 3] * w[j]
+                    f[j] = (((f[j] + b[k] * t[j]) + b[k + 1] * u[j]) + b[k + 2] * v[j]) + b[k + 3] * w[j]
+                    g[j] = (((g[j] + c[k] * t[j]) + c[k + 1] * u[j]) + c[k + 2] * v[j]) + c[k + 3] * w[j]
+                    h[j] = (((h[j] + d[k] * t[j]) + d[k + 1] * u[j]) + d[k + 2] * v[j]) + d[k + 3] * w[j]
+            for k in range(whole, left.shape[1]):
+                t = turned[k, start:end]
+                for j in range(end - start):
+                    e[j] += a[k] * t[j]
+                    f[j] += b[k] * t[j]
+                    g[j] += c[k] * t[j]
+                    h[j] += d[k] * t[j]
 
 
 @compiled
@@ -146,7 +143,7 @@ def exact_scores(
         end = start + 1
         while end < len(rows) and rows[end] < first + GROUP:
             end += 1
-        if (end - start) * DENSE_SHARE >= GROUP * len(right):
+        if (end - start) * DENSE_SHARE >= min(GROUP, len(left) - first) * len(right):
             if not dots.size:
                 dots = np.empty((GROUP, len(right)), np.float32)
             if not turned.size:
@@ -294,10 +291,12 @@ def look_closer(
 @compiled
 def climb(score: float, thresholds: np.ndarray, slot: int) -> int:
     """How many thresholds an exact score exceeds; about `slot`."""
-    while slot > 0 and score <= thresholds[slot - 1]:
-        slot -= 1
+    for _ in range(3):  # without a branch, as in `sort_in`; then there is rarely more to do
+        slot += score > thresholds[slot]
     while score > thresholds[slot]:
         slot += 1
+    while slot > 0 and score <= thresholds[slot - 1]:
+        slot -= 1
     return slot
 
 

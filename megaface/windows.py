@@ -20,10 +20,11 @@ from megaface import kernels
 from megaface.scores import UNIT, Bounds, GalleryClass
 
 TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to 127 thresholds a probe
-LARGEST_TABLE = 8192  # bins a probe: a table fits into a core's first-level cache, all tables into the third level
+# Bins a probe: a table fits into a core's first-level cache beside a row of scores; a GPU has none to fill.
+LARGEST_TABLE, LARGEST_TABLE_GPU = 2048, 8192
 SCORES_PER_BIN = 8  # of a probe: fewer would not repay the making of a table
 TABLE_ROWS = 128  # probes whose scores go through their tables together
-IMPOSTOR_BINS = 1 << 17
+IMPOSTOR_BINS = 1 << 16
 STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
 
 
@@ -78,7 +79,7 @@ class Windows:
         self.low, self.high, self.thresholds = (torch.from_numpy(edge).to(device) for edge in (low, high, ended))
         self.lowest = self.low[:, 0].clone()
         bins = min(TABLE_ENTRIES // max(1, len(low)), distractors // SCORES_PER_BIN)
-        bins = int(np.clip(bins, 256, LARGEST_TABLE))
+        bins = int(np.clip(bins, 256, LARGEST_TABLE if device.type == "cpu" else LARGEST_TABLE_GPU))
         self.bins = 1 << (bins.bit_length() - 1)
         self.scale, self.offset = self._lines(low, high, asked)
         self._tables: dict[int, Tensor] = {}
