@@ -32,7 +32,8 @@ GALLERIES = 10  # of the traditional CMC
 STEP = 0.01  # a curve's point is written when the value has risen by more than this
 MODULUS = 2**31 - 1  # minimal standard generator (Park and Miller 1988), std::minstd_rand0
 MULTIPLIER = 16807
-POSITION_ROWS = 512  # probes whose gallery positions are found together
+POSITION_ROWS = 512  # probes whose gallery positions are found together,
+POSITION_SCORES = 1 << 24  # and at most as many scores, 128 MB for a worker
 PAIRS_TOGETHER = 8192  # genuine pairs that one worker scores at a time
 
 __all__ = ["BEST", "Identification", "Roc", "identification", "subsample"]
@@ -218,8 +219,7 @@ class _Game:
 
     def score(self, pairs: np.ndarray) -> np.ndarray:
         """Devkit scores float32 [P] of probe pairs int64 [P, 2]; -inf where one is absent."""
-        # The gallery's side first: the fast order is that of equal rows one after the other.
-        second, first = (torch.from_numpy(np.ascontiguousarray(side)).to(self.probes.device) for side in pairs.T)
+        first, second = (torch.from_numpy(np.ascontiguousarray(side)).to(self.probes.device) for side in pairs.T)
         values = scores.pair_scores(self.probes, self.probes, first, second, self.squares, self.squares)
         return np.where(self.absent[pairs].any(axis=1), np.float32(-np.inf), values.cpu().numpy())
 
@@ -250,8 +250,10 @@ class _Game:
         where = torch.from_numpy(chosen).to(self.probes.device)
         right, right_squares = self.probes[where], self.squares[where]
 
+        together = max(1, min(POSITION_ROWS, POSITION_SCORES // len(chosen)))
+
         def place(start: int) -> None:
-            rows = slice(start, min(start + POSITION_ROWS, len(mates)))
+            rows = slice(start, min(start + together, len(mates)))
             out = torch.empty(rows.stop - start, len(chosen), device=right.device)
             half = scores.half_scores(self.probes[rows], right, right_squares, out, torch.empty_like(out))
             some = mates[rows], score[rows], width[rows], self.position[rows]
@@ -259,7 +261,7 @@ class _Game:
                 half.cpu().numpy(), start, images, column, *some, self.values, self.survey.squares
             )
 
-        self.placing = [pool.submit(place, start) for start in range(0, len(mates), POSITION_ROWS)]
+        self.placing = [pool.submit(place, start) for start in range(0, len(mates), together)]
 
     # ------------------------------------------------------------------------------------------ questions
 

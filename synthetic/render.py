@@ -5,7 +5,7 @@ beard are one mesh whose bounding tree is built once and refitted per photo (0.2
 
 A batch is a run of one person's photos: on CUDA all of them (as far as `BATCH` goes) in one launch, on a CPU one after
 the other. The arithmetic per photo is the same either way, so the split does not change a byte. Paint, hair, background
-and what a camera adds are the host's work, about 10 ms a photo; a GPU is kept busy by one process per core.
+and what a camera adds are the host's work, 10 to 17 ms a photo; a GPU is kept busy by one process per core.
 """
 
 from dataclasses import dataclass
