@@ -3,9 +3,9 @@
 The devkit scores a probe p against a gallery feature g as `S = (dot + dot) + (-|p|^2 + -|g|^2)` in float32, where `dot`
 adds the products in the order of the dimensions, each product and each sum rounded (no fused multiply-add), and
 `|x|^2` is a float64 sum rounded to float32. `pair_scores` and `block_scores` do exactly that, vectorised over pairs:
-the order inside a pair is kept, so the result is the devkit's to the last bit. At 512 dimensions that costs 0.1 to
-0.4 microseconds a pair, ten to thirty times a matrix product, which is why the bulk of the comparisons goes through
-`torch.mm` instead, and why this module proves how far the two can be apart.
+the order inside a pair is kept, so the result is the devkit's to the last bit. At 512 dimensions that costs a core 0.02
+(all pairs of a block) to 0.2 microseconds a pair, three to thirty times a matrix product, which is why the bulk of the
+comparisons goes through `torch.mm` instead, and why this module proves how far the two can be apart.
 
 **The bound.** Let u = 2^-24, eta = 2^-126 (what one operation can lose to underflow, flushed or not),
 gamma_k = k u / (1 - k u), N = |p| |g| >= sum |p_k g_k|, d the exact dot product, h = -|g|^2 / 2. A matrix product is

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megaface import scores
 from megaface.segments import BEST
-from megaface.windows import TABLE_ROWS
 
 if TYPE_CHECKING:
     from megaface.tally import Block, Scan
 
+TABLE_ROWS = 128  # probes whose scores go through their tables together
 DENSE_SHARE = 0.2  # from this share of uncertain scores on, scoring whole rows is cheaper than gathering pairs
 
 

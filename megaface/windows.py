@@ -23,7 +23,6 @@ TABLE_ENTRIES = 1 << 25  # of the tables of all probes together: 32 MB for up to
 # Bins a probe: a table fits into a core's first-level cache beside a row of scores; a GPU has none to fill.
 LARGEST_TABLE, LARGEST_TABLE_GPU = 2048, 8192
 SCORES_PER_BIN = 8  # of a probe: fewer would not repay the making of a table
-TABLE_ROWS = 128  # probes whose scores go through their tables together
 IMPOSTOR_BINS = 1 << 16
 STEEPEST = 1e30  # bins per unit: keeps the map of values to bins finite
 

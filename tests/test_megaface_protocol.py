@@ -421,8 +421,8 @@ def test_a_product_in_a_worker_takes_one_thread():
     try:
         with tally.worker_threads(torch.device("cpu")) as pool:
             everything, own = pool.submit(product).result()
-            later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
         found = []
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
         later.start()
         later.join()
         assert found == [2]
