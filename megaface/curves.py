@@ -106,7 +106,7 @@ def _draw_roc(path: Path, curves: Sequence[Curves], subject: str) -> None:
             _stairs(axes, curve.false_accepts, curve.verification, _label(curve.label), number, left=lowest, right=1.0)
         figures.log_rate_axis(axes, lowest)
         _finish(axes, [curve.verification[curve.false_accepts >= lowest] for curve in curves])
-        figures.title(axes, subject, "genuine pairs accepted; impostors: distractors of the first probes, at most 100")
+        figures.title(axes, subject, "genuine pairs accepted; impostors: distractors of up to 100 probes")
         _legend(figure, axes)
 
 
