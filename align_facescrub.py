@@ -17,10 +17,11 @@ from pathlib import Path
 
 import config
 import utils
-from crop_tree import check_folders, crop_tree
-from faces import FaceFinder, Photo, detector_settings, open_detector
+from cropping.crop_tree import check_folders, crop_tree
+from cropping.faces import FaceFinder, Photo, detector_settings, open_detector
+from cropping.photos import in_order, list_photos
 from megaface.facescrub import Annotation, Annotations, file_key, read_annotations
-from photos import in_order, list_photos
+from options import parse
 from utils import InputError
 
 NAMED = 5  # problems that are printed; report.json has all
@@ -51,7 +52,7 @@ def photo_of(src: Path, file: str, face: Annotation | None) -> Photo:
 
 @utils.command
 def main() -> None:
-    options = config.parse(config.AlignFacescrub, __doc__)
+    options = parse(config.AlignFacescrub, __doc__)
     check_folders(options.src, options.dst, options.jpeg_quality)
     if not 0 <= options.min_overlap <= 1:
         raise InputError(f"--min-overlap {options.min_overlap:g}: must lie between 0 and 1")

@@ -13,14 +13,15 @@ import sys
 
 import config
 import utils
-from crop_tree import check_folders, crop_tree
-from faces import FaceFinder, Photo, detector_settings, open_detector
-from photos import list_photos
+from cropping.crop_tree import check_folders, crop_tree
+from cropping.faces import FaceFinder, Photo, detector_settings, open_detector
+from cropping.photos import list_photos
+from options import parse
 
 
 @utils.command
 def main() -> None:
-    options = config.parse(config.AlignMegaface, __doc__)
+    options = parse(config.AlignMegaface, __doc__)
     check_folders(options.src, options.dst, options.jpeg_quality)
     listing = list_photos(options.src)
     crop_tree(

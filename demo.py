@@ -18,18 +18,19 @@ from PIL import Image, ImageDraw
 
 import config
 import download
-import figures
+import plotting
 import utils
-from align import AlignmentError, align_face, choose_face
-from decision import Decision, find_decision
+from config import DETECTION_SIDE
+from cropping.align import AlignmentError, align_face, choose_face
+from cropping.photos import PhotoError, list_photos, read_photo
 from embedding import Embedder, load_embedder, normalise
-from lfw import crop_faces
-from photos import PhotoError, list_photos, read_photo
+from options import parse
 from retinaface import Detections, RetinaFace
 from utils import InputError
-from verification import to_angle
+from verification.decision import Decision, find_decision
+from verification.lfw import crop_faces
+from verification.metrics import to_angle
 
-MAX_SIDE = 800  # as pre_process.py detects
 PHOTO_SIDE = 480  # pixels of the longer side of a photo on a picture
 DEMO_NETWORK = Path("runs/demo/train/embedding.pt")
 BAR, GAP = 96, 12
@@ -85,16 +86,16 @@ def draw_faces(look: Look, labels: list[str], main: int | None = None) -> Image.
     )
     pen = ImageDraw.Draw(picture)
     for index, (box, landmarks) in enumerate(zip(look.faces.boxes, look.faces.landmarks, strict=True)):
-        colour = figures.ORANGE if index == main or main is None else figures.SKY
+        colour = plotting.ORANGE if index == main or main is None else plotting.SKY
         pen.rectangle([float(value) * scale for value in box], outline=colour, width=2)
         for x, y in landmarks * scale:
-            pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=figures.GREEN, outline="white")
+            pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=plotting.GREEN, outline="white")
         x, y = box[0] * scale, box[1] * scale - 16
         if labels[index]:
-            face = figures.font(12)
+            face = plotting.font(12)
             place = (max(int(x), 0), max(int(y), 0))
             pen.rectangle([*place, place[0] + face.getlength(labels[index]) + 6, place[1] + 15], fill=colour)
-            figures.draw_text(picture, (place[0] + 3, place[1] + 1), labels[index], size=12)
+            plotting.draw_text(picture, (place[0] + 3, place[1] + 1), labels[index], size=12)
     return picture
 
 
@@ -135,8 +136,8 @@ def draw_pair(looks: list[Look], verdict: str, detail: str, colour: str) -> Imag
         sheet.paste(side, (x, 0))
         x += side.width
     ImageDraw.Draw(sheet).rectangle([0, height, sheet.width, sheet.height], fill=colour)
-    figures.draw_text(sheet, (GAP, height + 12), verdict, size=28, bold=True, colour="white")
-    figures.draw_text(sheet, (GAP, height + 58), detail, size=16, colour="white", width=sheet.width - 2 * GAP)
+    plotting.draw_text(sheet, (GAP, height + 12), verdict, size=28, bold=True, colour="white")
+    plotting.draw_text(sheet, (GAP, height + 58), detail, size=16, colour="white", width=sheet.width - 2 * GAP)
     return sheet
 
 
@@ -158,7 +159,7 @@ def show_faces(look: Look, out: Path) -> None:
 def save(picture: Image.Image, out: Path, name: str) -> None:
     """Write a picture and say where."""
     path = out / f"{name}.png"
-    figures.save_png(path, picture)
+    plotting.save_png(path, picture)
     print(f"picture: {path}")
 
 
@@ -177,7 +178,7 @@ def compare(looks: list[Look], embedder: Embedder, decision: Decision, out: Path
         if len(look.faces) > 1:
             print(f"{look.path}: {len(look.faces)} faces, the one nearest to the centre is compared")
     print(f"{verdict}: {detail}\nnetwork {embedder.name}, threshold from {decision.source}")
-    picture = draw_pair(looks, verdict, detail, figures.GREEN if same else figures.RED)
+    picture = draw_pair(looks, verdict, detail, plotting.GREEN if same else plotting.RED)
     save(picture, out, f"{looks[0].path.stem}-{looks[1].path.stem}")
 
 
@@ -196,7 +197,7 @@ def read_gallery(folder: Path, embedder: Embedder, options: config.Demo) -> tupl
     files = [folder / photo for photo in list_photos(folder).files]
     people = [path.parent.name if path.parent != folder else path.stem for path in files]
     found = crop_faces(
-        files, max_side=MAX_SIDE, device=embedder.model.device, cache_dir=options.out / "cache", name=folder.name
+        files, max_side=DETECTION_SIDE, device=embedder.model.device, cache_dir=options.out / "cache", name=folder.name
     )
     usable = np.array([row.landmarks is not None for row in found.rows])
     for path, row in zip(files, found.rows, strict=True):
@@ -246,7 +247,7 @@ def choose_checkpoint(name: str | None) -> Path:
 @utils.command
 def main() -> None:
     """See the file's docstring."""
-    options = config.parse(config.Demo, __doc__)
+    options = parse(config.Demo, __doc__)
     if options.gallery is None and len(options.photos) > 2:
         raise InputError(f"{len(options.photos)} photos: give one, or two to compare, or --gallery DIR")
     if options.gallery is not None and not options.gallery.is_dir():
@@ -254,7 +255,7 @@ def main() -> None:
     if options.nearest < 1:
         raise InputError(f"--nearest {options.nearest}: has to be at least 1")
     device = utils.choose_device(options.device)
-    detector = RetinaFace(device=device, max_side=MAX_SIDE)
+    detector = RetinaFace(device=device, max_side=DETECTION_SIDE)
     looks = [look_at(path, detector) for path in options.photos]
     if options.gallery is None and len(looks) == 1:
         show_faces(looks[0], options.out)

@@ -26,10 +26,14 @@ from torch import Tensor, nn
 import config
 import download
 import utils
+from config import CROP_SIZE
 from embedding import Embedder, Preprocessing, open_embedder
-from models import CROP_SIZE, MEAN, STD
+from models import MEAN, STD
+from options import parse
 from utils import InputError
-from verification import VerificationResult, VerificationSet, open_set, verify, worst_scores
+from verification.features import verify
+from verification.metrics import VerificationResult, worst_scores
+from verification.sets import VerificationSet, open_set
 
 # What networks are fed with: (name, mean, std, pixel range).
 NORMALISATIONS = {
@@ -264,7 +268,7 @@ def _load(options: config.Doctor, device: torch.device) -> tuple[Embedder, Path]
 @utils.command
 def main() -> None:
     """See the file's docstring."""
-    options = config.parse(config.Doctor, __doc__)
+    options = parse(config.Doctor, __doc__)
     if (options.lfw is None) == (options.bin is None):
         raise InputError("give either --lfw DIR or --bin FILE")
     if options.most < 40:

@@ -37,8 +37,9 @@ from torch import nn
 
 import config
 import utils
+from config import CROP_SIZE
 from download import checkpoint_path
-from models import CROP_SIZE, MEAN, STD, network_from_state
+from models import MEAN, STD, network_from_state
 from utils import InputError
 
 METADATA_FORMAT = "face-embedding-1"

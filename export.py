@@ -27,14 +27,17 @@ import torch
 from torch import Tensor, nn
 
 import config
-import data_gen
 import retinaface.engines
 import utils
+from config import CROP_SIZE
 from embedding import Embedder, Preprocessing, load_embedder, normalise
-from models import CROP_SIZE
+from formats import crop_sets
+from options import parse
 from retinaface.weights import load_weights
 from utils import InputError
-from verification import VerificationResult, VerificationSet, open_set, verify
+from verification.features import verify
+from verification.metrics import VerificationResult
+from verification.sets import VerificationSet, open_set
 
 # Version 18 is the oldest that PyTorch's exporter writes without conversion; every onnxruntime since 1.14 reads it.
 OPSET = 18
@@ -154,16 +157,16 @@ def with_metadata(model: bytes, metadata: dict[str, str]) -> bytes:
 
 def calibration_crops(path: Path, count: int) -> np.ndarray:
     """`count` crops spread evenly over a training set, uint8 RGB [n, 112, 112, 3]."""
-    crops = data_gen.open_training_set(path)
+    crops = crop_sets.open_training_set(path)
     chosen = np.unique(np.linspace(0, len(crops) - 1, count).round().astype(int))
     return np.stack([_decode(crops, int(index)) for index in chosen])
 
 
-def _decode(crops: data_gen.Crops, index: int) -> np.ndarray:
+def _decode(crops: crop_sets.Crops, index: int) -> np.ndarray:
     payload, _ = crops.read(index)
     rgb = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_COLOR_RGB)
     if rgb is None or rgb.shape != (CROP_SIZE, CROP_SIZE, 3):
-        raise InputError(f"{data_gen.describe(crops, index)}: not a {CROP_SIZE}x{CROP_SIZE} crop")
+        raise InputError(f"{crop_sets.describe(crops, index)}: not a {CROP_SIZE}x{CROP_SIZE} crop")
     return rgb
 
 
@@ -334,7 +337,7 @@ def table(entries: dict[str, dict[str, Any]], reference: list[VerificationResult
 @utils.command
 def main() -> None:
     """See the file's docstring."""
-    options = config.parse(config.Export, __doc__)
+    options = parse(config.Export, __doc__)
     if "int8" in options.variants and options.calibration is None:
         raise InputError("--variants int8 needs --calibration: crops (not those of the evaluation) to take ranges from")
     if not 0 < options.far < 1:

@@ -13,18 +13,18 @@ import sys
 import numpy as np
 import torch
 
-import checkpoints
-import config
-import data_gen
 import utils
 from config import ExportCentres
+from formats import tables
+from options import parse
+from training import checkpoints
 from utils import InputError
 
 
 @utils.command
 def main() -> None:
     """See the file's docstring."""
-    options = config.parse(ExportCentres, __doc__)
+    options = parse(ExportCentres, __doc__)
     content = utils.load_checkpoint(options.checkpoint, mmap=True)
     if "head" not in content:
         raise InputError(f"{options.checkpoint}: weights alone; the centres are in a training checkpoint (best.pt)")
@@ -32,13 +32,13 @@ def main() -> None:
         raise InputError(f"--out {options.out}: the folder of the run, whose {checkpoints.EMBEDDING} would be replaced")
     centres = torch.nn.functional.normalize(content["head"]["centres"].float())
     table = options.checkpoint.with_name(checkpoints.IDENTITIES)
-    names = data_gen.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]
+    names = tables.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]
     if len(names) != len(centres):
         raise InputError(f"{table}: {len(names)} identities, but the checkpoint has {len(centres)} centres")
     checkpoints.write_embedding(options.out / checkpoints.EMBEDDING, content["model"])
     with utils.atomic_path(options.out / "centres.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, centres.numpy())
-    data_gen.write_identities(options.out / checkpoints.IDENTITIES, names)
+    tables.write_identities(options.out / checkpoints.IDENTITIES, names)
     print(f"{options.out}: network of step {content['step']}, {len(centres)} centres of {centres.shape[1]} dimensions")
 
 

@@ -36,10 +36,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import archives
 import config
 import utils
-from archives import Broken, Member, NotTaken, Source
+from formats import archives
+from formats.archives import Broken, Member, NotTaken, Source
+from options import parse
 from utils import InputError
 
 STATUSES = ("extracted", "renamed", "skipped", "refused", "damaged")
@@ -491,7 +492,7 @@ def _describe(part: dict[str, Any], reasons: Counter[str], shown: list[str]) -> 
 @utils.command
 def main() -> None:
     """Extract the sources named on the command line."""
-    options = config.parse(config.Extract, __doc__)
+    options = parse(config.Extract, __doc__)
     if options.identity_level < 1:
         raise InputError(f"--identity-level {options.identity_level}: 1 is the folder that holds the photo")
     limits = archives.Limits(options.max_file_mb << 20, options.max_ratio)

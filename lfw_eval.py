@@ -15,15 +15,17 @@ import sys
 import config
 import utils
 from embedding import open_embedder
+from options import parse
 from utils import InputError
-from verification import VerificationSet, open_set, verify
-from verification_report import report, table, write_set
+from verification.features import verify
+from verification.report import report, table, write_set
+from verification.sets import VerificationSet, open_set
 
 
 @utils.command
 def main() -> None:
     """Read the options, evaluate every set, write the report."""
-    options = config.parse(config.LfwEval, __doc__)
+    options = parse(config.LfwEval, __doc__)
     _check(options)
     device = utils.choose_device(options.device)
     embedder = open_embedder(options, device)

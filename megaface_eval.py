@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 import config
-import figures
+import plotting
 import utils
 from embedding import Embedder, open_embedder
-from faces import escape
+from formats.tables import escape
 from megaface import curves
 from megaface.devkit_json import cmc_text, matches_text
 from megaface.embed import embed
@@ -38,6 +38,7 @@ from megaface.noise import RAW, REPLACE, Entrants, treat
 from megaface.participants import Side, open_side
 from megaface.protocol import Identification, identification
 from megaface.report import Outcome, misses_sheet, table
+from options import parse
 from utils import InputError
 
 PROBES, DISTRACTORS = "facescrub", "megaface"  # as the devkit's files are called
@@ -46,7 +47,7 @@ PROBES, DISTRACTORS = "facescrub", "megaface"  # as the devkit's files are calle
 @utils.command
 def main() -> None:
     """Embed, compare, report."""
-    options = config.parse(config.MegafaceEval, __doc__)
+    options = parse(config.MegafaceEval, __doc__)
     _check(options)
     device = utils.choose_device(options.device)
     noise = _noise_lists(options)
@@ -270,7 +271,7 @@ def _write_report(
     curves.draw(out, drawn, f"MegaFace Challenge 1, {name}")
     for treatment, outcome in largest.items():
         sheet = misses_sheet(outcome, *sides, name, options.sheet)
-        figures.save_png(out / f"misses-{treatment}.png", sheet)
+        plotting.save_png(out / f"misses-{treatment}.png", sheet)
     report = {
         "model": embedder.describe(),
         "probes": _describe_side(sides[0], stores[0], options.probe_list),

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from margin import MarginHead
+from training.margin import MarginHead
 
 __all__ = ["MEAN", "NETWORKS", "STD", "MarginHead", "MobileFaceNet", "SELResNet", "build_network", "network_from_state"]
 
 # Channel statistics of ImageNet, RGB in [0, 1]; the released checkpoint was trained with them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-
-CROP_SIZE = 112
 
 # Blocks per stage. r34 and r50 are one and the same network: the reference builds both from the two-convolution
 # improved-residual block, and only the bottleneck block (unused here) would tell them apart.

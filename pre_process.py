@@ -24,24 +24,12 @@ from typing import Any
 
 import config
 import utils
-from chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
-from faces import (
-    NO_CROP,
-    FaceFinder,
-    FaceRow,
-    FaceTable,
-    Photo,
-    detector_settings,
-    encode_jpeg,
-    escape,
-    open_detector,
-    realign,
-    row_text,
-    table_text,
-    worker_count,
-)
-from photos import Listing, identity_of, in_order, list_photos
-from recordio import CropWriter
+from cropping.chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
+from cropping.faces import FaceFinder, Photo, detector_settings, encode_jpeg, open_detector, realign, worker_count
+from cropping.photos import Listing, identity_of, in_order, list_photos
+from formats.crop_sets import CropWriter
+from formats.tables import NO_CROP, FaceRow, FaceTable, escape, row_text, table_text
+from options import parse
 from utils import InputError
 
 OUTPUTS = ("train.rec", "train.idx", "property", "faces.tsv", "identities.tsv")
@@ -186,7 +174,7 @@ def summary(report: dict[str, Any]) -> str:
 
 @utils.command
 def main() -> None:
-    options = config.parse(config.PreProcess, __doc__)
+    options = parse(config.PreProcess, __doc__)
     check(options)
     shard = Shard.parse(options.shard)
     workers = worker_count(options.workers)

@@ -22,6 +22,7 @@ import sys
 
 import config
 import utils
+from options import parse
 from utils import InputError
 
 PACKAGES = {"warp": "warp-lang", "threadpoolctl": "threadpoolctl"}  # by the names of their modules
@@ -32,7 +33,7 @@ MOST = {"identities": 10_000_000, "images": 10_000}  # what lists of identities,
 @utils.command
 def main() -> None:
     """Read the options, make what is missing, merge."""
-    options = config.parse(config.Synthesize, __doc__)
+    options = parse(config.Synthesize, __doc__)
     try:
         from synthetic import dataset
         from synthetic.parameters import ABLATIONS

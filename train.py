@@ -28,23 +28,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import checkpoints
-import config
 import data_gen
-import distributed
 import models
-import monitor
 import utils
-import verification
-from checkpoints import State
 from config import Train
-from data_gen import Augmentation, BatchOrder, CropDataset, Crops
-from distributed import World
+from data_gen import BatchOrder, CropDataset
 from embedding import Embedder
-from margin import MarginHead
-from schedules import cost_of_margin, full_margin, learning_rate, margin_at
+from formats import crop_sets, tables
+from formats.crop_sets import Crops
+from options import parse
+from training import checkpoints, distributed, monitor
+from training.augment import Augmentation
+from training.checkpoints import State
+from training.distributed import World
+from training.margin import MarginHead
+from training.schedules import cost_of_margin, full_margin, learning_rate, margin_at
 from utils import InputError
-from verification import VerificationSet
+from verification import features
+from verification.sets import VerificationSet, open_set
 
 STOP, SAVE = 2, 1  # what the hosts agree on after a step; the larger one wins
 SAMPLE_CROPS = 64  # shown in TensorBoard at the beginning of each epoch
@@ -303,7 +304,7 @@ class Reporter:
 
     def _stop(self, look: monitor.Look, step: int) -> None:
         rate = learning_rate(step, self.order.steps_per_epoch, self.options)
-        names = [data_gen.describe(self.crops, index) for index in self.order.global_batch(step).tolist()]
+        names = [crop_sets.describe(self.crops, index) for index in self.order.global_batch(step).tolist()]
         listing = self.options.out / f"broken-step-{step}.txt"
         if self.world.is_main:
             utils.write_text(listing, "".join(f"{name}\n" for name in names))
@@ -333,7 +334,7 @@ class Reporter:
         due = report["epoch"] % self.options.val_every == 0 or report["epoch"] == self.options.epochs
         embedder = Embedder.from_network(self.state.network, self.world.device, name=self.options.network)
         for pairs in sets if due else []:
-            result = verification.verify(embedder, pairs)
+            result = features.verify(embedder, pairs)
             report["verification"][pairs.name] = {"accuracy": result.accuracy} | result.to_json()
             self.board.verification(self.state.step, pairs.name, result)
         figures = "".join(f", {name} {result['accuracy']:.2%}" for name, result in report["verification"].items())
@@ -384,7 +385,7 @@ def publish(options: Train, state: State, crops: Crops, data: dict[str, Any]) ->
         "last": state.history[-1],
         "history": state.history,
         "data": data,
-        "unreadable_crops": [data_gen.describe(crops, index) for index in sorted(state.skipped)],
+        "unreadable_crops": [crop_sets.describe(crops, index) for index in sorted(state.skipped)],
     }
     utils.write_json(options.out / checkpoints.RESULTS, results)
 
@@ -393,7 +394,7 @@ def note_skipped(skipped: Iterable[int], state: State, crops: Crops, log: Callab
     """Name crops that were replaced because they cannot be read, each once."""
     for index in sorted(set(skipped) - state.skipped):
         state.skipped.add(index)
-        log(f"warning: {data_gen.describe(crops, index)}: unreadable, replaced by the next crop")
+        log(f"warning: {crop_sets.describe(crops, index)}: unreadable, replaced by the next crop")
 
 
 def train(options: Train, world: World) -> int:
@@ -401,16 +402,16 @@ def train(options: Train, world: World) -> int:
     check_options(options, world)
     termination = Termination()
     skip = options.skip_unreadable
-    crops = data_gen.open_training_set(options.data, skip_unreadable=skip)
+    crops = crop_sets.open_training_set(options.data, skip_unreadable=skip)
     if options.decode == "gpu":
         data_gen.check_jpeg(crops)
     order = BatchOrder(len(crops), options.batch_size, options.seed, world.rank, world.size, options.accumulate)
-    fingerprint = data_gen.fingerprint(crops, skip_unreadable=skip)
+    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=skip)
     data = {"crops": len(crops), "identities": crops.identities, "fingerprint": fingerprint}
     world.check_same(fingerprint, f"{options.data}: the processes do not see the same crops there")
     log = monitor.RunLog(options.out / "log.txt" if world.is_main else None)
     val_sets = options.val if world.is_main else []
-    sets = [verification.open_set(path, options.out / "val", device=world.device) for path in val_sets]
+    sets = [open_set(path, options.out / "val", device=world.device) for path in val_sets]
 
     names = [pairs.name for pairs in sets]
     if len(set(names)) < len(names):
@@ -437,7 +438,7 @@ def train(options: Train, world: World) -> int:
         log(f"note: {note}")
     if world.is_main:
         monitor.write_run(options.out, checkpoints.plain_options(options), data, sets, world)
-        data_gen.write_identities(options.out / checkpoints.IDENTITIES, data_gen.identity_names(crops))
+        tables.write_identities(options.out / checkpoints.IDENTITIES, crop_sets.identity_names(crops))
         checkpoints.remove_leftovers(options.out)
     if state.history and state.history[-1]["step"] == state.step:
         with distributed.averaged_statistics(state.network, world):
@@ -518,7 +519,7 @@ def train(options: Train, world: World) -> int:
 @utils.command
 def main() -> int:
     """See the file's docstring."""
-    options = config.parse(Train, __doc__)
+    options = parse(Train, __doc__)
     with distributed.join(options.device) as world:
         try:
             return train(options, world)

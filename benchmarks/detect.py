@@ -40,9 +40,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import align
-import faces
-import recordio
+from cropping import align, faces
+from formats import crop_sets
 from retinaface import RetinaFace, decoding
 from retinaface.engines import OnnxEngine, TorchEngine
 from retinaface.network import (
@@ -337,7 +336,7 @@ def stage_two(files, weights, options, max_side=None):
     detector, plain = RetinaFace(options.weights, "cpu", SCORE, OVERLAP, max_side), Plain(weights)
 
     def ours():
-        with tempfile.TemporaryDirectory() as out, recordio.CropWriter(out) as writer:
+        with tempfile.TemporaryDirectory() as out, crop_sets.CropWriter(out) as writer:
             for _, crop in faces.find_faces(files, detector, workers=1):
                 if crop is not None:
                     writer.write(faces.encode_jpeg(crop, 95), 0)

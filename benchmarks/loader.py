@@ -35,7 +35,10 @@ sys.path.insert(
 
 import data_gen
 import models
-from data_gen import Augmentation, BatchOrder, CropDataset
+from data_gen import BatchOrder, CropDataset
+from formats import crop_sets
+from training import augment
+from training.augment import Augmentation
 
 BATCH = 128
 
@@ -88,8 +91,8 @@ def per_core(crops, indices, repeats):
                 for payload in payloads[start : start + BATCH]
             ]
             images = torch.stack(decoded).permute(0, 2, 3, 1)
-            colours = data_gen.pack_colours(recipe, data_gen.uniforms(0, 0, batches[start // BATCH], 64))
-            data_gen.augment_on_device(images, colours)
+            colours = augment.pack_colours(recipe, augment.uniforms(0, 0, batches[start // BATCH], 64))
+            augment.augment_on_device(images, colours)
 
     runs = {
         "decoder (torchvision)": bare_torchvision,
@@ -146,7 +149,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    crops = data_gen.open_training_set(arguments.data)
+    crops = crop_sets.open_training_set(arguments.data)
     indices = np.random.default_rng(0).permutation(len(crops))[: arguments.crops]
 
     seconds = per_core(crops, indices, arguments.repeats)

@@ -27,7 +27,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # in front of this folder, where this file has that name
 
-import recordio
+from formats import crop_sets, recordio
 
 MXNET = {"in sequence": 119_706, "by key": 93_132, "shuffled": 69_378, "shuffled, unpacked": 54_940}
 EMORE_IMAGES, EMORE_IDENTITIES = 5_822_653, 85_742
@@ -73,7 +73,7 @@ def make_set(folder, records):
     """`records` crops of 4,099 bytes on average (as the quoted figures were taken on), 50 per identity."""
     rng = np.random.default_rng(0)
     sizes = rng.normal(4075, 400, records).clip(500).astype(int)
-    recordio.write_crops(
+    crop_sets.write_crops(
         folder, ((b"\xff\xd8\xff" + rng.bytes(size), i // 50) for i, size in enumerate(sizes.tolist()))
     )
     return folder / "train.rec"
@@ -91,7 +91,7 @@ def measure(passes, repeats):
 
 
 def reading(path, records, repeats):
-    crops = recordio.open_crops(path)
+    crops = crop_sets.open_crops(path)
     reader, plain = crops.reader, Plain(path)
     keys = list(range(1, records + 1))
     shuffled = (np.random.default_rng(1).permutation(records) + 1).tolist()
@@ -179,7 +179,7 @@ def opening(path, repeats):
     )
     ways = {
         "ours, records": recordio.RecordReader,
-        "ours, as training": recordio.open_crops,
+        "ours, as training": crop_sets.open_crops,
         "plain (a dict)": Plain,
     }
     context = multiprocessing.get_context("fork")

@@ -51,9 +51,11 @@ sys.path.insert(
 )  # in front of this folder, which has modules of the same names
 
 import data_gen
-import distributed
 import models
-from data_gen import Augmentation, BatchOrder, CropDataset
+from data_gen import BatchOrder, CropDataset
+from formats import crop_sets
+from training import distributed
+from training.augment import Augmentation
 
 SETTINGS = {  # channels-last, autocast, compile
     "channels-last": (True, False, False),
@@ -324,7 +326,7 @@ def run_child(name):
 
 
 def child(options, device):
-    crops = data_gen.open_training_set(options.data)
+    crops = crop_sets.open_training_set(options.data)
     torch.manual_seed(0)
     if options.child == "reference" and options.reference_batch:
         options.batch = options.reference_batch

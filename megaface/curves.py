@@ -22,9 +22,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import config
-import figures
+import plotting
 import utils
 from megaface.protocol import Identification
+from options import parse
 from utils import InputError
 
 LOWEST_FAR = 1e-8  # no challenge resolves less: a hundred probes, a million distractors
@@ -84,7 +85,7 @@ def draw(folder: Path, curves: Sequence[Curves], subject: str) -> None:
 
 def _draw_cmc(path: Path, curves: Sequence[Curves], subject: str) -> None:
     last = max(curve.ranks[-1] for curve in curves)
-    with figures.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
+    with plotting.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
         axes = figure.add_subplot(xlabel="rank", ylabel="identification rate (%)")
         for number, curve in enumerate(curves):
             label = f"{_label(curve.label)}: rank 1 {_percent(curve.rank_1)}"
@@ -93,20 +94,20 @@ def _draw_cmc(path: Path, curves: Sequence[Curves], subject: str) -> None:
         axes.set_xlim(1, max(last, 10))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rank, _: f"{rank:,.0f}"))
         _finish(axes, [curve.identification for curve in curves])
-        figures.title(axes, subject, "probability that a mate is among the first r")
+        plotting.title(axes, subject, "probability that a mate is among the first r")
         _legend(figure, axes)
 
 
 def _draw_roc(path: Path, curves: Sequence[Curves], subject: str) -> None:
     smallest = min(_finest(curve) for curve in curves)
     lowest = min(max(10 ** np.floor(np.log10(smallest)), LOWEST_FAR), 0.1)
-    with figures.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
+    with plotting.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
         axes = figure.add_subplot(xlabel="false accept rate", ylabel="verification rate (%)")
         for number, curve in enumerate(curves):
             _stairs(axes, curve.false_accepts, curve.verification, _label(curve.label), number, left=lowest, right=1.0)
-        figures.log_rate_axis(axes, lowest)
+        plotting.log_rate_axis(axes, lowest)
         _finish(axes, [curve.verification[curve.false_accepts >= lowest] for curve in curves])
-        figures.title(axes, subject, "genuine pairs accepted; impostors: distractors of up to 100 probes")
+        plotting.title(axes, subject, "genuine pairs accepted; impostors: distractors of up to 100 probes")
         _legend(figure, axes)
 
 
@@ -118,13 +119,13 @@ def _finest(curve: Curves) -> float:
 
 def _stairs(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, number: int, *, left: float, right: float) -> None:
     """A curve that holds each value until the next point. What lies left of the axis is drawn at its border."""
-    style = DASHES[number // len(figures.COLOURS) % len(DASHES)]
+    style = DASHES[number // len(plotting.COLOURS) % len(DASHES)]
     x = np.append(np.maximum(x, left), right)
     axes.step(x, 100 * np.append(y, y[-1]), where="post", label=label, linestyle=style)
 
 
 def _finish(axes: Axes, rates: Sequence[np.ndarray]) -> None:
-    bottom = 100 * figures.rate_floor(min(float(rate.min()) for rate in rates if len(rate)))
+    bottom = 100 * plotting.rate_floor(min(float(rate.min()) for rate in rates if len(rate)))
     axes.set_ylim(bottom, 100 + (100 - bottom) / 50)
 
 
@@ -146,7 +147,7 @@ def _percent(rate: float) -> str:
 @utils.command
 def main() -> None:
     """Read the files and draw them."""
-    options = config.parse(config.MegafaceCurves, __doc__)
+    options = parse(config.MegafaceCurves, __doc__)
     labels = options.labels or [path.stem for path in options.files]
     if len(labels) != len(options.files):
         raise InputError(f"--labels: {len(labels)} labels for {len(options.files)} files")

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 import utils
+from config import CROP_SIZE
+from cropping.photos import PhotoError, read_photo
 from embedding import Embedder, normalise
 from megaface.features import Store, StoreWriter
 from megaface.participants import Side
-from models import CROP_SIZE
-from photos import PhotoError, read_photo
 
 AHEAD = 3  # batches that are decoded before they are needed
 

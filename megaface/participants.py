@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from chunks import PARTS
-from faces import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceTable
+from cropping.chunks import PARTS
+from cropping.photos import identity_of, list_photos
+from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceTable
 from megaface.lists import PhotoIndex, TemplateList
-from photos import identity_of, list_photos
 from utils import InputError, sha256_of
 
 UNKNOWN = "unknown"  # a crop without a table that says how it came about

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import figures
+import plotting
+from cropping.photos import PhotoError, read_photo
 from megaface.noise import Entrants
 from megaface.participants import Side
 from megaface.protocol import Identification
-from photos import PhotoError, read_photo
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,10 @@ def misses_sheet(outcome: Outcome, probes: Side, distractors: Side, model: str, 
     sheet = Image.new("RGB", (max(size[0], 560), size[1]), "white")
     lost = int((outcome.result.ranks > 0).sum())
     width = sheet.width - 2 * _MARGIN
-    figures.draw_text(sheet, (_MARGIN, 12), f"{model}: {outcome.name}", size=17, bold=True, width=width)
+    plotting.draw_text(sheet, (_MARGIN, 12), f"{model}: {outcome.name}", size=17, bold=True, width=width)
     said = f"{lost:,} of {len(outcome.result.pairs):,} pairs are missed at rank 1"
     said += f"; the worst {len(misses)}: probe, mate, winner" if misses else ""
-    figures.draw_text(sheet, (_MARGIN, 42), said, size=14, width=width)
+    plotting.draw_text(sheet, (_MARGIN, 42), said, size=14, width=width)
     for number, miss in enumerate(misses):
         x = _MARGIN + number % across * (tile + _MARGIN)
         y = _HEAD + number // across * (_CELL + _TEXT)
@@ -194,8 +194,8 @@ def _paste_miss(
     x, y = xy
     places = [
         (probes, entrants.probe_rows[miss.probe], "black"),
-        (probes, entrants.probe_rows[miss.mate], figures.BLUE),
-        (distractors, entrants.distractor_rows[miss.winner], figures.RED),
+        (probes, entrants.probe_rows[miss.mate], plotting.BLUE),
+        (distractors, entrants.distractor_rows[miss.winner], plotting.RED),
     ]
     texts = ["", f"{_cosine(miss.score):.3f}, rank {miss.rank + 1:,}", f"{_cosine(miss.winning_score):.3f}"]
     for column, ((side, row, colour), text) in enumerate(zip(places, texts, strict=True)):
@@ -203,8 +203,8 @@ def _paste_miss(
         sheet.paste(_crop(side, int(row)), (left, y))
         name = "/".join(side.names[int(row)].split("/")[-2:])  # distractors of one name lie in many folders
         # The end tells photos of a person apart.
-        figures.draw_text(sheet, (left, y + _CELL + 3), name, size=11, width=_CELL, colour=colour, keep_end=True)
-        figures.draw_text(sheet, (left, y + _CELL + 18), text, size=11, width=_CELL, colour=colour)
+        plotting.draw_text(sheet, (left, y + _CELL + 3), name, size=11, width=_CELL, colour=colour, keep_end=True)
+        plotting.draw_text(sheet, (left, y + _CELL + 18), text, size=11, width=_CELL, colour=colour)
 
 
 def _cosine(score: float) -> float:
@@ -214,7 +214,7 @@ def _cosine(score: float) -> float:
 def _crop(side: Side, row: int) -> Image.Image:
     try:
         if side.files[row] is not None:
-            return figures.fit(read_photo(side.folder / side.files[row], orient=False)[..., ::-1], _CELL)
+            return plotting.fit(read_photo(side.folder / side.files[row], orient=False)[..., ::-1], _CELL)
     except PhotoError:  # it was readable a moment ago
         pass
     return Image.new("RGB", (_CELL, _CELL), "#eeeeee")  # a noisy probe that became a mean has no crop of its own

@@ -29,10 +29,10 @@ import warp as wp
 from threadpoolctl import threadpool_limits
 
 import utils
-from align import align_face
-from chunks import Chunks, Shard
+from cropping.align import align_face
+from cropping.chunks import Chunks, Shard
+from formats.crop_sets import CropWriter
 from megaface import facescrub
-from recordio import CropWriter
 from synthetic import kernels
 from synthetic.head import data_folder
 from synthetic.parameters import Identity, Photo, draw_identity, draw_photo

@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from skimage.transform import SimilarityTransform
 
-from align import (
-    TEMPLATE,
-    AlignmentError,
-    align_face,
-    box_overlap,
-    choose_face,
-    estimate_similarity,
-    warp,
-)
+from cropping.align import TEMPLATE, AlignmentError, align_face, box_overlap, choose_face, estimate_similarity, warp
 
 
 def skimage_matrix(landmarks, template=TEMPLATE):

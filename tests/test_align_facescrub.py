@@ -7,17 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.painted_faces import PaintedFaces, paint, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from painted_faces import PaintedFaces, paint, save
 
 import align_facescrub
-import chunks
-import faces
 from align_facescrub import combine, photo_of
-from faces import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, read_faces
+from cropping import chunks, faces
+from cropping.photos import list_photos
+from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, read_faces
 from megaface.facescrub import COLUMNS, file_key, normal_name, parse_box, read_annotations
-from photos import list_photos
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,15 +11,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from painted_faces import PaintedFaces, paint, save
+from helpers.painted_faces import PaintedFaces, paint, save
 from PIL import Image
 
 import align_megaface
-import chunks
-import crop_tree
-import faces
-from faces import CENTRE_CROP, CROP, NO_CROP, centre_crop, read_faces
-from photos import list_photos
+from cropping import chunks, crop_tree, faces
+from cropping.faces import centre_crop
+from cropping.photos import list_photos
+from formats.tables import CENTRE_CROP, CROP, NO_CROP, read_faces
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import config
-from config import REQUIRED, option
+from options import REQUIRED, build_parser, option, parse
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Stage(config.Device):
 
 
 def test_values_are_typed():
-    stage = config.parse(
+    stage = parse(
         Stage,
         argv="--photos a --no-use-se --mean 1 2 3 --val x y --limit 4 --network r18 --device cpu".split(),
     )
@@ -36,7 +36,7 @@ def test_values_are_typed():
 
 
 def test_defaults():
-    stage = config.parse(Stage, argv=["--photos", "a"])
+    stage = parse(Stage, argv=["--photos", "a"])
     assert stage == Stage(photos=Path("a"))
     assert stage.val == [] and stage.mean == (0.1, 0.2, 0.3) and stage.limit is None and stage.use_se is True
 
@@ -54,7 +54,7 @@ def test_defaults():
 )
 def test_errors_name_the_option_and_the_nearest(argv, expected, capsys):
     with pytest.raises(SystemExit) as stop:
-        config.parse(Stage, argv=argv)
+        parse(Stage, argv=argv)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -62,7 +62,7 @@ def test_errors_name_the_option_and_the_nearest(argv, expected, capsys):
 
 
 def test_help_shows_groups_and_defaults():
-    text = config.build_parser(Stage, "what it does").format_help()
+    text = build_parser(Stage, "what it does").format_help()
     for expected in [
         "what it does",
         "input:",

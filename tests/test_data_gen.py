@@ -12,22 +12,24 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.training import ROOT, folder_set, jpegs, record_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional
-from training import ROOT, folder_set, jpegs, record_set
 
 import data_gen
 import models
-import recordio
-from data_gen import Augmentation, Augmenter, BatchOrder, CropDataset
+from data_gen import BatchOrder, CropDataset
+from formats import crop_sets, tables
+from training import augment
+from training.augment import Augmentation, Augmenter
 from utils import InputError
 
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory):
-    return data_gen.open_training_set(record_set(tmp_path_factory.mktemp("crops")))
+    return crop_sets.open_training_set(record_set(tmp_path_factory.mktemp("crops")))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def photo():
 def changed(recipe, photo, count=40, seed=0):
     """`count` crops, all made from one photo by a recipe."""
     out = np.empty((count, 112, 112, 3), np.uint8)
-    augmenter = Augmenter(recipe, data_gen.uniforms(seed, 0, np.arange(count), 64))
+    augmenter = Augmenter(recipe, augment.uniforms(seed, 0, np.arange(count), 64))
     for position in range(count):
         augmenter(position, photo, out[position])
     return out
@@ -55,51 +57,51 @@ NONE = Augmentation.named("none")
 
 
 def test_folders_and_records_give_the_same_crops(tmp_path):
-    folders = data_gen.open_training_set(folder_set(tmp_path / "folders", identities=3, each=4))
-    records = data_gen.open_training_set(record_set(tmp_path / "records", identities=3, each=4))
+    folders = crop_sets.open_training_set(folder_set(tmp_path / "folders", identities=3, each=4))
+    records = crop_sets.open_training_set(record_set(tmp_path / "records", identities=3, each=4))
     assert folders.identities == records.identities == 3
     assert folders.labels.tolist() == records.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert sorted(folders.read(i) for i in range(12)) == sorted(records.read(i) for i in range(12))
-    assert folders.identity_names == data_gen.identity_names(folders) == ["person-0", "person-1", "person-2"]
-    assert data_gen.identity_names(records) == ["0", "1", "2"]
-    assert data_gen.describe(folders, 0).endswith("folders/person-0/0.jpg")
+    assert folders.identity_names == crop_sets.identity_names(folders) == ["person-0", "person-1", "person-2"]
+    assert crop_sets.identity_names(records) == ["0", "1", "2"]
+    assert crop_sets.describe(folders, 0).endswith("folders/person-0/0.jpg")
 
 
 def test_names_beside_a_record_file_survive_tabs_and_backslashes(tmp_path):
     names = ["Ada\tLovelace", "b\\t", "Zoë"]
-    crops = data_gen.open_training_set(record_set(tmp_path, identities=3, each=2))
-    data_gen.write_identities(tmp_path / "identities.tsv", names)
-    assert data_gen.identity_names(crops) == names
-    data_gen.write_identities(tmp_path / "identities.tsv", names[:2])  # of another set
-    assert data_gen.identity_names(crops) == ["0", "1", "2"]
+    crops = crop_sets.open_training_set(record_set(tmp_path, identities=3, each=2))
+    tables.write_identities(tmp_path / "identities.tsv", names)
+    assert crop_sets.identity_names(crops) == names
+    tables.write_identities(tmp_path / "identities.tsv", names[:2])  # of another set
+    assert crop_sets.identity_names(crops) == ["0", "1", "2"]
     (tmp_path / "identities.tsv").write_text("label\tidentity\n0\ta\n2\tb\n")
     with pytest.raises(InputError, match=r"line 3.*label 1"):
-        data_gen.identity_names(crops)
+        crop_sets.identity_names(crops)
 
 
 def test_folders_that_cannot_be_trained_on(tmp_path):
     folder_set(tmp_path)
     (tmp_path / "person-1" / "notes.txt").write_text("x")
     with pytest.raises(InputError, match=r"person-1/notes.txt: not a crop"):
-        data_gen.open_training_set(tmp_path)
+        crop_sets.open_training_set(tmp_path)
     (tmp_path / "person-1" / "notes.txt").unlink()
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty: identity without a crop"):
-        data_gen.open_training_set(tmp_path)
+        crop_sets.open_training_set(tmp_path)
     (tmp_path / "empty").rmdir()
     (tmp_path / "lost.JPG").write_bytes(b"")
     with pytest.raises(InputError, match=r"lost.JPG: an image in no identity's folder"):
-        data_gen.open_training_set(tmp_path)
+        crop_sets.open_training_set(tmp_path)
     (tmp_path / "lost.JPG").unlink()
     (tmp_path / "faces.tsv").write_text("x")
     (tmp_path / ".hidden").mkdir()
-    assert len(data_gen.open_training_set(tmp_path)) == 12
+    assert len(crop_sets.open_training_set(tmp_path)) == 12
     with pytest.raises(InputError, match="nothere: no such file or folder"):
-        data_gen.open_training_set(tmp_path / "nothere")
+        crop_sets.open_training_set(tmp_path / "nothere")
     with pytest.raises(InputError, match="no crops"):
-        data_gen.open_training_set(tmp_path / ".hidden")
+        crop_sets.open_training_set(tmp_path / ".hidden")
     with pytest.raises(InputError, match="one identity only"):
-        data_gen.open_training_set(folder_set(tmp_path / "single", identities=1))
+        crop_sets.open_training_set(folder_set(tmp_path / "single", identities=1))
 
 
 @dataclasses.dataclass
@@ -125,38 +127,38 @@ class Made:
 )
 def test_wrong_labels_are_found_before_training(labels, identities, message):
     with pytest.raises(InputError, match=message):
-        data_gen.check(Made(np.array(labels, np.int64), identities))
+        crop_sets.check(Made(np.array(labels, np.int64), identities))
 
 
 def test_counts_of_the_research_set(shared):
-    crops = data_gen.open_training_set(shared / "faces_large")
+    crops = crop_sets.open_training_set(shared / "faces_large")
     assert (len(crops), crops.identities) == (15_423, 1_308)
     images = CropDataset(crops, NONE, 0)[(0, np.arange(8))].images
     assert images.shape == (8, 112, 112, 3) and images.dtype == torch.uint8
 
 
 def test_fingerprint_tells_sets_apart(tmp_path, crops):
-    same = data_gen.open_training_set(record_set(tmp_path / "same"))
-    other = data_gen.open_training_set(record_set(tmp_path / "other", seed=1))
-    assert data_gen.fingerprint(crops) == data_gen.fingerprint(same) != data_gen.fingerprint(other)
+    same = crop_sets.open_training_set(record_set(tmp_path / "same"))
+    other = crop_sets.open_training_set(record_set(tmp_path / "other", seed=1))
+    assert crop_sets.fingerprint(crops) == crop_sets.fingerprint(same) != crop_sets.fingerprint(other)
 
 
 # --- order and randomness --------------------------------------------------------------------------------------------
 
 
 def test_numbers_of_a_crop_do_not_depend_on_its_batch():
-    whole = data_gen.uniforms(3, 5, np.arange(1000), 16)
+    whole = augment.uniforms(3, 5, np.arange(1000), 16)
     assert whole.min() >= 0 and whole.max() < 1
     some = np.array([17, 999, 0])
-    assert np.array_equal(data_gen.uniforms(3, 5, some, 16), whole[some])
-    assert np.array_equal(data_gen.uniforms(3, 5, some, 4), whole[some, :4])
-    for other in (data_gen.uniforms(4, 5, np.arange(1000), 16), data_gen.uniforms(3, 6, np.arange(1000), 16)):
+    assert np.array_equal(augment.uniforms(3, 5, some, 16), whole[some])
+    assert np.array_equal(augment.uniforms(3, 5, some, 4), whole[some, :4])
+    for other in (augment.uniforms(4, 5, np.arange(1000), 16), augment.uniforms(3, 6, np.arange(1000), 16)):
         assert not np.isin(other, whole).any()
         assert abs(np.corrcoef(other.ravel(), whole.ravel())[0, 1]) < 0.03
 
 
 def test_numbers_are_uniform_and_independent():
-    values = data_gen.uniforms(-7, 0, np.arange(20_000), 8)
+    values = augment.uniforms(-7, 0, np.arange(20_000), 8)
     counts = np.histogram(values, bins=64, range=(0, 1))[0]
     expected = values.size / 64
     assert ((counts - expected) ** 2 / expected).sum() < 120  # chi-square, 63 degrees of freedom: p < 1e-5
@@ -166,7 +168,7 @@ def test_numbers_are_uniform_and_independent():
 
 
 def test_large_seeds_epochs_and_indices():
-    values = data_gen.uniforms(2**62, 10**6, np.array([2**40, 2**40 + 1]), 3)
+    values = augment.uniforms(2**62, 10**6, np.array([2**40, 2**40 + 1]), 3)
     assert values.shape == (2, 3) and len(np.unique(values)) == 6
 
 
@@ -307,8 +309,8 @@ def damaged(tmp_path):
     items = list(jpegs(3, 4))
     for index in (2, 3, 11):
         items[index] = (items[index][0][:300], items[index][1])
-    recordio.write_crops(tmp_path, items)
-    return data_gen.open_training_set(tmp_path)
+    crop_sets.write_crops(tmp_path, items)
+    return crop_sets.open_training_set(tmp_path)
 
 
 def test_an_unreadable_crop_stops_the_run_and_is_named(damaged):
@@ -329,8 +331,8 @@ def test_an_unreadable_crop_is_replaced_by_the_next_readable_one(damaged, on_dev
 
 
 def test_a_set_without_one_readable_crop(tmp_path):
-    recordio.write_crops(tmp_path, [(data[:300], label) for data, label in jpegs(2, 2)])
-    dataset = CropDataset(data_gen.open_training_set(tmp_path), NONE, 0, skip_unreadable=True)
+    crop_sets.write_crops(tmp_path, [(data[:300], label) for data, label in jpegs(2, 2)])
+    dataset = CropDataset(crop_sets.open_training_set(tmp_path), NONE, 0, skip_unreadable=True)
     assert "none of the 4 crops is readable" in dataset[(0, np.array([1]))].error
 
 
@@ -355,8 +357,8 @@ def test_a_crop_that_exif_turns_is_turned_wherever_it_is_decoded(tmp_path):
     turned = io.BytesIO()
     Image.fromarray(plain).save(turned, "JPEG", quality=95, exif=exif)
     items[1] = (turned.getvalue(), 0)
-    recordio.write_crops(tmp_path, items)
-    dataset = CropDataset(data_gen.open_training_set(tmp_path), NONE, 0, encoded=True)
+    crop_sets.write_crops(tmp_path, items)
+    dataset = CropDataset(crop_sets.open_training_set(tmp_path), NONE, 0, encoded=True)
     images, labels, skipped = data_gen.to_device(dataset[(0, np.array([0, 1]))], dataset, torch.device("cpu"))
     assert labels.tolist() == [0, 0] and skipped == []
     assert np.abs(np.rot90(plain, -1).astype(int) - images[1].numpy()).mean() < 4
@@ -365,9 +367,9 @@ def test_a_crop_that_exif_turns_is_turned_wherever_it_is_decoded(tmp_path):
 def test_a_set_without_jpeg_is_not_for_a_device_that_decodes(crops, tmp_path):
     data_gen.check_jpeg(crops)
     picture = encoded(np.zeros((112, 112, 3), np.uint8), ".png")
-    recordio.write_crops(tmp_path, [(picture, label) for label in range(3)])
+    crop_sets.write_crops(tmp_path, [(picture, label) for label in range(3)])
     with pytest.raises(InputError, match=r"--decode gpu: .* holds no JPEG"):
-        data_gen.check_jpeg(data_gen.open_training_set(tmp_path))
+        data_gen.check_jpeg(crop_sets.open_training_set(tmp_path))
 
 
 def test_a_damaged_crop_is_named_when_the_device_decodes(damaged):
@@ -380,7 +382,7 @@ def test_a_damaged_record_is_replaced_when_the_device_decodes(crops, tmp_path):
     """Not the image but the record around it: the RecordIO reader refuses it."""
     for name in ("train.idx", "train.rec"):
         shutil.copyfile(crops.path.with_name(name), tmp_path / name)
-    set_of = recordio.open_crops(tmp_path)
+    set_of = crop_sets.open_crops(tmp_path)
     payload, _ = set_of.read(3)
     data = bytearray((tmp_path / "train.rec").read_bytes())
     start = data.index(payload)
@@ -419,7 +421,7 @@ def test_no_augmentation_leaves_crops_alone(photo):
 
 def test_colours_agree_with_torchvision(photo):
     recipe = Augmentation(mirror=0.0, jitter=0.125)
-    values = data_gen.uniforms(0, 0, np.arange(20), 64)
+    values = augment.uniforms(0, 0, np.arange(20), 64)
     factors = 1 + 0.125 * (2 * values[:, 1:4] - 1)
     image = torch.from_numpy(photo).permute(2, 0, 1).float() / 255
     for position, crop in enumerate(changed(recipe, photo, 20)):
@@ -434,7 +436,7 @@ def test_colours_agree_with_torchvision(photo):
 
 def test_colours_agree_with_pil(photo):
     """The reference's pipeline works on PIL images."""
-    values = data_gen.uniforms(0, 0, np.arange(5), 64)
+    values = augment.uniforms(0, 0, np.arange(5), 64)
     for position, crop in enumerate(changed(Augmentation(mirror=0.0), photo, 5)):
         image = Image.fromarray(photo)
         for adjust, value in zip(
@@ -455,9 +457,9 @@ def test_half_of_the_crops_are_mirrored(photo):
 
 def test_the_device_augments_as_the_workers_do(photo):
     recipe = Augmentation(jitter=0.3, grey=0.3)
-    values = data_gen.uniforms(2, 0, np.arange(30), 64)
+    values = augment.uniforms(2, 0, np.arange(30), 64)
     images = torch.from_numpy(np.repeat(photo[None], 30, axis=0))
-    there = data_gen.augment_on_device(images, data_gen.pack_colours(recipe, values))
+    there = augment.augment_on_device(images, augment.pack_colours(recipe, values))
     difference = there.int() - torch.from_numpy(changed(recipe, photo, 30, 2)).int()
     assert difference.abs().max() <= 1 and (difference != 0).float().mean() < 0.1  # OpenCV has 10-bit factors
 

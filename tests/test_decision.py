@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decision import Decision, Normal, find_decision
 from utils import InputError
+from verification.decision import Decision, Normal, find_decision
 
 ANGLES = {"genuine": {"mean": 50.0, "std": 10.0}, "impostor": {"mean": 88.0, "std": 6.0}}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import config
+from options import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
@@ -64,9 +65,9 @@ def test_its_commands_are_valid_and_the_readmes(demo):
     readme = (ROOT / "README.md").read_text()
     assert code == 0 and [words[0] for words in calls] == ["synthesize.py"] * 4 + list(STAGES)[1:]
     for script, *words in calls:
-        config.parse(STAGES[script], argv=words)  # exits for an option that does not exist
+        parse(STAGES[script], argv=words)  # exits for an option that does not exist
         assert f"python {script}" in readme
-    people = [config.parse(config.Synthesize, argv=words) for _, *words in calls[:4]]
+    people = [parse(config.Synthesize, argv=words) for _, *words in calls[:4]]
     numbers = [number for part in people for number in range(part.first, part.first + part.identities)]
     assert len(set(numbers)) == len(numbers)  # nobody is in two sets
 

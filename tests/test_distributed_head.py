@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from margin import MarginHead
+from training.margin import MarginHead
 
 CROPS, INPUTS, SIZE, STEPS = 12, 10, 8, 3
 # name -> identities and settings of the head; 101 and 7 are not divisible by 2 or 3.

@@ -9,9 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_restart import wait_for_step
-from torch import nn
-from training import (
+from helpers.training import (
     ROOT,
     SmallNetwork,
     assert_same_state,
@@ -27,13 +25,15 @@ from training import (
     train_run,
     use_small_network,
 )
+from test_restart import wait_for_step
+from torch import nn
 
-import checkpoints
 import config
 import data_gen
-import distributed
-import recordio
 import train
+from formats import crop_sets
+from options import parse
+from training import augment, checkpoints, distributed
 
 STEPS = 4
 
@@ -48,9 +48,9 @@ def some_steps(line, out, dtype, first, last, small=True):
     """Train from the checkpoint in `out` (none for step 0) to step `last` with train.py's own parts; save there."""
     if small:
         use_small_network()
-    settings = config.parse(config.Train, argv=line)
+    settings = parse(config.Train, argv=line)
     with distributed.join("cpu") as world:
-        data = data_gen.open_training_set(settings.data)
+        data = crop_sets.open_training_set(settings.data)
         order = data_gen.BatchOrder(len(data), settings.batch_size, 0, world.rank, world.size, settings.accumulate)
         state = train.build(settings, data.identities, order.steps_per_epoch, world)
         state.network.to(dtype)
@@ -61,7 +61,7 @@ def some_steps(line, out, dtype, first, last, small=True):
         if first:
             checkpoints.restore(state, load(out / f"{first}.pt"), out, world)
         model = distributed.data_parallel(state.network, world).train()
-        dataset = data_gen.CropDataset(data, data_gen.Augmentation.named("published"), 0)
+        dataset = data_gen.CropDataset(data, augment.Augmentation.named("published"), 0)
         losses = []
         requests = order.micro_batches(first, last)
         for _ in range(first, last):
@@ -182,9 +182,9 @@ def test_without_sync_bn_statistics_are_averaged_over_ranks(crops, tmp_path):
     run(some_steps, line, out, torch.float64, 0, 1, output=out / "output", size=2)
     saved = load(out / "1.pt")
     found = saved["model"]
-    data = data_gen.open_training_set(crops)
+    data = crop_sets.open_training_set(crops)
     indices = data_gen.BatchOrder(len(data), 12, 0).global_batch(0)
-    batch = data_gen.CropDataset(data, data_gen.Augmentation.named("published"), 0)[(0, indices)]
+    batch = data_gen.CropDataset(data, augment.Augmentation.named("published"), 0)[(0, indices)]
     first = untrained()[0](data_gen.normalise(batch.images).double())
     means = [part.mean(dim=(0, 2, 3)) for part in first.split(6)]
     torch.testing.assert_close(found["1.running_mean"], 0.1 * sum(means) / 2, rtol=1e-9, atol=1e-12)
@@ -234,7 +234,7 @@ def test_unreadable_crops_of_all_processes_are_named_once(tmp_path):
     damaged = (2, 5, 9, 14, 20)
     for index in damaged:
         items[index] = (items[index][0][:200], items[index][1])
-    recordio.write_crops(tmp_path / "crops", items)
+    crop_sets.write_crops(tmp_path / "crops", items)
     line = options(tmp_path / "crops", tmp_path / "run", skip_unreadable=True, save_every=1)
     code, text = train_run(line, tmp_path / "output", size=2)
     assert code == 0, text

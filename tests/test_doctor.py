@@ -15,10 +15,10 @@ from torch import nn
 
 import doctor
 from embedding import Embedder, Preprocessing
+from formats.verification_bin import write_bin
 from models import build_network
 from utils import InputError
-from verification import VerificationSet
-from verification_bin import write_bin
+from verification.sets import VerificationSet
 
 
 def make_set(pairs=200, seed=0):

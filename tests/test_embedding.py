@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers.toy_models import DIM, KERNEL, write_onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
-from toy_models import DIM, KERNEL, write_onnx
 
 import embedding
 import models

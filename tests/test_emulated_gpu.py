@@ -10,28 +10,27 @@ import threading
 import time
 
 import cv2
-import emulated_nccl
 import numpy as np
 import pytest
 import torch
-from emulated_gpu import EmulatedGpu, OnGpu
+from helpers import emulated_nccl
+from helpers.emulated_gpu import EmulatedGpu, OnGpu
+from helpers.training import ROOT, SmallNetwork, assert_same_state, jpegs, load, options, record_set, run, train_main
 from torch import nn
-from training import ROOT, SmallNetwork, assert_same_state, jpegs, load, options, record_set, run, train_main
 
 import config
 import data_gen
-import distributed
 import embedding
 import lfw_eval
 import models
-import monitor
-import recordio
 import train
 import utils
-import verification_bin
 from embedding import Embedder, load_embedder
+from formats import crop_sets, verification_bin
 from megaface.protocol import identification
+from options import parse
 from retinaface import RetinaFace, engines
+from training import distributed, monitor
 
 
 @pytest.fixture
@@ -214,7 +213,7 @@ def start(monkeypatch, tmp_path):
     def run(data, name, *, small=True, code=0, **changes):
         if small:
             monkeypatch.setattr(models, "build_network", lambda name, se, size, recompute: SmallNetwork(size))
-        chosen = config.parse(config.Train, argv=options(data, tmp_path / name, **changes))
+        chosen = parse(config.Train, argv=options(data, tmp_path / name, **changes))
         with distributed.join(chosen.device) as world:
             assert train.train(chosen, world) == code
         return tmp_path / name
@@ -305,7 +304,7 @@ def test_crops_that_the_gpu_cannot_decode_are_decoded_by_the_cpu(tmp_path, gpu, 
     image = cv2.imdecode(np.frombuffer(items[3][0], np.uint8), cv2.IMREAD_COLOR)
     items[3] = (cv2.imencode(".png", image)[1].tobytes(), items[3][1])
     items[9] = (items[9][0][:300], items[9][1])
-    recordio.write_crops(tmp_path / "crops", items)
+    crop_sets.write_crops(tmp_path / "crops", items)
     settings = {"device": "cuda", "decode": "gpu", "epochs": 1, "skip_unreadable": True, "augment": "none"}
     out = start(tmp_path / "crops", "run", **settings)
     results = json.loads((out / "results.json").read_text())
@@ -314,7 +313,7 @@ def test_crops_that_the_gpu_cannot_decode_are_decoded_by_the_cpu(tmp_path, gpu, 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_compiling_lacks_is_said_before_the_first_step(gpu, monkeypatch, tmp_path, device):
-    chosen = config.parse(config.Train, argv=options("crops", tmp_path / "run", device=device, compile=True))
+    chosen = parse(config.Train, argv=options("crops", tmp_path / "run", device=device, compile=True))
     monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(tmp_path))
     (tmp_path / "Python.h").touch()
     compiler = {"cpu": "CXX", "cuda": "CC"}[device]

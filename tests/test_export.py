@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data_gen
 import export
 from embedding import load_embedder
+from formats import crop_sets
+from formats.crop_sets import write_crops
+from formats.verification_bin import write_bin
 from models import build_network
-from recordio import write_crops
 from retinaface.engines import onnx_model
 from retinaface.weights import load_weights
 from utils import InputError
-from verification_bin import write_bin
 
 
 def jpeg(rng):
@@ -109,7 +109,7 @@ def test_calibration_crops_are_spread_and_rgb(tmp_path):
     write_crops(tmp_path / "crops", items)
     crops = export.calibration_crops(tmp_path / "crops", 2)
     assert crops.shape == (2, 112, 112, 3) and (crops[..., 0] == 200).all()
-    assert len(data_gen.open_training_set(tmp_path / "crops")) == 3
+    assert len(crop_sets.open_training_set(tmp_path / "crops")) == 3
 
 
 @pytest.mark.parametrize(

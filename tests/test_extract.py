@@ -28,9 +28,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import archives
 import extract
-import recordio
+from formats import archives, crop_sets, recordio
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = archives.Limits(1 << 20, 200.0)
@@ -238,7 +237,7 @@ def test_a_source_that_gives_no_photo_is_an_error(name, tmp_path, capsys):
 def test_recordio_becomes_a_folder_per_label(shared, tmp_path):
     source = shared / "formats" / "recordio" / "std"
     assert run(tmp_path / "raw", source) == 0
-    crops = recordio.open_crops(source)
+    crops = crop_sets.open_crops(source)
     expected = {
         f"std-{label:07d}/{key:08d}.jpg": data for key in crops.keys.tolist() for data, label in [crops.read(key - 1)]
     }

@@ -11,19 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers.painted_faces import BLUE, RED, PaintedFaces, paint, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from painted_faces import BLUE, RED, PaintedFaces, paint, save
 
-import faces
-from faces import (
-    BOX_CROP,
-    CENTRE_CROP,
-    CROP,
-    NO_CROP,
+from cropping import faces
+from cropping.faces import (
     FaceFinder,
-    FaceRow,
-    FaceTable,
     Photo,
     box_crop,
     centre_crop,
@@ -31,12 +25,12 @@ from faces import (
     encode_jpeg,
     find_faces,
     ordered_map,
-    read_faces,
     realign,
     windows,
     worker_count,
-    write_faces,
 )
+from formats import tables
+from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, FaceTable, read_faces, write_faces
 from retinaface import RetinaFace
 from utils import InputError
 
@@ -61,7 +55,7 @@ rows = st.builds(
     FaceRow,
     identity=texts,
     file=st.binary(min_size=1, max_size=12).map(os.fsdecode),
-    status=st.sampled_from(faces.STATUSES),
+    status=st.sampled_from(tables.STATUSES),
     reason=texts,
     faces=st.integers(0, 750),
     box=st.none() | st.tuples(*[numbers] * 4),
@@ -73,9 +67,9 @@ rows = st.builds(
 @settings(max_examples=50, deadline=None)
 @given(st.lists(rows, max_size=4))
 def test_table_round_trip(some):
-    data = faces.table_text(some)
+    data = tables.table_text(some)
     assert data.count(b"\n") == len(some) + 1
-    assert faces.parse_table(data, "table") == some
+    assert tables.parse_table(data, "table") == some
 
 
 def test_table_files_and_names_of_other_encodings(tmp_path):
@@ -105,7 +99,7 @@ GOOD = FaceRow("a", "a/1.jpg", CROP, "", 1, (1.0, 2.0, 3.0, 4.0), ((1.0, 2.0),) 
 )
 def test_damaged_rows_name_file_and_line(tmp_path, line, complaint):
     path = tmp_path / "faces.tsv"
-    path.write_text("\t".join(faces.COLUMNS) + f"\n{GOOD.replace('1.jpg', '2.jpg')}\n{line}\n")
+    path.write_text("\t".join(tables.COLUMNS) + f"\n{GOOD.replace('1.jpg', '2.jpg')}\n{line}\n")
     with pytest.raises(InputError, match=rf"faces.tsv, line 3: .*{complaint}"):
         read_faces(path)
     with pytest.raises(InputError, match=rf"faces.tsv, line 3: .*{complaint}"):
@@ -117,7 +111,7 @@ def test_damaged_rows_name_file_and_line(tmp_path, line, complaint):
     [
         ("", "not a table of faces"),
         ("a\tb\n", "not a table of faces"),
-        ("\t".join(faces.COLUMNS) + "\n" + GOOD, "cut off"),
+        ("\t".join(tables.COLUMNS) + "\n" + GOOD, "cut off"),
     ],
 )
 @pytest.mark.parametrize("read", [read_faces, FaceTable])
@@ -128,7 +122,7 @@ def test_files_that_are_no_tables(tmp_path, text, complaint, read):
 
 
 def test_a_file_twice_in_a_table(tmp_path):
-    (tmp_path / "faces.tsv").write_text("\t".join(faces.COLUMNS) + f"\n{GOOD}\n{GOOD}\n")
+    (tmp_path / "faces.tsv").write_text("\t".join(tables.COLUMNS) + f"\n{GOOD}\n{GOOD}\n")
     with pytest.raises(InputError, match=r"line 3: a second row for a/1.jpg"):
         FaceTable(tmp_path / "faces.tsv")
 

@@ -14,19 +14,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers.toy_models import write_onnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_models import write_onnx
 
-import figures
-import lfw
 import lfw_eval
 import models
-import verification
-import verification_bin
-import verification_report
+import plotting
 from embedding import Preprocessing, load_embedder
+from formats import verification_bin
 from utils import InputError
+from verification import features, lfw, metrics, report, sets
 
 ROOT = Path(lfw_eval.__file__).parent
 
@@ -392,7 +390,7 @@ def test_two_bins_and_a_folder_in_one_report(tmp_path, capsys, monkeypatch, fake
     assert len(report["model"]["sha256"]) == 64 and len({entry["sha256"] for entry in report["sets"]}) == 3
     # What is reported is what the library says.
     embedder = load_embedder(checkpoint)
-    result = verification.verify(embedder, verification.open_set(tmp_path / "a" / "set.bin"))
+    result = features.verify(embedder, sets.open_set(tmp_path / "a" / "set.bin"))
     assert first["accuracy_kfold_mean"] == result.kfold_mean and first["auc"] == result.auc
 
 
@@ -407,7 +405,7 @@ def test_model_that_knows_its_threshold_is_judged_by_it(tmp_path, capsys, monkey
     code, text, _ = run(capsys, monkeypatch, "--checkpoint", model, "--bin", pairs, "--out", tmp_path / "out")
     assert code == 0 and "at the model's own cosine 0.0000" in text
     entry = json.loads((tmp_path / "out" / "results.json").read_text())["sets"][0]
-    result = verification.verify(load_embedder(model), verification.open_set(pairs))
+    result = features.verify(load_embedder(model), sets.open_set(pairs))
     accepted = result.cosines >= 0
     assert entry["model_threshold"]["accuracy"] == np.mean(accepted == result.same)
     assert entry["model_threshold"]["far"] == np.mean(accepted[~result.same])
@@ -450,42 +448,40 @@ def test_wrong_input_is_one_line_and_nothing_is_written(tmp_path, capsys, monkey
 
 def test_sheet_shows_the_worst_and_counts_all(tmp_path, fake_detector, checkpoint):
     small_set(tmp_path, {})
-    pairs = verification.open_set(tmp_path, workers=1)
+    pairs = sets.open_set(tmp_path, workers=1)
     cosines = np.array([0.9, 0.1, 0.8, 0.7, 0.2, 0.6, 0.3, 0.4])
-    result = verification.evaluate(cosines, pairs.same, pairs.folds, name="small")
-    errors = verification_report.errors_at(result, 0.5)
+    result = metrics.evaluate(cosines, pairs.same, pairs.folds, name="small")
+    errors = report.errors_at(result, 0.5)
     assert errors.false_accepts.tolist() == [2, 3]
     assert errors.false_rejects.tolist() == [1, 4]
     for most in (1, 12):
         path = tmp_path / f"sheet-{most}.png"
-        verification_report.draw_errors(path, pairs, result, errors, "model", most=most)
+        report.draw_errors(path, pairs, result, errors, "model", most=most)
         assert is_picture(path)
     # One more pair makes the sheet one row of crops and captions higher.
     heights = [cv2.imread(str(tmp_path / f"sheet-{most}.png")).shape[0] for most in (1, 12)]
     assert heights[1] - heights[0] == 112 + 26
-    lines = verification_report.errors_table(pairs, result, errors).splitlines()
+    lines = report.errors_table(pairs, result, errors).splitlines()
     assert lines[1].split("\t")[:5] == ["false_accept", "2", "1", "A/A_0001.png", "B/B_0001.png"]
 
 
 def test_a_photo_that_vanished_leaves_its_crop_on_the_sheet(tmp_path, fake_detector):
     small_set(tmp_path, {})
-    pairs = verification.open_set(tmp_path, workers=1)
+    pairs = sets.open_set(tmp_path, workers=1)
     shutil.rmtree(tmp_path / "photos")
-    result = verification.evaluate(np.linspace(0, 1, 8), pairs.same, pairs.folds, name="small")
-    errors = verification_report.errors_at(result, 0.5)
-    verification_report.draw_errors(tmp_path / "sheet.png", pairs, result, errors, "model", most=12)
+    result = metrics.evaluate(np.linspace(0, 1, 8), pairs.same, pairs.folds, name="small")
+    errors = report.errors_at(result, 0.5)
+    report.draw_errors(tmp_path / "sheet.png", pairs, result, errors, "model", most=12)
     assert is_picture(tmp_path / "sheet.png")
 
 
 def test_pictures_do_not_depend_on_when_they_were_drawn(tmp_path):
     rng = np.random.default_rng(0)
     same = np.arange(200) % 2 == 0
-    result = verification.evaluate(
-        rng.normal(same * 0.5, 0.2).clip(-1, 1), same, np.arange(200) // 20, name="A$AP ^2 $"
-    )
+    result = metrics.evaluate(rng.normal(same * 0.5, 0.2).clip(-1, 1), same, np.arange(200) // 20, name="A$AP ^2 $")
     for folder in ("one", "two"):
-        verification_report.draw_angles(tmp_path / folder / "angles", result, "m")
-        verification_report.draw_roc(tmp_path / folder / "roc", result, "m")
+        report.draw_angles(tmp_path / folder / "angles", result, "m")
+        report.draw_roc(tmp_path / folder / "roc", result, "m")
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == ["angles.png", "angles.svg", "roc.png", "roc.svg"]
     for name in names:
@@ -493,7 +489,7 @@ def test_pictures_do_not_depend_on_when_they_were_drawn(tmp_path):
 
 
 def test_a_drawing_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), figures.drawing(tmp_path / "broken", 3, 2):
+    with pytest.raises(ZeroDivisionError), plotting.drawing(tmp_path / "broken", 3, 2):
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
 
@@ -538,8 +534,8 @@ def test_killed_run_goes_on_and_ends_as_an_unbroken_one(shared, tmp_path):
     assert "40/40" in finished.stderr and "accuracy over folds" in finished.stdout
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
     embedder = load_embedder(checkpoint)
-    pairs = verification.open_set(tmp_path)
-    expected = verification_report.report(embedder, [pairs], [verification.verify(embedder, pairs)])
+    pairs = sets.open_set(tmp_path)
+    expected = report.report(embedder, [pairs], [features.verify(embedder, pairs)])
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(expected))
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import margin
-from margin import MarginHead, identity_range, margin_cosine
+from training import margin
+from training.margin import MarginHead, identity_range, margin_cosine
 
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "combined": (1.1, 0.3, 0.2), "adaface": 0.4}
 

@@ -14,7 +14,7 @@ from torch import nn
 import embedding
 import megaface_eval
 from embedding import Embedder
-from faces import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, write_faces
+from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, write_faces
 from megaface import curves, run_experiment
 from megaface.features import open_store
 from megaface.noise import RowView, treat

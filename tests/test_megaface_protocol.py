@@ -6,10 +6,10 @@ import threading
 import time
 
 import hypothesis
-import megaface_transcription as slow
 import numpy as np
 import pytest
 import torch
+from helpers import megaface_transcription as slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import extract
-import msceleb
+from formats import msceleb
 
 SAMPLE = "MsCelebV1-Faces-Aligned.sample.tsv"
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-import archives
-from photos import PhotoError, identity_of, in_order, list_photos, read_photo
+from cropping.photos import PhotoError, identity_of, in_order, list_photos, read_photo
+from formats import archives
 from utils import InputError
 
 

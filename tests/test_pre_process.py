@@ -16,15 +16,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from painted_faces import PaintedFaces, paint, save
+from helpers.painted_faces import PaintedFaces, paint, save
 
-import chunks
-import faces
 import pre_process
-import recordio
-from chunks import Chunks, Shard
-from faces import CROP, NO_CROP, FaceRow, read_faces, write_faces
-from photos import list_photos
+from cropping import chunks, faces
+from cropping.chunks import Chunks, Shard
+from cropping.photos import list_photos
+from formats import crop_sets
+from formats.tables import CROP, NO_CROP, FaceRow, read_faces, write_faces
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +91,7 @@ def test_crops_labels_and_tables_agree(painted, tmp_path, capsys):
     assert names[0] == ["label", "identity", "crops"]
     assert [name for _, name, _ in names[1:]] == [f"person {identity}" for identity in range(6)]
 
-    crops = recordio.open_crops(out)
+    crops = crop_sets.open_crops(out)
     kept = [row for row in rows if row.status == CROP]
     assert len(crops) == len(kept) == 6 * 17 and crops.identities == 6
     for index, row in enumerate(kept):

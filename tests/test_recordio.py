@@ -16,19 +16,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import recordio
-from recordio import (
-    MAGIC,
-    CropSet,
-    CropWriter,
-    RecordHeader,
-    RecordReader,
-    frame,
-    open_crops,
-    pack,
-    unpack,
-    write_crops,
-)
+from formats import crop_sets, recordio
+from formats.crop_sets import CropSet, CropWriter, open_crops, write_crops
+from formats.recordio import MAGIC, RecordHeader, RecordReader, frame, pack, unpack
 from utils import InputError
 
 UNREADABLE_INDEX = {"idx_duplicate_key": "key 10 stands twice, in lines 11 and 50", "idx_malformed_line": "line 11"}
@@ -632,7 +622,7 @@ def test_a_set_shuffled_afterwards_takes_the_labels_of_its_images(shared, tmp_pa
 
 def test_more_records_than_float32_can_count(std, monkeypatch):
     path, _ = std
-    monkeypatch.setattr(recordio, "FLOAT32_EXACT", 45)
+    monkeypatch.setattr(crop_sets, "FLOAT32_EXACT", 45)
     crops = open_crops(path)
     assert (len(crops), crops.identities) == (40, 8) and "rounded" in crops.notes[0]
     assert crops.labels.tolist() == open_crops_exact(path)

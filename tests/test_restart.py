@@ -8,10 +8,10 @@ import signal
 import time
 
 import pytest
-from training import assert_same_state, finish, load, options, record_set, scalars, start, train_main, train_run
+from helpers.training import assert_same_state, finish, load, options, record_set, scalars, start, train_main, train_run
 
-import checkpoints
 import utils
+from training import checkpoints
 
 STEPS = 120
 RECIPE = {

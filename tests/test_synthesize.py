@@ -26,16 +26,16 @@ pytest.importorskip("anny")
 import torch
 import warp as wp
 
-import data_gen
 import synthesize
 import utils
-from align import align_face
-from lfw import find_photos, read_pairs
-from photos import list_photos
-from recordio import open_crops
+from cropping.align import align_face
+from cropping.photos import list_photos
+from formats import crop_sets
+from formats.crop_sets import open_crops
 from synthetic import dataset, hair, kernels, parameters, photo, props, render, skin
 from synthetic.head import CAVITY, EYE, LASH, SKIN, TEETH, TONGUE, data_folder, load_head
 from utils import InputError
+from verification.lfw import find_photos, read_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTITIES, IMAGES = 3, 2
@@ -179,7 +179,7 @@ def test_crops_are_what_aligning_with_the_true_landmarks_gives(made, renderer, t
     dataset.merge(people)
     crops = open_crops(tmp_path / "crops")
     assert len(crops) == 2 and crops.identities == 1
-    assert data_gen.identity_names(crops) == ["s000001"]  # as train.py does
+    assert crop_sets.identity_names(crops) == ["s000001"]  # as train.py does
     rows = [row for row in table_of(made) if row["identity"] == "s000001"]
     for index, row in enumerate(rows):
         points = np.array([float(row[name]) for name in dataset.COLUMNS[6:16]]).reshape(5, 2)

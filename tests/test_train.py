@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from training import (
+from helpers.training import (
     ROOT,
     SmallNetwork,
     finish,
@@ -28,18 +28,15 @@ from training import (
     train_run,
 )
 
-import checkpoints
-import config
 import data_gen
 import models
-import monitor
-import recordio
-import schedules
 import train
 import utils
-import verification_bin
-from config import Interval, Train
-from distributed import World
+from config import Train
+from formats import crop_sets, recordio, tables, verification_bin
+from options import Interval, parse
+from training import checkpoints, monitor, schedules
+from training.distributed import World
 from utils import InputError
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -68,7 +65,7 @@ def wait_for(path):
 
 
 def settings(**changes):
-    return config.parse(Train, argv=options("crops", "out", **changes))
+    return parse(Train, argv=options("crops", "out", **changes))
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -80,7 +77,7 @@ def rates(**changes):
 
 
 def test_the_published_rate_is_the_default():
-    chosen = config.parse(Train, argv=["--data", "x", "--out", "y"])
+    chosen = parse(Train, argv=["--data", "x", "--out", "y"])
     rate = [schedules.learning_rate(epoch * 100, 100, chosen) for epoch in range(40)]
     expected = [0.1] * 8 + [0.01] * 8 + [1e-3] * 8 + [1e-4] * 8 + [1e-5] * 8
     assert rate == pytest.approx(expected)
@@ -173,7 +170,7 @@ def test_intervals_that_mean_nothing(text):
     ],
 )
 def test_options_no_run_can_use(changes, message, tmp_path):
-    chosen = config.parse(Train, argv=options("crops", tmp_path / "out", **changes))
+    chosen = parse(Train, argv=options("crops", tmp_path / "out", **changes))
     with pytest.raises(InputError, match=re.escape(message)):
         train.check_options(chosen, HERE)
     assert not (tmp_path / "out").exists()
@@ -197,8 +194,8 @@ def test_a_run_does_not_write_among_its_crops(tmp_path):
         (records / "train.rec", records),
     ):
         with pytest.raises(InputError, match=re.escape(f"--out {out}: lies among the crops of --data {data}")):
-            train.check_options(config.parse(Train, argv=options(data, out)), HERE)
-    train.check_options(config.parse(Train, argv=options(records, records / "run")), HERE)
+            train.check_options(parse(Train, argv=options(data, out)), HERE)
+    train.check_options(parse(Train, argv=options(records, records / "run")), HERE)
 
 
 # --- a whole run -----------------------------------------------------------------------------------------------------
@@ -287,7 +284,7 @@ def test_tensorboard_has_what_people_watch(finished):
 
 def test_centres_by_identity(finished, tmp_path):
     out, _ = finished
-    data_gen.write_identities(out / "identities.tsv", [f"person {label}" for label in range(6)])
+    tables.write_identities(out / "identities.tsv", [f"person {label}" for label in range(6)])
     command = [sys.executable, "export_centres.py", "--checkpoint"]
     done = subprocess.run(
         [*command, out / "best.pt", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
@@ -334,7 +331,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_rate(crops, tmp_pat
     step = int(re.search(r"step (\d+): the loss is (nan|inf) at learning rate 1e\+30; its batch is ", line)[1])
     order = data_gen.BatchOrder(24, 4, 0)
     expected = [
-        data_gen.describe(data_gen.open_training_set(crops), index) for index in order.global_batch(step).tolist()
+        crop_sets.describe(crop_sets.open_training_set(crops), index) for index in order.global_batch(step).tolist()
     ]
     assert (out / f"broken-step-{step}.txt").read_text().splitlines() == expected
     assert f"{expected[0]}, {expected[1]}, {expected[2]}, ... (all 4 in {out}/broken-step-{step}.txt)" in line
@@ -370,7 +367,7 @@ def test_the_progress_line_is_sparse_in_a_file(crops, tmp_path):
 def test_unreadable_crops_stop_the_run_or_are_counted(tmp_path):
     items = list(jpegs(6, 4))
     items[5] = (items[5][0][:200], items[5][1])
-    recordio.write_crops(tmp_path / "crops", items)
+    crop_sets.write_crops(tmp_path / "crops", items)
     code, text = train_run(options(tmp_path / "crops", tmp_path / "a", epochs=1), tmp_path / "output")
     assert code == 1
     assert "crop 5: jpg image, but damaged or cut short (--skip-unreadable replaces" in text
@@ -408,7 +405,7 @@ def test_names_that_are_not_utf_8(tmp_path):
     crop = min((folders / name).iterdir())
     crop.write_bytes(crop.read_bytes()[:300])
     with pytest.raises(InputError, match="TensorBoard takes UTF-8 only"):
-        train.check_options(config.parse(Train, argv=options(folders, tmp_path / f"run-{name}")), HERE)
+        train.check_options(parse(Train, argv=options(folders, tmp_path / f"run-{name}")), HERE)
     out = tmp_path / "run"
     code, text = train_run(options(folders, out, skip_unreadable=True), tmp_path / "output")
     assert code == 0, text

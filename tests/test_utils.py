@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from helpers.training import ROOT
 from torch import nn
-from training import ROOT
 
 import utils
 from utils import InputError

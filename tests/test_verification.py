@@ -13,11 +13,11 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 import models
-import verification
-import verification_bin
 from embedding import Embedder, Preprocessing
+from formats import verification_bin
 from utils import InputError
-from verification import curve, evaluate
+from verification import features, metrics, sets
+from verification.metrics import curve, evaluate
 
 UNHURRIED = settings(deadline=None)  # a busy machine is not an error
 
@@ -56,10 +56,10 @@ def brute_accuracies(cosines, same):
 @given(scored_pairs(missing=True))
 def test_best_threshold_is_the_best_of_all(pairs):
     cosines, same = pairs
-    threshold, correct = verification.best_threshold(cosines, same)
+    threshold, correct = metrics.best_threshold(cosines, same)
     best = max(accuracy for accuracy, _ in brute_accuracies(cosines, same))
     assert correct / len(same) == pytest.approx(best)
-    assert verification.accuracy_at(threshold, cosines, same) == pytest.approx(best)
+    assert metrics.accuracy_at(threshold, cosines, same) == pytest.approx(best)
     strictest = max(t for accuracy, t in brute_accuracies(cosines, same) if accuracy == best)
     assert threshold == pytest.approx(np.clip(strictest, -1, 1))
 
@@ -68,10 +68,10 @@ def test_best_threshold_is_the_best_of_all(pairs):
 @given(scored_pairs(missing=True))
 def test_area_is_the_mann_whitney_statistic(pairs):
     cosines, same = pairs
-    scores = verification.worst_scores(cosines, same)
+    scores = metrics.worst_scores(cosines, same)
     genuine, impostor = scores[same], scores[~same]
     wins = (genuine[:, None] > impostor).sum() + 0.5 * (genuine[:, None] == impostor).sum()
-    area = verification.area_under_curve(curve(cosines, same))
+    area = metrics.area_under_curve(curve(cosines, same))
     assert area == pytest.approx(wins / (len(genuine) * len(impostor)))
     statistic = stats.mannwhitneyu(genuine, impostor).statistic
     assert area == pytest.approx(statistic / (len(genuine) * len(impostor)))
@@ -81,11 +81,11 @@ def test_area_is_the_mann_whitney_statistic(pairs):
 @given(scored_pairs(missing=True), st.sampled_from([0.1, 0.25, 0.5, 1.0]))
 def test_operating_point_is_the_laxest_within_its_rate(pairs, far):
     cosines, same = pairs
-    point = verification.operating_point(curve(cosines, same), far)
+    point = metrics.operating_point(curve(cosines, same), far)
     impostors = int((~same).sum())
     rates = []
     for _, threshold in brute_accuracies(cosines, same):
-        accepted = verification.worst_scores(cosines, same) >= threshold
+        accepted = metrics.worst_scores(cosines, same) >= threshold
         if accepted[~same].sum() <= far * impostors:
             rates.append(accepted[same].mean())
     assert point.resolved == (far * impostors >= 1 and bool(rates))
@@ -93,7 +93,7 @@ def test_operating_point_is_the_laxest_within_its_rate(pairs, far):
         assert point.tar is None and point.threshold is None
         return
     assert point.tar == pytest.approx(max(rates))
-    accepted = verification.worst_scores(cosines, same) >= point.threshold
+    accepted = metrics.worst_scores(cosines, same) >= point.threshold
     assert accepted[~same].sum() == point.false_accepts
     assert accepted[same].mean() == pytest.approx(point.tar)
     assert point.far_interval[0] <= point.false_accepts / impostors <= point.far_interval[1]
@@ -104,7 +104,7 @@ def test_operating_point_is_the_laxest_within_its_rate(pairs, far):
 def test_equal_error_rate_lies_where_the_rates_cross(pairs):
     cosines, same = pairs
     counts = curve(cosines, same)
-    rate = verification.equal_error_rate(counts)
+    rate = metrics.equal_error_rate(counts)
     far = np.concatenate([[0.0], counts.far, [1.0]])
     frr = 1 - np.concatenate([[0.0], counts.tar, [1.0]])
     # On a polyline from (0, 1) to (1, 0) the crossing is unique: no corner is better, or worse, in both rates.
@@ -113,7 +113,7 @@ def test_equal_error_rate_lies_where_the_rates_cross(pairs):
 
 
 def figures_of(cosines, same):
-    folds = verification.contiguous_folds(len(same), 4)
+    folds = sets.contiguous_folds(len(same), 4)
     result = evaluate(cosines, same, folds)
     points = [(p.resolved, p.tar, p.false_accepts) for p in result.points]
     return result.best_accuracy, result.auc, result.eer, points
@@ -124,7 +124,7 @@ def figures_of(cosines, same):
 def test_monotone_transforms_change_no_rate(pairs):
     cosines, same = pairs
     original = figures_of(cosines, same)
-    for transformed in (cosines**3, 1 - verification.to_angle(cosines) / 90, np.tanh(3 * cosines)):
+    for transformed in (cosines**3, 1 - metrics.to_angle(cosines) / 90, np.tanh(3 * cosines)):
         # Cubes and angles keep distinct values distinct here, and equal ones equal.
         best, auc, eer, points = figures_of(transformed, same)
         assert best == original[0]
@@ -147,16 +147,16 @@ def test_order_of_pairs_changes_nothing_but_folds(pairs, random):
 def test_swapping_the_kinds_mirrors_area_and_equal_error_rate(pairs):
     cosines, same = pairs
     there, back = curve(cosines, same), curve(-cosines, ~same)
-    assert verification.area_under_curve(there) == pytest.approx(verification.area_under_curve(back))
-    assert verification.equal_error_rate(there) == pytest.approx(verification.equal_error_rate(back))
+    assert metrics.area_under_curve(there) == pytest.approx(metrics.area_under_curve(back))
+    assert metrics.equal_error_rate(there) == pytest.approx(metrics.equal_error_rate(back))
 
 
 @UNHURRIED
 @given(scored_pairs(missing=True), st.integers(2, 6))
 def test_folds_are_judged_by_the_threshold_of_the_others(pairs, number):
     cosines, same = pairs
-    fold_of = verification.contiguous_folds(len(same), number)
-    folds = verification.k_fold(cosines, same, fold_of)
+    fold_of = sets.contiguous_folds(len(same), number)
+    folds = metrics.k_fold(cosines, same, fold_of)
     assert len(folds) == min(number, len(same))
     for index, fold in enumerate(folds):
         rest = fold_of != index
@@ -210,26 +210,26 @@ def test_pairs_without_a_face_are_wrong_at_every_threshold():
 
 def test_perfect_and_inverted_models():
     same = np.array([True, False] * 20)
-    perfect = evaluate(np.where(same, 0.8, 0.1), same, verification.contiguous_folds(40, 10))
+    perfect = evaluate(np.where(same, 0.8, 0.1), same, sets.contiguous_folds(40, 10))
     assert (perfect.kfold_mean, perfect.kfold_std, perfect.auc, perfect.eer) == (1.0, 0.0, 1.0, 0.0)
     assert perfect.best_threshold == pytest.approx(0.45)
-    inverted = evaluate(np.where(same, 0.1, 0.8), same, verification.contiguous_folds(40, 10))
+    inverted = evaluate(np.where(same, 0.1, 0.8), same, sets.contiguous_folds(40, 10))
     assert (inverted.auc, inverted.eer, inverted.best_accuracy) == (0.0, 1.0, 0.5)
-    constant = evaluate(np.full(40, 0.3), same, verification.contiguous_folds(40, 10))
+    constant = evaluate(np.full(40, 0.3), same, sets.contiguous_folds(40, 10))
     assert (constant.auc, constant.eer, constant.best_accuracy) == (0.5, 0.5, 0.5)
-    assert constant.best_threshold == verification.ACCEPT_NOTHING
+    assert constant.best_threshold == metrics.ACCEPT_NOTHING
 
 
 def test_neighbouring_floats_are_told_apart():
     low = np.float64(0.5)
     cosines = np.array([np.nextafter(low, 1), low])
-    threshold, correct = verification.best_threshold(cosines, np.array([True, False]))
-    assert correct == 2 and verification.accuracy_at(threshold, cosines, np.array([True, False])) == 1
+    threshold, correct = metrics.best_threshold(cosines, np.array([True, False]))
+    assert correct == 2 and metrics.accuracy_at(threshold, cosines, np.array([True, False])) == 1
 
 
 def test_one_kind_of_pairs_and_one_fold_give_notes_instead_of_figures():
     cosines = np.linspace(0, 1, 10)
-    result = evaluate(cosines, np.ones(10, bool), verification.contiguous_folds(10, 10))
+    result = evaluate(cosines, np.ones(10, bool), sets.contiguous_folds(10, 10))
     assert result.kfold_mean is None and result.auc is None and result.points == []
     assert math.isnan(result.accuracy)
     assert "all 10 pairs are of one person" in result.notes[0]
@@ -247,14 +247,14 @@ def test_all_pairs_missing_is_an_error():
 
 def test_interval_is_clopper_and_pearson():
     # Fleiss, Statistical Methods for Rates and Proportions; also R's binom.test(3, 100).
-    assert verification.binomial_interval(3, 100) == pytest.approx((0.006229972, 0.08517605), rel=1e-6)
-    assert verification.binomial_interval(0, 100) == pytest.approx((0, 1 - 0.025 ** (1 / 100)))
-    assert verification.binomial_interval(100, 100) == pytest.approx((0.025 ** (1 / 100), 1))
+    assert metrics.binomial_interval(3, 100) == pytest.approx((0.006229972, 0.08517605), rel=1e-6)
+    assert metrics.binomial_interval(0, 100) == pytest.approx((0, 1 - 0.025 ** (1 / 100)))
+    assert metrics.binomial_interval(100, 100) == pytest.approx((0.025 ** (1 / 100), 1))
 
 
 @pytest.mark.parametrize(("pairs", "folds"), [(10, 3), (6000, 10), (4, 10), (23, 5)])
 def test_contiguous_folds_are_those_of_kfold(pairs, folds):
-    numbers = verification.contiguous_folds(pairs, folds)
+    numbers = sets.contiguous_folds(pairs, folds)
     sizes = [len(part) for part in np.array_split(np.arange(pairs), min(folds, pairs))]
     assert np.array_equal(numbers, np.repeat(np.arange(len(sizes)), sizes))
 
@@ -276,7 +276,7 @@ def test_bin_decodes_each_image_once_and_keeps_colours(tmp_path):
     (a, a_rgb), (b, _), (c, _) = (encoded(value) for value in range(3))
     path = tmp_path / "small.bin"
     verification_bin.write_bin(path, [a, b, a, c, b, c], [True, False, True])
-    pairs = verification.open_set(path)
+    pairs = sets.open_set(path)
     assert pairs.crops.shape == (3, 112, 112, 3)
     assert np.array_equal(pairs.crops[0], a_rgb)
     assert pairs.pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
@@ -287,11 +287,11 @@ def test_bin_decodes_each_image_once_and_keeps_colours(tmp_path):
 def test_bin_of_other_sizes_is_resized_and_other_shapes_refused(tmp_path):
     path = tmp_path / "sizes.bin"
     verification_bin.write_bin(path, [encoded(0, 96)[0], encoded(1, 160)[0]], [True])
-    assert verification.open_set(path).crops.shape == (2, 112, 112, 3)
+    assert sets.open_set(path).crops.shape == (2, 112, 112, 3)
     oblong = cv2.imencode(".png", np.zeros((112, 96, 3), np.uint8))[1].tobytes()
     verification_bin.write_bin(path, [encoded(0)[0], oblong], [True])
     with pytest.raises(InputError, match=r"sizes.bin: image 1 \(pair 0\).*96x112"):
-        verification.open_set(path)
+        sets.open_set(path)
 
 
 def test_damaged_bin_files_name_file_and_image(shared, tmp_path):
@@ -303,21 +303,21 @@ def test_damaged_bin_files_name_file_and_image(shared, tmp_path):
         "evil_os_system.bin": "",
     }.items():
         with pytest.raises(InputError, match=f"{name}.*{reason}"):
-            verification.open_set(folder / name)
+            sets.open_set(folder / name)
     cut = tmp_path / "cut.bin"
     whole = encoded(3, suffix=".jpg")[0]
     verification_bin.write_bin(cut, [whole, whole[: len(whole) // 2]], [True])
     with pytest.raises(InputError, match=r"cut.bin: image 1 \(pair 0\)"):
-        verification.open_set(cut)
+        sets.open_set(cut)
 
 
 def test_verify_matches_the_embedding_by_hand(tmp_path, network):
     path = tmp_path / "four.bin"
     images = [encoded(value) for value in range(4)]
     verification_bin.write_bin(path, [data for data, _ in images], [True, False])
-    result = verification.verify(network, verification.open_set(path))
-    features = network.features(np.stack([rgb for _, rgb in images])).astype(np.float64)
-    embeddings = features / np.linalg.norm(features, axis=1, keepdims=True)
+    result = features.verify(network, sets.open_set(path))
+    raw = network.features(np.stack([rgb for _, rgb in images])).astype(np.float64)
+    embeddings = raw / np.linalg.norm(raw, axis=1, keepdims=True)
     expected = (embeddings[0] @ embeddings[1], embeddings[2] @ embeddings[3])
     assert result.cosines == pytest.approx(expected, abs=1e-12)
 
@@ -345,7 +345,7 @@ def test_features_without_direction_name_the_image(tmp_path, colour):
     path = tmp_path / "plain.bin"
     verification_bin.write_bin(path, [encoded(0)[0], encoded(1)[0], encoded(2)[0], plain], [True, False])
     with pytest.raises(InputError, match=r"broken .* 1 of 4 images; the first is image 3 \(pair 1\)"):
-        verification.verify(embedder, verification.open_set(path))
+        features.verify(embedder, sets.open_set(path))
 
 
 def test_features_are_taken_from_the_cache_only_for_the_same_model_and_crops(tmp_path):
@@ -358,17 +358,17 @@ def test_features_are_taken_from_the_cache_only_for_the_same_model_and_crops(tmp
 
     path, cache = tmp_path / "pairs.bin", tmp_path / "cache"
     verification_bin.write_bin(path, [encoded(value)[0] for value in range(4)], [True, False])
-    pairs = verification.open_set(path)
+    pairs = sets.open_set(path)
     model = Counting()
     embedder = Embedder(model, PLAIN, name="m", sha256="1" * 64, engine="test")
-    first = verification.verify(embedder, pairs, cache_dir=cache)
+    first = features.verify(embedder, pairs, cache_dir=cache)
     assert model.runs == 8  # with mirror images
-    again = verification.verify(embedder, pairs, cache_dir=cache)
+    again = features.verify(embedder, pairs, cache_dir=cache)
     assert model.runs == 8 and np.array_equal(first.cosines, again.cosines)
-    verification.verify(embedder.with_preprocessing(mirror=False), pairs, cache_dir=cache)
+    features.verify(embedder.with_preprocessing(mirror=False), pairs, cache_dir=cache)
     assert model.runs == 12
     pairs.crops[0] ^= 1
-    verification.verify(embedder, pairs, cache_dir=cache)
+    features.verify(embedder, pairs, cache_dir=cache)
     assert model.runs == 20
 
 
@@ -381,7 +381,7 @@ def test_swapping_the_sides_of_a_pair_changes_nothing(seed):
     embedder = Embedder(BrokenModel(), PLAIN, name="m", sha256=None, engine="test")
 
     def cosines(order):
-        pairs = verification.VerificationSet(
+        pairs = sets.VerificationSet(
             name="s",
             crops=crops,
             names=[str(i) for i in range(6)],
@@ -390,6 +390,6 @@ def test_swapping_the_sides_of_a_pair_changes_nothing(seed):
             folds=np.zeros(8, int),
             sha256="",
         )
-        return verification.pair_cosines(embedder, pairs)
+        return features.pair_cosines(embedder, pairs)
 
     assert np.array_equal(cosines(indices), cosines(indices[:, ::-1]))

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import verification_bin
+from formats import verification_bin
+from formats.verification_bin import read_bin, write_bin
 from utils import InputError
-from verification_bin import read_bin, write_bin
 
 JPEG = b"\xff\xd8\xff\xe0"
 

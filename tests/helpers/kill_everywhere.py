@@ -15,10 +15,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from painted_faces import PaintedFaces
+from helpers.painted_faces import PaintedFaces
 
-import chunks
-import faces
+from cropping import chunks, faces
 
 KILLED = 9
 

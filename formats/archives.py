@@ -31,9 +31,8 @@ from typing import Any, BinaryIO, Protocol
 
 import zstandard
 
-import msceleb
-import recordio
 import utils
+from formats import msceleb, recordio
 from utils import InputError
 
 _HEAD = 64  # bytes of a member that show whether it is an image

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoints
 import utils
-from distributed import World
+from training import checkpoints
+from training.distributed import World
 from utils import InputError
-from verification import VerificationResult, VerificationSet, curve
+from verification.metrics import VerificationResult, curve
+from verification.sets import VerificationSet
 
 # Steps after which a network that has learnt nothing at all is worth a warning.
 PATIENCE = 1000

@@ -27,13 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import align
-import faces
-import photos
 import retinaface
 import utils
-from align import CROP_SIZE, Rule
-from faces import FaceFinder, FaceRow
+from config import CROP_SIZE
+from cropping import align, faces, photos
+from cropping.align import Rule
+from cropping.faces import FaceFinder
+from formats import tables
+from formats.tables import FaceRow
 from retinaface import RetinaFace
 from retinaface.weights import load_weights
 from utils import InputError
@@ -318,7 +319,7 @@ def _detector_hash(weights: str | Path | None) -> str:
 
 def _write_window(path: Path, found: Faces) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, crops=found.crops, rows=np.frombuffer(faces.table_text(found.rows), dtype=np.uint8))
+    np.savez(buffer, crops=found.crops, rows=np.frombuffer(tables.table_text(found.rows), dtype=np.uint8))
     utils.write_bytes(path, buffer.getvalue())
 
 
@@ -326,7 +327,7 @@ def _read_window(path: Path, files: Sequence[Path], hashes: list[str], detector:
     """A window from the cache; None if it is not there, or damaged. The photos may have moved since."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            crops, rows = stored["crops"], faces.parse_table(stored["rows"].tobytes(), path)
+            crops, rows = stored["crops"], tables.parse_table(stored["rows"].tobytes(), path)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, InputError):
         return None
     if crops.shape != (len(files), CROP_SIZE, CROP_SIZE, 3) or crops.dtype != np.uint8 or len(rows) != len(files):

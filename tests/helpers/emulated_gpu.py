@@ -40,7 +40,7 @@ from torch.utils import _pytree
 
 import data_gen
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
 
 # The host has to know how many values there are.

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from faces import STATUSES, WINDOW, FaceRow, ordered_map, parse_table, table_text, windows
+from cropping.faces import WINDOW, ordered_map, windows
+from formats.tables import STATUSES, FaceRow, parse_table, table_text
 from utils import InputError
 
 PARTS = ".parts"  # folder of the finished chunks, there until they are merged

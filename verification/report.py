@@ -15,23 +15,23 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-import figures
+import plotting
 import utils
+from cropping.photos import PhotoError, read_photo
 from embedding import Embedder
-from photos import PhotoError, read_photo
-from verification import (
+from verification.metrics import (
     OperatingPoint,
     VerificationResult,
-    VerificationSet,
     accuracy_at,
     curve,
     threshold_json,
     to_angle,
     worst_scores,
 )
+from verification.sets import VerificationSet
 
 FALSE_ACCEPT, FALSE_REJECT, NO_FACE = "false_accept", "false_reject", "no_face"
-_KINDS = {True: ("one person", figures.BLUE), False: ("two persons", figures.RED)}
+_KINDS = {True: ("one person", plotting.BLUE), False: ("two persons", plotting.RED)}
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def errors_table(pairs: VerificationSet, result: VerificationResult, errors: Err
 
 def draw_angles(path: Path, result: VerificationResult, model: str) -> None:
     """Distribution of the angles of both kinds of pairs, with fitted normals and the best single threshold."""
-    with figures.drawing(path, 8, 4.5) as figure:
+    with plotting.drawing(path, 8, 4.5) as figure:
         axes = figure.add_subplot(
             xlabel="angle between two embeddings (degrees)", ylabel="share of the pairs per degree"
         )
@@ -216,9 +216,9 @@ def draw_angles(path: Path, result: VerificationResult, model: str) -> None:
         if result.best_threshold is not None:
             angle = float(to_angle(result.best_threshold))
             text = f"threshold {angle:.1f}° (cosine {result.best_threshold:.3f})"
-            axes.axvline(angle, color=figures.BLACK, linestyle="--", linewidth=1.2, label=text)
+            axes.axvline(angle, color=plotting.BLACK, linestyle="--", linewidth=1.2, label=text)
         axes.set_xlim(edges[0], edges[-1])
-        figures.title(axes, f"{result.set_name}, {model}", _headline(result))
+        plotting.title(axes, f"{result.set_name}, {model}", _headline(result))
         figure.legend(loc="outside lower center", ncols=2)
 
 
@@ -254,20 +254,20 @@ def draw_roc(path: Path, result: VerificationResult, model: str) -> None:
     counts = curve(result.cosines, result.same)
     finest = 1 / counts.impostors
     lowest = min(10 ** np.floor(np.log10(finest)), 0.1)
-    with figures.drawing(path, 7, 5) as figure:
+    with plotting.drawing(path, 7, 5) as figure:
         axes = figure.add_subplot(xlabel="false accept rate", ylabel="true accept rate")
         # A rate of zero has no place on a logarithmic axis: it is drawn at the left border.
-        axes.step(np.maximum(counts.far, lowest), counts.tar, where="post", color=figures.BLUE)
-        figures.log_rate_axis(axes, lowest)
+        axes.step(np.maximum(counts.far, lowest), counts.tar, where="post", color=plotting.BLUE)
+        plotting.log_rate_axis(axes, lowest)
         if finest > lowest * 1.001:
             axes.axvspan(lowest, finest, color="#eeeeee", label=f"finer than {counts.impostors} pairs can tell")
         resolved = [point for point in result.points if point.resolved]
         if resolved:
             rates = [point.far for point in resolved], [point.tar for point in resolved]
-            axes.plot(*rates, "o", color=figures.RED, label="TAR at FAR " + ", ".join(f"{p.far:g}" for p in resolved))
-        axes.plot(result.eer, 1 - result.eer, "s", color=figures.ORANGE, label="EER")
+            axes.plot(*rates, "o", color=plotting.RED, label="TAR at FAR " + ", ".join(f"{p.far:g}" for p in resolved))
+        axes.plot(result.eer, 1 - result.eer, "s", color=plotting.ORANGE, label="EER")
         visible = counts.tar[np.maximum(counts.far, lowest) >= finest]
-        bottom = figures.rate_floor(float(visible.min()))
+        bottom = plotting.rate_floor(float(visible.min()))
         axes.set_ylim(bottom, 1 + (1 - bottom) / 50)
         for point in resolved:
             # The curve only rises: there is room above it on the left and, near the top, below it on the right.
@@ -275,7 +275,7 @@ def draw_roc(path: Path, result: VerificationResult, model: str) -> None:
             offset, side = ((6, -14), "left") if below else ((-6, 6), "right")
             place = (point.far, point.tar)
             axes.annotate(_percent(point.tar), place, offset, textcoords="offset points", ha=side, fontsize=9)
-        figures.title(axes, f"{result.set_name}, {model}", f"AUC {result.auc:.4f}, EER {_percent(result.eer)}")
+        plotting.title(axes, f"{result.set_name}, {model}", f"AUC {result.auc:.4f}, EER {_percent(result.eer)}")
         figure.legend(loc="outside lower center", ncols=3)
 
 
@@ -295,17 +295,17 @@ def draw_errors(
     height = _HEAD + max(rows, 1) * (_CELL + _CAPTION) + _MARGIN
     sheet = Image.new("RGB", (2 * half + 4 * _MARGIN, height), "white")
     title = f"{result.set_name}, {model}: wrong at the threshold {to_angle(errors.threshold):.1f}°"
-    figures.draw_text(sheet, (_MARGIN, 14), title, size=18, bold=True, width=sheet.width - 2 * _MARGIN)
+    plotting.draw_text(sheet, (_MARGIN, 14), title, size=18, bold=True, width=sheet.width - 2 * _MARGIN)
     for column, (label, indices) in enumerate(lists.items()):
         left = _MARGIN + column * (half + 2 * _MARGIN)
         shown = indices[:most]
         head = f"{label}: {len(indices)}" + (f", the worst {len(shown)}" if len(shown) < len(indices) else "")
-        figures.draw_text(sheet, (left, 48), head, size=15, width=half, colour=(figures.RED, figures.BLUE)[column])
+        plotting.draw_text(sheet, (left, 48), head, size=15, width=half, colour=(plotting.RED, plotting.BLUE)[column])
         for position, index in enumerate(shown):
             x = left + position % across * (tile + _MARGIN)
             y = _HEAD + position // across * (_CELL + _CAPTION)
             _paste_pair(sheet, (x, y), pairs, result, int(index))
-    figures.save_png(path, sheet)
+    plotting.save_png(path, sheet)
 
 
 def _tile_width(pairs: VerificationSet) -> int:
@@ -329,9 +329,9 @@ def _paste_pair(
     names = (
         f"pair {index}" if pairs.photos is None else " / ".join(pairs.photos[image].stem for image in (first, second))
     )
-    room = int(figures.font(12).getlength(angle)) + 8
-    figures.draw_text(sheet, (x, y + _CELL + 3), names, size=12, width=width - room)
-    figures.draw_text(sheet, (x + width - room + 8, y + _CELL + 3), angle, size=12)
+    room = int(plotting.font(12).getlength(angle)) + 8
+    plotting.draw_text(sheet, (x, y + _CELL + 3), names, size=12, width=width - room)
+    plotting.draw_text(sheet, (x + width - room + 8, y + _CELL + 3), angle, size=12)
 
 
 def _photo(pairs: VerificationSet, image: int) -> Image.Image:
@@ -340,7 +340,7 @@ def _photo(pairs: VerificationSet, image: int) -> Image.Image:
     except PhotoError:  # it was readable a moment ago: gone since, the crop is there still
         return Image.new("RGB", (_CELL, _CELL), "#eeeeee")
     box = pairs.faces[image].box
-    return figures.fit(bgr[..., ::-1], _CELL, [] if box is None else [np.array(box)])
+    return plotting.fit(bgr[..., ::-1], _CELL, [] if box is None else [np.array(box)])
 
 
 def write_set(

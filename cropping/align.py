@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-CROP_SIZE = 112
+from config import CROP_SIZE
 
 # Left eye, right eye, nose, left and right corner of the mouth (left as the viewer sees it), in pixels of a 112x112
 # crop: the ArcFace template, as in InsightFace's face_align.py.

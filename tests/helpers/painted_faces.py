@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-from align import TEMPLATE
+from cropping.align import TEMPLATE
 
 BLUE, RED = (255, 0, 0), (0, 0, 255)  # forehead and chin, BGR
 

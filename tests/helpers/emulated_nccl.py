@@ -11,11 +11,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import training
-from emulated_gpu import EmulatedGpu, OnGpu
+from helpers import training
+from helpers.emulated_gpu import EmulatedGpu, OnGpu
 from torch import Tensor, nn
 
-import distributed
+from training import distributed
 
 COLLECTIVES = "all_reduce all_gather all_gather_into_tensor reduce_scatter_tensor broadcast send recv barrier".split()
 

@@ -21,18 +21,9 @@ from numpy.typing import NDArray
 
 import config
 import utils
-from chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
-from faces import (
-    NO_CROP,
-    FaceFinder,
-    FaceRow,
-    Photo,
-    encode_jpeg,
-    read_faces,
-    row_text,
-    table_text,
-    worker_count,
-)
+from cropping.chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
+from cropping.faces import FaceFinder, Photo, encode_jpeg, worker_count
+from formats.tables import NO_CROP, FaceRow, read_faces, row_text, table_text
 from utils import InputError
 
 JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import utils
 from config import Train
-from distributed import World, restore_statistics
-from margin import MarginHead
+from training.distributed import World, restore_statistics
+from training.margin import MarginHead
 from utils import InputError
 
 CHECKPOINT, PREVIOUS, BEST, EMBEDDING = "checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"

@@ -17,13 +17,12 @@ from the file and numbers the parts cflag 1, 2, ..., 2, 3; an unsplit record has
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-import utils
 from utils import InputError
 
 MAGIC_NUMBER = 0xCED7230A  # dmlc-core, recordio.h
@@ -31,14 +30,13 @@ MAGIC = struct.pack("<I", MAGIC_NUMBER)
 MAX_RECORD = (1 << 29) - 1  # the length field has 29 bits
 
 _FRAME = struct.Struct("<II")
-_HEADER = struct.Struct("<IfQQ")  # mxnet/recordio.py: IRHeader(flag, label, id, id2)
+HEADER = struct.Struct("<IfQQ")  # mxnet/recordio.py: IRHeader(flag, label, id, id2)
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)  # cflag
 _MAX_HINT = 1 << 18  # a record of up to this size is fetched together with its frame, with one system call
 _INDEX_BLOCK = 1 << 20  # bytes of .idx text parsed at once
-FLOAT32_EXACT = 1 << 24  # labels are float32: larger integers are rounded
-_SAMPLES = 64  # images compared with the identity records when a set is opened
 _WINDOW = 1 << 20  # bytes read at once when the file is read in sequence
-_QUIET_SCAN = 200_000  # a scan of fewer records is over before a progress bar would be of use
+FLOAT32_EXACT = 1 << 24  # labels are float32: larger integers are rounded
+QUIET_SCAN = 200_000  # a scan of fewer records is over before a progress bar would be of use
 
 
 class RecordHeader(NamedTuple):
@@ -59,15 +57,15 @@ def unpack(record: bytes) -> tuple[RecordHeader, bytes]:
 
     Raises `ValueError` when the record is too short for the header or for the labels that it announces.
     """
-    if len(record) < _HEADER.size:
-        raise ValueError(f"{len(record)} bytes, too short for the {_HEADER.size}-byte image header")
-    flag, label, id, id2 = _HEADER.unpack_from(record)
+    if len(record) < HEADER.size:
+        raise ValueError(f"{len(record)} bytes, too short for the {HEADER.size}-byte image header")
+    flag, label, id, id2 = HEADER.unpack_from(record)
     if flag == 0:
-        return RecordHeader(0, np.array([label], np.float32), id, id2), record[_HEADER.size :]
-    start = _HEADER.size + 4 * flag
+        return RecordHeader(0, np.array([label], np.float32), id, id2), record[HEADER.size :]
+    start = HEADER.size + 4 * flag
     if start > len(record):
-        raise ValueError(f"announces {flag} labels, but only {len(record) - _HEADER.size} bytes follow its header")
-    return RecordHeader(flag, np.frombuffer(record, "<f4", flag, _HEADER.size), id, id2), record[start:]
+        raise ValueError(f"announces {flag} labels, but only {len(record) - HEADER.size} bytes follow its header")
+    return RecordHeader(flag, np.frombuffer(record, "<f4", flag, HEADER.size), id, id2), record[start:]
 
 
 def pack(header: RecordHeader, payload: bytes) -> bytes:
@@ -79,8 +77,8 @@ def pack(header: RecordHeader, payload: bytes) -> bytes:
     if header.flag != (len(label) if header.flag else 0) or (header.flag == 0 and len(label) != 1):
         raise ValueError(f"flag {header.flag} does not fit a label of {len(label)} numbers")
     if header.flag == 0:
-        return _HEADER.pack(0, label[0], header.id, header.id2) + payload
-    return _HEADER.pack(header.flag, 0.0, header.id, header.id2) + label.tobytes() + payload
+        return HEADER.pack(0, label[0], header.id, header.id2) + payload
+    return HEADER.pack(header.flag, 0.0, header.id, header.id2) + label.tobytes() + payload
 
 
 def frame(record: bytes) -> bytes:
@@ -159,11 +157,11 @@ def read_index(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     return keys, offsets
 
 
-class _Keys:
+class Keys:
     """Ascending keys, int64 [n]. Those that count upwards by one, as in almost every set, take no memory."""
 
     @classmethod
-    def counting(cls, first: int, end: int) -> "_Keys":
+    def counting(cls, first: int, end: int) -> "Keys":
         """The keys first .. end-1."""
         keys = cls(np.empty(0, np.int64))
         keys.first, keys.count = first, end - first
@@ -230,7 +228,7 @@ class RecordReader:
         self.size = os.fstat(self._descriptor).st_size
 
     def _take_index(self, keys: np.ndarray, offsets: np.ndarray) -> None:
-        self._keys = _Keys(keys)
+        self._keys = Keys(keys)
         self._offsets = offsets
         self._stops = None  # where each record must have ended: the next offset of the .idx in the order of the file
         if len(offsets) and not np.all(offsets[1:] > offsets[:-1]):
@@ -407,7 +405,7 @@ class RecordReader:
         position = self.position(key)
         offset = self._offset_at[position]
         if offset % 4 == 0 and offset + 8 <= self.size:
-            data = self._fetch(offset, min(8 + _HEADER.size + 8, self.size - offset))
+            data = self._fetch(offset, min(8 + HEADER.size + 8, self.size - offset))
             magic, length = _FRAME.unpack_from(data)
             if magic == MAGIC_NUMBER and offset + 8 + length + (-length & 3) <= self._stop(position):
                 return data[8 : 8 + length], length
@@ -462,7 +460,7 @@ class RecordReader:
         offsets, ids = [], []
         for offset, record in self.walk():
             offsets.append(offset)
-            ids.append(_HEADER.unpack_from(record)[2] if len(record) >= _HEADER.size else -1)
+            ids.append(HEADER.unpack_from(record)[2] if len(record) >= HEADER.size else -1)
         keys = np.array(ids if ids and min(ids) >= 0 and max(ids) < FLOAT32_EXACT**2 else [], np.int64)
         if len(np.unique(keys)) != len(offsets):
             keys = np.arange(len(offsets))
@@ -518,345 +516,3 @@ class RecordReader:
                     f"{self.path}: {self.size - at} bytes after the last record (key {key}) are no record"
                 ) from error
             self.unlisted += 1
-
-
-class _Layout(NamedTuple):
-    """Which keys are images, and their labels, int64 [n]."""
-
-    keys: _Keys
-    labels: np.ndarray
-
-
-def _range_of(record: bytes) -> tuple[int, int] | None:
-    """The two numbers of a header or identity record; None if it has not two labels or they are not whole numbers."""
-    if len(record) < _HEADER.size + 8 or _HEADER.unpack_from(record)[0] != 2:
-        return None
-    first, end = struct.unpack_from("<2f", record, _HEADER.size)
-    return (int(first), int(end)) if first.is_integer() and end.is_integer() else None
-
-
-class CropSet:
-    """Aligned crops with the identity of each, from RecordIO: the InsightFace layout, or plain image records.
-
-    With a header record (key 0, two labels [a, b], no payload) the images are the keys 1 .. a-1, the identity records
-    a .. b-1, each with the half-open range of its images; b is exclusive too. Labels are then taken from the identity
-    records without touching the images, and compared with an image's own label whenever one is read. Without a header,
-    or where the identity records describe another order of the images (a set shuffled afterwards), all labels are read
-    once from the images.
-
-    `identities` is their number, `labels` int64 [n] in 0 .. identities-1, `keys` int64 [n], `name` the folder's name,
-    `notes` what a user should hear about (sentences). Raises `InputError` for an identity without images, a label that
-    is negative, fractional or leaves a gap, ranges that overlap or leave images out, an `.idx` that does not fit.
-    A few images are looked at; a damaged one is an `InputError`, too, unless `skip_damaged`: then `read` will find it.
-    """
-
-    def __init__(self, rec_path: str | Path, *, skip_damaged: bool = False) -> None:
-        self.path = Path(rec_path)
-        self._skip_damaged = skip_damaged
-        self.name = self.path.resolve().parent.name
-        self.notes: list[str] = []
-        self.reader = RecordReader(self.path)
-        self.reader.check_index()
-        if len(self.reader) == 0:
-            raise InputError(f"{self.path}: holds no records")
-        layout = self._from_header() or self._from_images(_Keys(self.reader.keys))
-        self._keys, self.labels = layout
-        self.identities = self._count_identities()
-        self._ids_are_keys = self._compare_ids()
-        if self.reader.unlisted:
-            self.notes.append(f"{self.reader.unlisted} records follow the last one of {self.reader.idx_path}; not used")
-        self._check_property()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def keys(self) -> np.ndarray:
-        """The RecordIO key of each image, int64 [n]."""
-        return self._keys.array()
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Payload (the encoded crop) and label of image `index` in 0 .. len-1. Raises `InputError` if it is damaged."""
-        key = self._keys[index]
-        record = self.reader.read(key)
-        label = int(self.labels[index])
-        start, own, id = self._header_of(record, len(record), key)
-        if own != label:
-            self._fail(key, f"its label is {own:g}, but its identity record says {label}")
-        if self._ids_are_keys and id != key:
-            self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
-        return record[start:], label
-
-    def _fail(self, key: int, reason: str) -> NoReturn:
-        self.reader.fail(key, int(self.reader.offsets[self.reader.position(key)]), reason)
-
-    def _header_of(self, record: bytes, length: int, key: int) -> tuple[int, float, int]:
-        """Where the payload starts, the first label and the id; `record` may be only the first bytes of `length`."""
-        if len(record) < _HEADER.size:
-            self._fail(key, f"{length} bytes, too short for the {_HEADER.size}-byte image header")
-        flag, label, id, _ = _HEADER.unpack_from(record)
-        start = _HEADER.size + 4 * flag
-        if start > length:
-            self._fail(key, f"announces {flag} labels, but only {length - _HEADER.size} bytes follow its header")
-        if start == length:
-            self._fail(key, "holds no image")
-        return start, struct.unpack_from("<f", record, _HEADER.size)[0] if flag else label, id
-
-    def _peek(self, key: int) -> tuple[float, int]:
-        """The first label and the id of an image."""
-        head, length = self.reader.peek(key)
-        return self._header_of(head, length, key)[1:]
-
-    def _peek_at(self, keys: _Keys) -> dict[int, tuple[float, int]]:
-        """What `_peek` says of a sample of the images, by index; without the damaged ones if these are left alone."""
-        found = {}
-        for index in np.unique(np.linspace(0, len(keys) - 1, _SAMPLES).astype(np.int64)).tolist():
-            try:
-                found[index] = self._peek(keys[index])
-            except InputError:
-                if not self._skip_damaged:
-                    raise
-        return found
-
-    def _from_header(self) -> _Layout | None:
-        """The layout that record 0 describes; None if record 0 is absent or an image."""
-        if 0 not in self.reader:
-            return None
-        record = self.reader.read(0)
-        if len(record) != _HEADER.size + 8 or _HEADER.unpack_from(record)[0] != 2:
-            return None
-        bounds = _range_of(record)
-        if bounds is None or not 1 < bounds[0] < bounds[1]:
-            numbers = list(struct.unpack_from("<2f", record, _HEADER.size))
-            self._fail(0, f"the header's numbers {numbers} are not the first identity's key and the end of the keys")
-        first, end = bounds
-        if end >= FLOAT32_EXACT:
-            return self._from_frame_sizes(end)
-        count = len(self.reader)
-        if self.reader.keys_count_from != 0 or count < end:
-            missing = np.setdiff1d(np.arange(max(count, end)), self.reader.keys)[0]
-            reason = f"the header announces the keys 0 .. {end - 1}, but {self.reader.idx_path} has no key {missing}"
-            self._fail(0, reason)
-        if count > end:
-            # Writers that took b for the last identity instead of one past it exist; the ranges must still fit.
-            self.notes.append(f"the header ends the identities before key {end}, the .idx goes on to key {count - 1}")
-        return self._from_identities(first, count)
-
-    def _from_identities(self, first: int, end: int) -> _Layout:
-        ranges = np.empty((end - first, 2), np.int64)
-        for row, key in enumerate(range(first, end)):
-            bounds = _range_of(self.reader.read(key))
-            if bounds is None:
-                self._fail(key, "is not an identity record, which has two whole numbers as its label")
-            if not 1 <= bounds[0] <= bounds[1] <= first:
-                self._fail(key, f"the identity's range {list(bounds)} leaves the images 1 .. {first - 1}")
-            if bounds[0] == bounds[1]:
-                self._fail(key, f"identity {row} has no images")
-            ranges[row] = bounds
-        order = np.argsort(ranges[:, 0], kind="stable")
-        starts, ends = ranges[order, 0], ranges[order, 1]
-        gaps = np.flatnonzero(np.append(starts, first) != np.append(1, ends))
-        if len(gaps):
-            at = min(int(gaps[0]), len(order) - 1)
-            self._fail(
-                first + int(order[at]),
-                f"the identity's range {ranges[order[at]].tolist()} overlaps another or leaves images without identity",
-            )
-        return self._confirm(_Layout(_Keys.counting(1, first), np.repeat(order, ends - starts)))
-
-    def _confirm(self, layout: _Layout) -> _Layout:
-        """Compare a sample of the images with their identity records."""
-        sample = self._peek_at(layout.keys)
-        wrong = [
-            (layout.keys[index], label, int(layout.labels[index]))
-            for index, (label, _) in sample.items()
-            if label != layout.labels[index]
-        ]
-        if not wrong:
-            return layout
-        if len(wrong) * 2 > len(sample):
-            self.notes.append("the identity records do not fit the images' own labels; the latter were read instead")
-            return self._from_images(layout.keys)
-        if self._skip_damaged:
-            return layout
-        key, label, expected = wrong[0]
-        self._fail(key, f"its label is {label:g}, but its identity record says {expected}")
-
-    def _from_frame_sizes(self, end: int) -> _Layout:
-        """More than 2^24 records: the header's float32 are rounded, so identity records are told by their size."""
-        spacing = float(np.spacing(np.float32(end)))
-        if abs(len(self.reader) - end) > spacing:
-            self._fail(0, f"the header announces {end} records, but the .idx lists {len(self.reader)}")
-        offsets = self.reader.offsets
-        order = np.argsort(offsets, kind="stable")
-        sizes = np.empty_like(offsets)
-        sizes[order] = np.diff(offsets[order], append=self.reader.size)
-        self.notes.append("more than 2^24 records: labels were read from the images, since ranges are rounded float32")
-        empty = 8 + _HEADER.size + 8
-        return self._from_images(_Keys(self.reader.keys[sizes != empty]))
-
-    def _from_images(self, keys: _Keys) -> _Layout:
-        """Read the label of every image, in the order of the file."""
-        labels = np.empty(len(keys), np.int64)
-        positions = np.searchsorted(self.reader.keys, keys.array())
-        order = np.argsort(self.reader.offsets[positions], kind="stable")
-        quiet = len(keys) < _QUIET_SCAN
-        bar = None if quiet else utils.progress(len(keys), f"labels of {self.name}", unit="record")
-        for done, index in enumerate(memoryview(order), 1):
-            key = keys[index]
-            label = self._peek(key)[0]
-            if not 0 <= label < FLOAT32_EXACT or label != int(label):
-                self._fail(key, f"its label {label:g} is not the number of an identity")
-            labels[index] = int(label)
-            if bar is not None and done % 10_000 == 0:
-                bar.update(10_000)
-        if bar is not None:
-            bar.close()
-        return _Layout(keys, labels)
-
-    def _count_identities(self) -> int:
-        highest = int(self.labels.max())
-        if highest >= len(self.labels):
-            index = int(np.argmax(self.labels))
-            self._fail(
-                self._keys[index],
-                f"its label {highest} is out of range: {len(self)} images cannot have so many identities",
-            )
-        counts = np.bincount(self.labels)
-        if counts.min() == 0:
-            empty = np.flatnonzero(counts == 0)
-            raise InputError(
-                f"{self.path}: identity {empty[0]} has no image ({len(empty)} of {len(counts)} identities are empty)"
-            )
-        return len(counts)
-
-    def _compare_ids(self) -> bool:
-        """Whether the records' ids are their keys, as in most sets; then a single exception is a wrong .idx line."""
-        sample = self._peek_at(self._keys)
-        wrong = [(self._keys[index], id) for index, (_, id) in sample.items() if id != self._keys[index]]
-        few = len(wrong) * 4 < len(sample)
-        if wrong and few and not self._skip_damaged:
-            key, id = wrong[0]
-            self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
-        return few or not wrong
-
-    def _check_property(self) -> None:
-        """`property` ("identities,height,width") is only compared: the numbers come from the records."""
-        path = self.path.with_name("property")
-        if not path.is_file():
-            return
-        text = path.read_bytes()[:200].decode("utf-8", "replace").strip()
-        fields = text.split(",")
-        if not all(field.strip().isdecimal() for field in fields):
-            self.notes.append(f"{path}: {text[:40]!r} is not 'identities,height,width'; not needed, so ignored")
-        elif int(fields[0]) != self.identities:
-            self.notes.append(f"{path}: says {fields[0]} identities, the records hold {self.identities}")
-
-
-def open_crops(path: str | Path, *, skip_damaged: bool = False) -> CropSet:
-    """The crops in a folder that holds `train.rec`, or in a `.rec` file.
-
-    Raises `InputError` if there is none or it does not hold together; see `CropSet`.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "train.rec"
-    if not path.is_file():
-        raise InputError(f"{path}: no such RecordIO file")
-    return CropSet(path, skip_damaged=skip_damaged)
-
-
-class CropWriter:
-    """Writes crops in the InsightFace layout: `train.rec`, `train.idx`, `property`, readable by mxnet.
-
-    Use it as a context manager and call `write` with the images of one identity after another. The three files appear
-    in `out_dir` when the block ends without an exception, `train.rec` last; before that there is no `train.rec`. The
-    same images give the same bytes. Partial files of a killed run (`.train.*.partial`) are overwritten by the next.
-
-    Header and identity records are float32: above 2^24 records their ranges are rounded (`CropSet` reads such a set all
-    the same, InsightFace's own loader does not).
-    """
-
-    def __init__(self, out_dir: str | Path, height: int = 112, width: int = 112) -> None:
-        self.out_dir = Path(out_dir)
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._shape = (height, width)
-        self._partial = {name: self.out_dir / f".{name}.partial" for name in ("train.rec", "train.idx", "property")}
-        self._starts: list[int] = []  # key of the first image of each identity
-        self._key = 0
-        self._rec = self._partial["train.rec"].open("wb", buffering=1 << 20)
-        self._idx = self._partial["train.idx"].open("wb", buffering=1 << 20)
-        self._offset = 0
-        self._put([0.0, 0.0], b"")  # room for the header, whose numbers are known at the end
-
-    def _put(self, label: float | list[float], payload: bytes) -> None:
-        data = frame(_crop_record(label, self._key, payload))
-        self._idx.write(b"%d\t%d\n" % (self._key, self._offset))
-        self._rec.write(data)
-        self._offset += len(data)
-        self._key += 1
-
-    def write(self, payload: bytes, label: int) -> int:
-        """Add an encoded crop of identity `label` and return its key.
-
-        Labels start at 0 and never fall or skip: `ValueError` otherwise, and for an empty payload.
-        """
-        if not payload:
-            raise ValueError(f"identity {label}: an empty image")
-        if label == len(self._starts):
-            self._starts.append(self._key)
-        elif label != len(self._starts) - 1:
-            raise ValueError(
-                f"identity {label} after {len(self._starts) - 1}: crops must come grouped and in ascending order"
-            )
-        self._put(float(label), payload)
-        return self._key - 1
-
-    def __enter__(self) -> "CropWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._rec.close()
-            self._idx.close()
-            for path in self._partial.values():
-                path.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        if not self._starts:
-            raise InputError(f"{self.out_dir}: not one crop to write")
-        images_end = self._key
-        ends = [*self._starts[1:], images_end]
-        for start, end in zip(self._starts, ends, strict=True):
-            self._put([float(start), float(end)], b"")
-        self._rec.seek(0)
-        self._rec.write(frame(_crop_record([float(images_end), float(self._key)], 0, b"")))
-        height, width = self._shape
-        self._partial["property"].write_text(f"{len(self._starts)},{height},{width}\n")
-        for file in (self._rec, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
-        # Without train.rec nothing looks whole, so it goes first and comes last.
-        (self.out_dir / "train.rec").unlink(missing_ok=True)
-        for name in ("property", "train.idx", "train.rec"):
-            os.replace(self._partial[name], self.out_dir / name)
-        utils.fsync_directory(self.out_dir)
-
-
-def _crop_record(label: float | list[float], key: int, payload: bytes) -> bytes:
-    numbers = label if isinstance(label, list) else [label]
-    flag = len(numbers) if isinstance(label, list) else 0
-    return pack(RecordHeader(flag, np.array(numbers, np.float32), key), payload)
-
-
-def write_crops(out_dir: str | Path, items: Iterable[tuple[bytes, int]], height: int = 112, width: int = 112) -> int:
-    """Write (encoded crop, label) pairs, grouped by ascending label, with `CropWriter`; returns the number of crops."""
-    count = 0
-    with CropWriter(out_dir, height, width) as writer:
-        for payload, label in items:
-            writer.write(payload, label)
-            count += 1
-    return count

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 import models
-import recordio
 import train
+from formats import crop_sets
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240  # seconds until a run counts as hanging
 
 
@@ -38,7 +38,7 @@ def jpegs(identities, each, seed=0):
 
 def record_set(folder, identities=6, each=4, seed=0):
     """A RecordIO set of crops in `folder`; returns the folder."""
-    recordio.write_crops(folder, jpegs(identities, each, seed))
+    crop_sets.write_crops(folder, jpegs(identities, each, seed))
     return folder
 
 

@@ -1,0 +1,502 @@
+"""Aligned crops with identities, whatever they lie in: RecordIO in InsightFace's layout, or a folder per identity.
+
+`open_training_set` opens either as `Crops`. `CropSet` is strict: whatever can be known without touching every record is
+checked before the first step. `CropWriter` writes the layout that mxnet and every public loader read.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, NoReturn, Protocol
+
+import numpy as np
+
+import utils
+from formats.recordio import FLOAT32_EXACT, HEADER, QUIET_SCAN, Keys, RecordHeader, RecordReader, frame, pack
+from formats.tables import read_identities
+from utils import InputError
+
+_SAMPLES = 64  # images compared with the identity records when a set is opened
+
+
+class _Layout(NamedTuple):
+    """Which keys are images, and their labels, int64 [n]."""
+
+    keys: Keys
+    labels: np.ndarray
+
+
+def _range_of(record: bytes) -> tuple[int, int] | None:
+    """The two numbers of a header or identity record; None if it has not two labels or they are not whole numbers."""
+    if len(record) < HEADER.size + 8 or HEADER.unpack_from(record)[0] != 2:
+        return None
+    first, end = struct.unpack_from("<2f", record, HEADER.size)
+    return (int(first), int(end)) if first.is_integer() and end.is_integer() else None
+
+
+class CropSet:
+    """Aligned crops with the identity of each, from RecordIO: the InsightFace layout, or plain image records.
+
+    With a header record (key 0, two labels [a, b], no payload) the images are the keys 1 .. a-1, the identity records
+    a .. b-1, each with the half-open range of its images; b is exclusive too. Labels are then taken from the identity
+    records without touching the images, and compared with an image's own label whenever one is read. Without a header,
+    or where the identity records describe another order of the images (a set shuffled afterwards), all labels are read
+    once from the images.
+
+    `identities` is their number, `labels` int64 [n] in 0 .. identities-1, `keys` int64 [n], `name` the folder's name,
+    `notes` what a user should hear about (sentences). Raises `InputError` for an identity without images, a label that
+    is negative, fractional or leaves a gap, ranges that overlap or leave images out, an `.idx` that does not fit.
+    A few images are looked at; a damaged one is an `InputError`, too, unless `skip_damaged`: then `read` will find it.
+    """
+
+    def __init__(self, rec_path: str | Path, *, skip_damaged: bool = False) -> None:
+        self.path = Path(rec_path)
+        self._skip_damaged = skip_damaged
+        self.name = self.path.resolve().parent.name
+        self.notes: list[str] = []
+        self.reader = RecordReader(self.path)
+        self.reader.check_index()
+        if len(self.reader) == 0:
+            raise InputError(f"{self.path}: holds no records")
+        layout = self._from_header() or self._from_images(Keys(self.reader.keys))
+        self._keys, self.labels = layout
+        self.identities = self._count_identities()
+        self._ids_are_keys = self._compare_ids()
+        if self.reader.unlisted:
+            self.notes.append(f"{self.reader.unlisted} records follow the last one of {self.reader.idx_path}; not used")
+        self._check_property()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The RecordIO key of each image, int64 [n]."""
+        return self._keys.array()
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Payload (the encoded crop) and label of image `index` in 0 .. len-1. Raises `InputError` if it is damaged."""
+        key = self._keys[index]
+        record = self.reader.read(key)
+        label = int(self.labels[index])
+        start, own, id = self._header_of(record, len(record), key)
+        if own != label:
+            self._fail(key, f"its label is {own:g}, but its identity record says {label}")
+        if self._ids_are_keys and id != key:
+            self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
+        return record[start:], label
+
+    def _fail(self, key: int, reason: str) -> NoReturn:
+        self.reader.fail(key, int(self.reader.offsets[self.reader.position(key)]), reason)
+
+    def _header_of(self, record: bytes, length: int, key: int) -> tuple[int, float, int]:
+        """Where the payload starts, the first label and the id; `record` may be only the first bytes of `length`."""
+        if len(record) < HEADER.size:
+            self._fail(key, f"{length} bytes, too short for the {HEADER.size}-byte image header")
+        flag, label, id, _ = HEADER.unpack_from(record)
+        start = HEADER.size + 4 * flag
+        if start > length:
+            self._fail(key, f"announces {flag} labels, but only {length - HEADER.size} bytes follow its header")
+        if start == length:
+            self._fail(key, "holds no image")
+        return start, struct.unpack_from("<f", record, HEADER.size)[0] if flag else label, id
+
+    def _peek(self, key: int) -> tuple[float, int]:
+        """The first label and the id of an image."""
+        head, length = self.reader.peek(key)
+        return self._header_of(head, length, key)[1:]
+
+    def _peek_at(self, keys: Keys) -> dict[int, tuple[float, int]]:
+        """What `_peek` says of a sample of the images, by index; without the damaged ones if these are left alone."""
+        found = {}
+        for index in np.unique(np.linspace(0, len(keys) - 1, _SAMPLES).astype(np.int64)).tolist():
+            try:
+                found[index] = self._peek(keys[index])
+            except InputError:
+                if not self._skip_damaged:
+                    raise
+        return found
+
+    def _from_header(self) -> _Layout | None:
+        """The layout that record 0 describes; None if record 0 is absent or an image."""
+        if 0 not in self.reader:
+            return None
+        record = self.reader.read(0)
+        if len(record) != HEADER.size + 8 or HEADER.unpack_from(record)[0] != 2:
+            return None
+        bounds = _range_of(record)
+        if bounds is None or not 1 < bounds[0] < bounds[1]:
+            numbers = list(struct.unpack_from("<2f", record, HEADER.size))
+            self._fail(0, f"the header's numbers {numbers} are not the first identity's key and the end of the keys")
+        first, end = bounds
+        if end >= FLOAT32_EXACT:
+            return self._from_frame_sizes(end)
+        count = len(self.reader)
+        if self.reader.keys_count_from != 0 or count < end:
+            missing = np.setdiff1d(np.arange(max(count, end)), self.reader.keys)[0]
+            reason = f"the header announces the keys 0 .. {end - 1}, but {self.reader.idx_path} has no key {missing}"
+            self._fail(0, reason)
+        if count > end:
+            # Writers that took b for the last identity instead of one past it exist; the ranges must still fit.
+            self.notes.append(f"the header ends the identities before key {end}, the .idx goes on to key {count - 1}")
+        return self._from_identities(first, count)
+
+    def _from_identities(self, first: int, end: int) -> _Layout:
+        ranges = np.empty((end - first, 2), np.int64)
+        for row, key in enumerate(range(first, end)):
+            bounds = _range_of(self.reader.read(key))
+            if bounds is None:
+                self._fail(key, "is not an identity record, which has two whole numbers as its label")
+            if not 1 <= bounds[0] <= bounds[1] <= first:
+                self._fail(key, f"the identity's range {list(bounds)} leaves the images 1 .. {first - 1}")
+            if bounds[0] == bounds[1]:
+                self._fail(key, f"identity {row} has no images")
+            ranges[row] = bounds
+        order = np.argsort(ranges[:, 0], kind="stable")
+        starts, ends = ranges[order, 0], ranges[order, 1]
+        gaps = np.flatnonzero(np.append(starts, first) != np.append(1, ends))
+        if len(gaps):
+            at = min(int(gaps[0]), len(order) - 1)
+            self._fail(
+                first + int(order[at]),
+                f"the identity's range {ranges[order[at]].tolist()} overlaps another or leaves images without identity",
+            )
+        return self._confirm(_Layout(Keys.counting(1, first), np.repeat(order, ends - starts)))
+
+    def _confirm(self, layout: _Layout) -> _Layout:
+        """Compare a sample of the images with their identity records."""
+        sample = self._peek_at(layout.keys)
+        wrong = [
+            (layout.keys[index], label, int(layout.labels[index]))
+            for index, (label, _) in sample.items()
+            if label != layout.labels[index]
+        ]
+        if not wrong:
+            return layout
+        if len(wrong) * 2 > len(sample):
+            self.notes.append("the identity records do not fit the images' own labels; the latter were read instead")
+            return self._from_images(layout.keys)
+        if self._skip_damaged:
+            return layout
+        key, label, expected = wrong[0]
+        self._fail(key, f"its label is {label:g}, but its identity record says {expected}")
+
+    def _from_frame_sizes(self, end: int) -> _Layout:
+        """More than 2^24 records: the header's float32 are rounded, so identity records are told by their size."""
+        spacing = float(np.spacing(np.float32(end)))
+        if abs(len(self.reader) - end) > spacing:
+            self._fail(0, f"the header announces {end} records, but the .idx lists {len(self.reader)}")
+        offsets = self.reader.offsets
+        order = np.argsort(offsets, kind="stable")
+        sizes = np.empty_like(offsets)
+        sizes[order] = np.diff(offsets[order], append=self.reader.size)
+        self.notes.append("more than 2^24 records: labels were read from the images, since ranges are rounded float32")
+        empty = 8 + HEADER.size + 8
+        return self._from_images(Keys(self.reader.keys[sizes != empty]))
+
+    def _from_images(self, keys: Keys) -> _Layout:
+        """Read the label of every image, in the order of the file."""
+        labels = np.empty(len(keys), np.int64)
+        positions = np.searchsorted(self.reader.keys, keys.array())
+        order = np.argsort(self.reader.offsets[positions], kind="stable")
+        quiet = len(keys) < QUIET_SCAN
+        bar = None if quiet else utils.progress(len(keys), f"labels of {self.name}", unit="record")
+        for done, index in enumerate(memoryview(order), 1):
+            key = keys[index]
+            label = self._peek(key)[0]
+            if not 0 <= label < FLOAT32_EXACT or label != int(label):
+                self._fail(key, f"its label {label:g} is not the number of an identity")
+            labels[index] = int(label)
+            if bar is not None and done % 10_000 == 0:
+                bar.update(10_000)
+        if bar is not None:
+            bar.close()
+        return _Layout(keys, labels)
+
+    def _count_identities(self) -> int:
+        highest = int(self.labels.max())
+        if highest >= len(self.labels):
+            index = int(np.argmax(self.labels))
+            self._fail(
+                self._keys[index],
+                f"its label {highest} is out of range: {len(self)} images cannot have so many identities",
+            )
+        counts = np.bincount(self.labels)
+        if counts.min() == 0:
+            empty = np.flatnonzero(counts == 0)
+            raise InputError(
+                f"{self.path}: identity {empty[0]} has no image ({len(empty)} of {len(counts)} identities are empty)"
+            )
+        return len(counts)
+
+    def _compare_ids(self) -> bool:
+        """Whether the records' ids are their keys, as in most sets; then a single exception is a wrong .idx line."""
+        sample = self._peek_at(self._keys)
+        wrong = [(self._keys[index], id) for index, (_, id) in sample.items() if id != self._keys[index]]
+        few = len(wrong) * 4 < len(sample)
+        if wrong and few and not self._skip_damaged:
+            key, id = wrong[0]
+            self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
+        return few or not wrong
+
+    def _check_property(self) -> None:
+        """`property` ("identities,height,width") is only compared: the numbers come from the records."""
+        path = self.path.with_name("property")
+        if not path.is_file():
+            return
+        text = path.read_bytes()[:200].decode("utf-8", "replace").strip()
+        fields = text.split(",")
+        if not all(field.strip().isdecimal() for field in fields):
+            self.notes.append(f"{path}: {text[:40]!r} is not 'identities,height,width'; not needed, so ignored")
+        elif int(fields[0]) != self.identities:
+            self.notes.append(f"{path}: says {fields[0]} identities, the records hold {self.identities}")
+
+
+def open_crops(path: str | Path, *, skip_damaged: bool = False) -> CropSet:
+    """The crops in a folder that holds `train.rec`, or in a `.rec` file.
+
+    Raises `InputError` if there is none or it does not hold together; see `CropSet`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "train.rec"
+    if not path.is_file():
+        raise InputError(f"{path}: no such RecordIO file")
+    return CropSet(path, skip_damaged=skip_damaged)
+
+
+class CropWriter:
+    """Writes crops in the InsightFace layout: `train.rec`, `train.idx`, `property`, readable by mxnet.
+
+    Use it as a context manager and call `write` with the images of one identity after another. The three files appear
+    in `out_dir` when the block ends without an exception, `train.rec` last; before that there is no `train.rec`. The
+    same images give the same bytes. Partial files of a killed run (`.train.*.partial`) are overwritten by the next.
+
+    Header and identity records are float32: above 2^24 records their ranges are rounded (`CropSet` reads such a set all
+    the same, InsightFace's own loader does not).
+    """
+
+    def __init__(self, out_dir: str | Path, height: int = 112, width: int = 112) -> None:
+        self.out_dir = Path(out_dir)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self._shape = (height, width)
+        self._partial = {name: self.out_dir / f".{name}.partial" for name in ("train.rec", "train.idx", "property")}
+        self._starts: list[int] = []  # key of the first image of each identity
+        self._key = 0
+        self._rec = self._partial["train.rec"].open("wb", buffering=1 << 20)
+        self._idx = self._partial["train.idx"].open("wb", buffering=1 << 20)
+        self._offset = 0
+        self._put([0.0, 0.0], b"")  # room for the header, whose numbers are known at the end
+
+    def _put(self, label: float | list[float], payload: bytes) -> None:
+        data = frame(_crop_record(label, self._key, payload))
+        self._idx.write(b"%d\t%d\n" % (self._key, self._offset))
+        self._rec.write(data)
+        self._offset += len(data)
+        self._key += 1
+
+    def write(self, payload: bytes, label: int) -> int:
+        """Add an encoded crop of identity `label` and return its key.
+
+        Labels start at 0 and never fall or skip: `ValueError` otherwise, and for an empty payload.
+        """
+        if not payload:
+            raise ValueError(f"identity {label}: an empty image")
+        if label == len(self._starts):
+            self._starts.append(self._key)
+        elif label != len(self._starts) - 1:
+            raise ValueError(
+                f"identity {label} after {len(self._starts) - 1}: crops must come grouped and in ascending order"
+            )
+        self._put(float(label), payload)
+        return self._key - 1
+
+    def __enter__(self) -> "CropWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._rec.close()
+            self._idx.close()
+            for path in self._partial.values():
+                path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if not self._starts:
+            raise InputError(f"{self.out_dir}: not one crop to write")
+        images_end = self._key
+        ends = [*self._starts[1:], images_end]
+        for start, end in zip(self._starts, ends, strict=True):
+            self._put([float(start), float(end)], b"")
+        self._rec.seek(0)
+        self._rec.write(frame(_crop_record([float(images_end), float(self._key)], 0, b"")))
+        height, width = self._shape
+        self._partial["property"].write_text(f"{len(self._starts)},{height},{width}\n")
+        for file in (self._rec, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+        # Without train.rec nothing looks whole, so it goes first and comes last.
+        (self.out_dir / "train.rec").unlink(missing_ok=True)
+        for name in ("property", "train.idx", "train.rec"):
+            os.replace(self._partial[name], self.out_dir / name)
+        utils.fsync_directory(self.out_dir)
+
+
+def _crop_record(label: float | list[float], key: int, payload: bytes) -> bytes:
+    numbers = label if isinstance(label, list) else [label]
+    flag = len(numbers) if isinstance(label, list) else 0
+    return pack(RecordHeader(flag, np.array(numbers, np.float32), key), payload)
+
+
+def write_crops(out_dir: str | Path, items: Iterable[tuple[bytes, int]], height: int = 112, width: int = 112) -> int:
+    """Write (encoded crop, label) pairs, grouped by ascending label, with `CropWriter`; returns the number of crops."""
+    count = 0
+    with CropWriter(out_dir, height, width) as writer:
+        for payload, label in items:
+            writer.write(payload, label)
+            count += 1
+    return count
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+class Crops(Protocol):
+    """What training reads: `recordio.CropSet` and `FolderCrops` both are one."""
+
+    name: str
+    identities: int
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int]: ...
+
+
+class FolderCrops:
+    """Crops as files: `<root>/<identity>/<file>`, one folder per identity, labels in the sorted order of the folders.
+
+    Every identity folder must hold an image; a file there that is no image by its suffix, a nested folder and an image
+    beside the folders are errors, because guessing which files to leave out loses data silently. Dot files are left
+    alone.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.name = str(root)
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+        for entry in entries:
+            if not entry.is_dir() and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                raise InputError(f"{entry.path}: an image in no identity's folder; move it into one, or away")
+        self.identity_names = folders
+        self.files: list[str] = []
+        labels: list[int] = []
+        for label, folder in enumerate(folders):
+            names = self._images_in(folder)
+            self.files += [f"{folder}/{name}" for name in names]
+            labels += [label] * len(names)
+        self.labels = np.array(labels, np.int64)
+        self.identities = len(folders)
+
+    def _images_in(self, folder: str) -> list[str]:
+        names = []
+        for entry in os.scandir(self.root / folder):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir() or Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
+                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise InputError(f"{entry.path}: not a crop; an identity's folder holds only images ({suffixes})")
+            names.append(entry.name)
+        if not names:
+            raise InputError(f"{self.root / folder}: identity without a crop; remove the empty folder")
+        return sorted(names)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded bytes of a crop and its label."""
+        return (self.root / self.files[index]).read_bytes(), int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        """How to find this crop again."""
+        return str(self.root / self.files[index])
+
+
+def open_training_set(path: str | Path, *, skip_unreadable: bool = False) -> Crops:
+    """Open RecordIO (a folder with train.rec, or a .rec file) or a folder of identity folders, and check it.
+
+    With `skip_unreadable`, damaged images do not matter yet. Raises `InputError` when there is nothing to train on: no
+    crops, fewer than two identities, a label out of range, or an identity without a crop.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_file() or (path / "train.rec").exists():
+        crops: Crops = open_crops(path, skip_damaged=skip_unreadable)
+    else:
+        crops = FolderCrops(path)
+    check(crops)
+    return crops
+
+
+def check(crops: Crops) -> None:
+    """Raise `InputError` unless every label is one of the identities and every identity has a crop."""
+    if len(crops) == 0:
+        raise InputError(f"{crops.name}: no crops (neither train.rec nor folders of images)")
+    low, high = int(crops.labels.min()), int(crops.labels.max())
+    if low < 0 or high >= crops.identities:
+        raise InputError(
+            f"{crops.name}: labels {low} to {high}, but there are {crops.identities} identities (0 to one less)"
+        )
+    counts = np.bincount(crops.labels, minlength=crops.identities)
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        named = ", ".join(map(str, empty[:10])) + (" ..." if len(empty) > 10 else "")
+        raise InputError(f"{crops.name}: {len(empty)} identities without a crop: {named}")
+    if crops.identities < 2:
+        raise InputError(f"{crops.name}: one identity only; there is nothing to tell apart")
+
+
+def fingerprint(crops: Crops, *, skip_unreadable: bool = False) -> str:
+    """A hash by which a restart recognises its data: labels and evenly spread samples of the bytes.
+
+    It costs the same for any size of set (256 crops are read), so it does not notice every change of a pixel. Raises
+    the error of an unreadable crop unless these are to be skipped.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(crops.labels, dtype="<i8").tobytes())
+    for index in np.linspace(0, len(crops) - 1, 256).astype(np.int64).tolist():
+        try:
+            digest.update(crops.read(index)[0])
+        except (InputError, OSError):
+            if not skip_unreadable:
+                raise
+    return digest.hexdigest()
+
+
+def describe(crops: Crops, index: int) -> str:
+    """Name one crop in a message so that it can be found again."""
+    if hasattr(crops, "describe"):
+        return crops.describe(index)
+    return f"{crops.name}: crop {index}"
+
+
+def identity_names(crops: Crops) -> list[str]:
+    """What the identities are called, by label: folder names, or what pre_process.py wrote beside its train.rec.
+
+    The label as text where the data has no names, or has an identities.tsv of another number of identities.
+    """
+    if isinstance(crops, FolderCrops):
+        return crops.identity_names
+    table = Path(getattr(crops, "path", crops.name)).with_name("identities.tsv")
+    if table.is_file():
+        names = read_identities(table)
+        if len(names) == crops.identities:
+            return names
+    return [str(label) for label in range(crops.identities)]

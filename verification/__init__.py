@@ -1,0 +1,8 @@
+"""Is it the same person? Sets of pairs, what a model says of them, and what that is worth.
+
+`sets` opens them (`open_set`), `features` embeds them (`verify`), `metrics` turns cosines into figures (NumPy alone),
+`decision` gives one pair's answer, `report` writes tables, curves and sheets, `lfw` reads photos and pairs lists.
+
+Words: a *pair* is two crops and the truth; a *fold* is a part of the pairs on which the threshold of the others is
+tested; *FAR* and *TAR* are the shares of different and of same pairs that a threshold accepts.
+"""

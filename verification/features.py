@@ -1,0 +1,88 @@
+"""A model on a set of pairs: features of all crops, kept in chunks so that a killed run goes on, and their cosines."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from embedding import Embedder, normalise
+from utils import InputError
+from verification.metrics import FAR_LEVELS, VerificationResult, evaluate
+from verification.sets import VerificationSet
+
+CHUNK = 64  # crops whose features are computed, and cached, together
+
+
+# --- a model on a set -----------------------------------------------------------------------------------------------
+
+
+def verify(
+    embedder: Embedder,
+    pairs: VerificationSet,
+    *,
+    cache_dir: Path | None = None,
+    far_levels: Sequence[float] = FAR_LEVELS,
+) -> VerificationResult:
+    """Embed all crops of the set and evaluate the cosines of its pairs.
+
+    With `cache_dir`, features are kept there in chunks named by what they were computed from, so that an interrupted
+    run goes on where it was. Raises InputError, naming the image, when a feature is not finite or zero.
+    """
+    cosines = pair_cosines(embedder, pairs, cache_dir)
+    return evaluate(cosines, pairs.same, pairs.folds, name=pairs.name, far_levels=far_levels)
+
+
+def pair_cosines(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | None = None) -> np.ndarray:
+    """Cosines float64 [P] of all pairs; NaN where a crop is missing."""
+    present = np.setdiff1d(np.arange(len(pairs.crops)), list(pairs.missing))
+    embeddings = normalise(_features(embedder, pairs, present, cache_dir))
+    broken = np.flatnonzero(np.isnan(embeddings).any(axis=1))
+    if len(broken):
+        image = pairs.names[present[broken[0]]]
+        raise InputError(
+            f"{pairs.name}: {embedder.name} gives no finite feature other than zero for {len(broken)} of "
+            f"{len(present)} images; the first is {image}"
+        )
+    row = np.full(len(pairs.crops), -1)
+    row[present] = np.arange(len(present))
+    first, second = row[pairs.pairs].T
+    cosines = np.full(len(first), np.nan)
+    found = (first >= 0) & (second >= 0)
+    cosines[found] = np.einsum("nd,nd->n", embeddings[first[found]], embeddings[second[found]])
+    return np.clip(cosines, -1.0, 1.0)
+
+
+def _features(embedder: Embedder, pairs: VerificationSet, present: np.ndarray, cache_dir: Path | None) -> np.ndarray:
+    chunks = []
+    with utils.progress(len(present), f"{pairs.name}: features", unit="crop") as bar:
+        for start in range(0, len(present), CHUNK):
+            crops = pairs.crops[present[start : start + CHUNK]]
+            chunks.append(_cached_features(embedder, crops, cache_dir))
+            bar.update(len(crops))
+    return np.concatenate(chunks)
+
+
+def _cached_features(embedder: Embedder, crops: np.ndarray, cache_dir: Path | None) -> np.ndarray:
+    fingerprint = embedder.fingerprint
+    if cache_dir is None or fingerprint is None:
+        return embedder.features(crops)
+    key = hashlib.sha256(fingerprint.encode() + crops.tobytes()).hexdigest()
+    path = cache_dir / "features" / f"{key}.npy"
+    features = _read_features(path, len(crops))
+    if features is not None:
+        return features
+    features = embedder.features(crops)
+    with utils.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, features)
+    return features
+
+
+def _read_features(path: Path, count: int) -> np.ndarray | None:
+    """Features from the cache; None if they are not there, or damaged."""
+    try:
+        features = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return features if features.ndim == 2 and len(features) == count and features.dtype == np.float32 else None
