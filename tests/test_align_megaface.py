@@ -116,9 +116,9 @@ def test_shards_workers_and_restarts_give_the_same_files(painted, tmp_path):
 def test_killed_at_any_file_operation_it_ends_the_same(tmp_path):
     src = make_photos(tmp_path / "MegaFace", 36)
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kill_everywhere.py", "align_megaface", "15", tmp_path / "dst",
+        [sys.executable, "-m", "helpers.kill_everywhere", "align_megaface", "15", tmp_path / "dst",
          "--src", src, "--dst", "@", "--workers", "2"],
-        capture_output=True, text=True, timeout=250, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=250, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
     killed, different = re.fullmatch(r"killed (\d+) different (.*)\n", done.stdout).groups()
     assert int(killed) > 8 and different == "[]", done.stderr

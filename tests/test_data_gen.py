@@ -563,8 +563,10 @@ def test_workers_end_with_the_block_even_if_something_still_refers_to_the_batche
     record_set(tmp_path / "crops", identities=2, each=4)
     code = (
         "import sys, multiprocessing, data_gen\n"
-        "crops = data_gen.open_training_set(sys.argv[1])\n"
-        "dataset = data_gen.CropDataset(crops, data_gen.Augmentation.named('none'), 0)\n"
+        "from formats import crop_sets\n"
+        "from training.augment import Augmentation\n"
+        "crops = crop_sets.open_training_set(sys.argv[1])\n"
+        "dataset = data_gen.CropDataset(crops, Augmentation.named('none'), 0)\n"
         "order = data_gen.BatchOrder(len(crops), 2, 0)\n"
         "with data_gen.loading(dataset, order, 0, 100, workers=1, pin_memory=False) as batches:\n"
         "    print(len(next(batches).labels), len(multiprocessing.active_children()))\n"

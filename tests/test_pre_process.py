@@ -147,9 +147,9 @@ def test_killed_at_any_file_operation_it_ends_the_same(tmp_path):
     # Operations come in groups of four (flush, rename, flush, unlink): every third one meets all kinds.
     photos = make_photos(tmp_path / "photos", identities=3, per_identity=12)
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "kill_everywhere.py", "pre_process", "3", tmp_path / "out",
+        [sys.executable, "-m", "helpers.kill_everywhere", "pre_process", "3", tmp_path / "out",
          "--photos", photos, "--out", "@", "--workers", "2"],
-        capture_output=True, text=True, timeout=250, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=250, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
     killed, different = re.fullmatch(r"killed (\d+) different (.*)\n", done.stdout).groups()
     assert int(killed) >= 20 and different == "[]", done.stderr

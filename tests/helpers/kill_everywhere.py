@@ -1,6 +1,6 @@
 """Run a stage once per file operation it makes, killed at that operation, start it again and compare with a clean run.
 
-    python kill_everywhere.py MODULE STRIDE OUT ARGUMENT...
+    python -m helpers.kill_everywhere MODULE STRIDE OUT ARGUMENT...
 
 OUT stands for `@` in the arguments. Each run is a forked process with painted faces for a detector and small chunks. It
 ends by `os._exit` at its n-th operation (n = 0, STRIDE, ...): before the operation or, for writes, once with half of
