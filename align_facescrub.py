@@ -22,7 +22,6 @@ from cropping.faces import FaceFinder, Photo, detector_settings, open_detector
 from cropping.photos import in_order, list_photos
 from megaface.facescrub import Annotation, Annotations, file_key, read_annotations
 from options import parse
-from utils import InputError
 
 NAMED = 5  # problems that are printed; report.json has all
 
@@ -54,8 +53,6 @@ def photo_of(src: Path, file: str, face: Annotation | None) -> Photo:
 def main() -> None:
     options = parse(config.AlignFacescrub, __doc__)
     check_folders(options.src, options.dst, options.jpeg_quality)
-    if not 0 <= options.min_overlap <= 1:
-        raise InputError(f"--min-overlap {options.min_overlap:g}: must lie between 0 and 1")
     annotations = read_annotations(options.annotations)
     for problem in annotations.problems[:NAMED]:
         print(f"not an annotation: {problem}", file=sys.stderr)

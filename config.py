@@ -43,7 +43,7 @@ class Train(Device):
     val: list[Path] = option(
         [], "verification sets measured after each epoch: .bin files, LFW folders", group="data", metavar="PATH"
     )
-    val_every: int = option(1, "epochs between two measurements of --val", group="data", metavar="EPOCHS")
+    val_every: int = option(1, "epochs between two measurements of --val", group="data", metavar="EPOCHS", at_least=1)
     network: str = option(
         "r101",
         "SE-LResNet of 18 ... 152 layers, or MobileFaceNet",
@@ -51,7 +51,7 @@ class Train(Device):
         choices=("r18", "r34", "r50", "r101", "r152", "mfn"),
     )
     use_se: bool = option(True, "squeeze-and-excitation in the residual networks", group="network")
-    embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D")
+    embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D", at_least=1)
     loss: str = option("arcface", "the margin", group="loss", choices=("arcface", "cosface", "combined", "adaface"))
     margin: list[float] | None = option(
         None,
@@ -61,16 +61,29 @@ class Train(Device):
         metavar="M",
     )
     margin_warmup: float = option(
-        0.0, "epochs over which the margin grows from nothing to its value", group="loss", metavar="EPOCHS"
+        0.0,
+        "epochs over which the margin grows from nothing to its value",
+        group="loss",
+        metavar="EPOCHS",
+        at_least=0,
     )
-    scale: float = option(64.0, "factor on the cosines", group="loss", metavar="S")
-    focal_gamma: float = option(0.0, "focal loss exponent, per crop; 0 is plain cross-entropy", group="loss")
+    scale: float = option(64.0, "factor on the cosines", group="loss", metavar="S", above=0)
+    focal_gamma: float = option(
+        0.0, "focal loss exponent, per crop; 0 is plain cross-entropy", group="loss", at_least=0
+    )
     sample_rate: float = option(
-        1.0, "share of the other identities' centres that a step sees (Partial FC)", group="loss", metavar="R"
+        1.0,
+        "share of the other identities' centres that a step sees (Partial FC)",
+        group="loss",
+        metavar="R",
+        above=0,
+        at_most=1,
     )
-    epochs: int = option(40, "passes over the crops", group="optimiser", metavar="N")
-    batch_size: int = option(256, "crops per optimiser step, over all processes", group="optimiser", metavar="N")
-    lr: float = option(0.1, "full learning rate", group="optimiser")
+    epochs: int = option(40, "passes over the crops", group="optimiser", metavar="N", at_least=1)
+    batch_size: int = option(
+        256, "crops per optimiser step, over all processes", group="optimiser", metavar="N", at_least=1
+    )
+    lr: float = option(0.1, "full learning rate", group="optimiser", above=0)
     schedule: str = option(
         "steps",
         "steps: divided by 10 at each of --milestones; cosine: to 0; poly: (1 - t)^2",
@@ -78,21 +91,38 @@ class Train(Device):
         choices=("steps", "cosine", "poly"),
     )
     milestones: list[float] = option(
-        [8.0, 16.0, 24.0, 32.0], "epochs at which --schedule steps divides the rate", group="optimiser", metavar="EPOCH"
+        [8.0, 16.0, 24.0, 32.0],
+        "epochs at which --schedule steps divides the rate",
+        group="optimiser",
+        metavar="EPOCH",
+        at_least=0,
     )
     warmup: float = option(
         0.0,
         "epochs over which the rate grows linearly from near 0",
         group="optimiser",
         metavar="EPOCHS",
+        at_least=0,
     )
-    momentum: float = option(0.9, "Nesterov momentum", group="optimiser")
-    weight_decay: float = option(5e-4, "weight decay, on all parameters", group="optimiser")
+    momentum: float = option(0.9, "Nesterov momentum", group="optimiser", at_least=0, below=1)
+    weight_decay: float = option(5e-4, "weight decay, on all parameters", group="optimiser", at_least=0)
     grad_clip: float = option(
-        5.0, "gradient values are clipped to +- this; 0 does not clip", group="optimiser", metavar="V"
+        5.0,
+        "gradient values are clipped to +- this; 0 does not clip",
+        group="optimiser",
+        metavar="V",
+        at_least=0,
     )
-    accumulate: int = option(1, "parts that a step's batch is cut into, to save memory", group="optimiser", metavar="N")
-    seed: int = option(0, "decides order, augmentation, initial weights, dropout and sampling", group="optimiser")
+    accumulate: int = option(
+        1, "parts that a step's batch is cut into, to save memory", group="optimiser", metavar="N", at_least=1
+    )
+    seed: int = option(
+        0,
+        "decides order, augmentation, initial weights, dropout and sampling",
+        group="optimiser",
+        at_least=-(1 << 63),
+        below=1 << 63,
+    )
     out: Path = option(REQUIRED, "folder of the run: checkpoints, log, results", group="run", metavar="DIR")
     resume: bool = option(False, "go on from the last checkpoint in --out, or start if there is none yet", group="run")
     save_every: Interval = option(
@@ -101,9 +131,14 @@ class Train(Device):
         group="run",
         metavar="STEPS|TIME",
     )
-    log_every: int = option(20, "steps between two looks at loss and gradients", group="run", metavar="STEPS")
+    log_every: int = option(
+        20, "steps between two looks at loss and gradients", group="run", metavar="STEPS", at_least=1
+    )
     workers: int | None = option(
-        None, "processes that decode and augment; none chooses by cores; 0 works in the trainer", group="machine"
+        None,
+        "processes that decode and augment; none chooses by cores; 0 works in the trainer",
+        group="machine",
+        at_least=0,
     )
     decode: str = option(
         "cpu",
@@ -130,21 +165,32 @@ class FaceSearch(Device):
         group="detector",
         metavar="FILE",
     )
-    score_threshold: float = option(0.9, "least score of a face", group="detector", metavar="S")
-    nms_threshold: float = option(0.4, "overlap above which two detections are one face", group="detector", metavar="T")
+    score_threshold: float = option(0.9, "least score of a face", group="detector", metavar="S", at_least=0, at_most=1)
+    nms_threshold: float = option(
+        0.4, "overlap above which two detections are one face", group="detector", metavar="T", at_least=0, at_most=1
+    )
     max_side: int = option(
         DETECTION_SIDE,
         "longer photos are shrunk to this many pixels for detection, not for the crop; 0 never shrinks",
         group="detector",
         metavar="PX",
+        at_least=0,
     )
     jpeg_quality: int = option(
         95,
         "quality of JPEG crops; at 95 a crop has 5 KB and 43.9 dB (LFW), the public training sets have about 92",
         group="crops",
         metavar="Q",
+        at_least=1,
+        at_most=100,
     )
-    workers: int = option(0, "worker threads; 0 means one per CPU", group="machine", metavar="N")
+    workers: int | None = option(
+        None,
+        "worker threads; none means one per CPU, 0 none beside the program's own",
+        group="machine",
+        metavar="N",
+        at_least=0,
+    )
     shard: str | None = option(
         None,
         "work on part K of N, such as 3/16; none takes RANK and WORLD_SIZE of torchrun, or does everything",
@@ -170,9 +216,15 @@ class PreProcess(FaceSearch):
         group="detector",
         choices=("central", "largest", "best_score"),
     )
-    min_side: int = option(32, "photos narrower or lower than this are too small", group="crops", metavar="PX")
+    min_side: int = option(
+        32, "photos narrower or lower than this are too small", group="crops", metavar="PX", at_least=1
+    )
     min_face: float = option(
-        0.0, "faces whose box is narrower or lower than this are too small; 0 keeps all", group="crops", metavar="PX"
+        0.0,
+        "faces whose box is narrower or lower than this are too small; 0 keeps all",
+        group="crops",
+        metavar="PX",
+        at_least=0,
     )
 
 
@@ -180,12 +232,14 @@ class PreProcess(FaceSearch):
 class Synthesize(Device):
     """People who do not exist (see synthesize.py)."""
 
-    identities: int = option(REQUIRED, "how many people", group="data", metavar="N")
-    images: int = option(REQUIRED, "photos of each", group="data", metavar="N")
+    identities: int = option(REQUIRED, "how many people", group="data", metavar="N", at_least=1, at_most=10_000_000)
+    images: int = option(REQUIRED, "photos of each", group="data", metavar="N", at_least=1, at_most=10_000)
     out: Path = option(REQUIRED, "folder of the photos or crops", group="data", metavar="DIR")
-    first: int = option(0, "number of the first person; other ranges are other people", group="data", metavar="N")
-    seed: int = option(0, "another seed gives another mankind", group="data")
-    size: int = option(256, "pixels of a photo's side", group="data", metavar="PX")
+    first: int = option(
+        0, "number of the first person; other ranges are other people", group="data", metavar="N", at_least=0
+    )
+    seed: int = option(0, "another seed gives another mankind", group="data", at_least=0)
+    size: int = option(256, "pixels of a photo's side", group="data", metavar="PX", at_least=64, at_most=2048)
     layout: str = option(
         "photos",
         "photos: a folder per identity; lfw: with pairs.txt; facescrub: with an annotation file; megaface: distractors",
@@ -195,9 +249,13 @@ class Synthesize(Device):
     crops: bool = option(
         False, "write aligned 112x112 crops (RecordIO, as pre_process.py) instead of photos", group="data"
     )
-    folds: int = option(3, "folds of pairs.txt (--layout lfw)", group="data", metavar="N")
+    folds: int = option(3, "folds of pairs.txt (--layout lfw)", group="data", metavar="N", at_least=1)
     pairs: int = option(
-        100, "same pairs, and as many different ones, per fold (--layout lfw)", group="data", metavar="N"
+        100,
+        "same pairs, and as many different ones, per fold (--layout lfw)",
+        group="data",
+        metavar="N",
+        at_least=1,
     )
     poses: str = option(
         "all",
@@ -213,8 +271,12 @@ class Synthesize(Device):
     shard: str | None = option(
         None, "part K of N as K/N; none takes torchrun's RANK and WORLD_SIZE", group="machine", metavar="K/N"
     )
-    workers: int = option(
-        0, "processes; 0: one per core, with a GPU as many of them as its memory holds", group="machine", metavar="N"
+    workers: int | None = option(
+        None,
+        "processes; none means one per core, with a GPU as many of them as its memory holds, 0 the program's own",
+        group="machine",
+        metavar="N",
+        at_least=0,
     )
 
 
@@ -253,7 +315,11 @@ class Model(Device):
         None, "add the features of the mirror image; none means as the file says, else yes", group="model"
     )
     batch_size: int | None = option(
-        None, "crops per batch; none means 16 on a CPU, 256 on a GPU", group="machine", metavar="N"
+        None,
+        "crops per batch; none means 16 on a CPU, 256 on a GPU",
+        group="machine",
+        metavar="N",
+        at_least=1,
     )
 
 
@@ -279,13 +345,18 @@ class LfwEval(Model):
     )
     max_side: int = option(
         DETECTION_SIDE,
-        "longer photos are shrunk to this many pixels for detection, not for the crop",
+        "longer photos are shrunk to this many pixels for detection, not for the crop; 0 never shrinks",
         group="data",
         metavar="PX",
+        at_least=0,
     )
-    folds: int = option(10, "folds that .bin sets are cut into", group="data", metavar="N")
+    folds: int = option(10, "folds that .bin sets are cut into", group="data", metavar="N", at_least=2)
     far: list[float] = option(
-        [1e-1, 1e-2, 1e-3, 1e-4], "false accept rates at which the true accept rate is given", group="data"
+        [1e-1, 1e-2, 1e-3, 1e-4],
+        "false accept rates at which the true accept rate is given",
+        group="data",
+        above=0,
+        below=1,
     )
     out: Path = option(REQUIRED, "folder of results.json and the pictures", group="results", metavar="DIR")
     cache: Path | None = option(
@@ -294,8 +365,15 @@ class LfwEval(Model):
         group="results",
         metavar="DIR",
     )
-    sheet: int = option(12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N")
-    workers: int = option(0, "threads that read photos and find faces; 0 means one per CPU", group="machine")
+    sheet: int = option(
+        12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N", at_least=1
+    )
+    workers: int | None = option(
+        None,
+        "threads that read photos and find faces; none means one per CPU, 0 none of their own",
+        group="machine",
+        at_least=0,
+    )
 
 
 @dataclass
@@ -315,10 +393,15 @@ class Extract:
         "which folder of a photo's path names its identity: 1 the one it lies in, 2 the one above, ...",
         group="reading",
         metavar="N",
+        at_least=1,
     )
-    max_file_mb: int = option(256, "refuse larger files, in MiB", group="limits", metavar="N")
+    max_file_mb: int = option(256, "refuse larger files, in MiB", group="limits", metavar="N", at_least=1)
     max_ratio: float = option(
-        200.0, "refuse archives that expand to more than this many times their size", group="limits", metavar="X"
+        200.0,
+        "refuse archives that expand to more than this many times their size",
+        group="limits",
+        metavar="X",
+        at_least=1,
     )
 
 
@@ -347,6 +430,8 @@ class AlignFacescrub(FaceSearch):
         "intersection over union with the annotated box from which a face is the annotated one",
         group="detector",
         metavar="IOU",
+        at_least=0,
+        at_most=1,
     )
 
 
@@ -372,7 +457,9 @@ class Export:
         None, "pairs of these photos; none means pairs.txt in --lfw", group="data", metavar="FILE"
     )
     bin: list[Path] = option([], "measure on these verification sets", group="data", metavar="FILE")
-    far: float = option(1e-3, "false accept rate of the threshold that goes into the files", group="data")
+    far: float = option(
+        1e-3, "false accept rate of the threshold that goes into the files", group="data", above=0, below=1
+    )
     detector: bool = option(False, "export the face detector too", group="detector")
     detector_weights: Path | None = option(
         None, "weights of the detector (.pth); none means the embedded ones", group="detector", metavar="FILE"
@@ -406,9 +493,13 @@ class Demo(Device):
         metavar="FILE",
     )
     threshold: float | None = option(
-        None, "angle in degrees up to which two faces are one person; none takes the measured one", group="model"
+        None,
+        "angle in degrees up to which two faces are one person; none takes the measured one",
+        group="model",
+        at_least=0,
+        at_most=180,
     )
-    nearest: int = option(5, "people of the gallery listed for each face", group="output", metavar="N")
+    nearest: int = option(5, "people of the gallery listed for each face", group="output", metavar="N", at_least=1)
     out: Path = option(Path("results/demo"), "folder for the pictures", group="output", metavar="DIR")
 
 
@@ -421,7 +512,7 @@ class Doctor(Model):
         None, "pairs of these photos; none means pairs.txt in --lfw", group="data", metavar="FILE"
     )
     bin: Path | None = option(None, "a verification set", group="data", metavar="FILE")
-    most: int = option(600, "pairs to try on, spread over the set", group="data", metavar="N")
+    most: int = option(600, "pairs to try on, spread over the set", group="data", metavar="N", at_least=40)
     out: Path | None = option(None, "folder for doctor.json and cached crops", group="results", metavar="DIR")
 
 
@@ -448,7 +539,11 @@ class MegafaceEval(Model):
         metavar="FILE",
     )
     sizes: list[int] = option(
-        [], "numbers of distractors, the first of the list; none means 10, 100, ... and all", group="data", metavar="N"
+        [],
+        "numbers of distractors, the first of the list; none means 10, 100, ... and all",
+        group="data",
+        metavar="N",
+        at_least=1,
     )
     allow_missing: bool = option(False, "count photos without a feature as failures instead of stopping", group="data")
     noise: str | None = option(
@@ -475,10 +570,20 @@ class MegafaceEval(Model):
         False, "also write features and lists as the devkit's script reads them, to OUT/devkit", group="results"
     )
     far: list[float] = option(
-        [1e-6, 1e-5, 1e-4], "false accept rates at which the verification rate is given", group="results"
+        [1e-6, 1e-5, 1e-4],
+        "false accept rates at which the verification rate is given",
+        group="results",
+        above=0,
+        below=1,
     )
-    sheet: int = option(12, "misses shown on a sheet", group="results", metavar="N")
-    workers: int = option(0, "threads that read crops; 0 means one per CPU", group="machine", metavar="N")
+    sheet: int = option(12, "misses shown on a sheet", group="results", metavar="N", at_least=1)
+    workers: int | None = option(
+        None,
+        "threads that read crops; none means one per CPU, 0 none of their own",
+        group="machine",
+        metavar="N",
+        at_least=0,
+    )
 
 
 @dataclass

@@ -252,8 +252,6 @@ def main() -> None:
         raise InputError(f"{len(options.photos)} photos: give one, or two to compare, or --gallery DIR")
     if options.gallery is not None and not options.gallery.is_dir():
         raise InputError(f"--gallery {options.gallery}: no such folder")
-    if options.nearest < 1:
-        raise InputError(f"--nearest {options.nearest}: has to be at least 1")
     device = utils.choose_device(options.device)
     detector = RetinaFace(device=device, max_side=DETECTION_SIDE)
     looks = [look_at(path, detector) for path in options.photos]

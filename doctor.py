@@ -271,8 +271,6 @@ def main() -> None:
     options = parse(config.Doctor, __doc__)
     if (options.lfw is None) == (options.bin is None):
         raise InputError("give either --lfw DIR or --bin FILE")
-    if options.most < 40:
-        raise InputError(f"--most {options.most}: fewer than 40 pairs tell nothing")
     device = utils.choose_device(options.device)
     embedder, checkpoint = _load(options, device)
     cache = None if options.out is None else options.out / "cache"

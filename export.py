@@ -340,8 +340,6 @@ def main() -> None:
     options = parse(config.Export, __doc__)
     if "int8" in options.variants and options.calibration is None:
         raise InputError("--variants int8 needs --calibration: crops (not those of the evaluation) to take ranges from")
-    if not 0 < options.far < 1:
-        raise InputError(f"--far {options.far:g}: a rate between 0 and 1 is expected")
     for name in ("onnxscript", "torch.onnx", "onnx_ir", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     embedder = load_embedder(options.checkpoint, "cpu")

@@ -493,8 +493,6 @@ def _describe(part: dict[str, Any], reasons: Counter[str], shown: list[str]) -> 
 def main() -> None:
     """Extract the sources named on the command line."""
     options = parse(config.Extract, __doc__)
-    if options.identity_level < 1:
-        raise InputError(f"--identity-level {options.identity_level}: 1 is the folder that holds the photo")
     limits = archives.Limits(options.max_file_mb << 20, options.max_ratio)
     _check_places(options.sources, options.out)
     sources = [archives.open_source(path, limits, options.identity_level) for path in options.sources]

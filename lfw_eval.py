@@ -38,7 +38,7 @@ def main() -> None:
             folds=options.folds,
             rule=options.rule,
             detector_weights=options.detector_weights,
-            max_side=options.max_side,
+            max_side=options.max_side or None,
             device=device,
             workers=options.workers,
         )
@@ -62,14 +62,6 @@ def _check(options: config.LfwEval) -> None:
     for path in options.bin:
         if not path.is_file():
             raise InputError(f"--bin {path}: no such file")
-    if options.folds < 2:
-        raise InputError(f"--folds {options.folds}: cross-validation needs at least 2")
-    for far in options.far:
-        if not 0 < far < 1:
-            raise InputError(f"--far {far:g}: a rate between 0 and 1 is expected")
-    for name, value in (("sheet", options.sheet), ("max-side", options.max_side)):
-        if value < 1:
-            raise InputError(f"--{name} {value}: has to be at least 1")
     for name, folder in (("out", options.out), ("cache", options.cache)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"--{name} {folder}: is a file, not a folder")

@@ -15,7 +15,6 @@ score) and a missing distractor matches nothing but still counts; OUT/missing.ts
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import sys
@@ -70,15 +69,6 @@ def main() -> None:
 
 
 def _check(options: config.MegafaceEval) -> None:
-    for far in options.far:
-        if not 0 < far < 1:
-            raise InputError(f"--far {far:g}: a rate between 0 and 1 is expected")
-    if options.sizes and min(options.sizes) < 1:
-        raise InputError(f"--sizes {min(options.sizes)}: has to be at least 1")
-    if options.sheet < 1:
-        raise InputError(f"--sheet {options.sheet}: has to be at least 1")
-    if options.workers < 0:
-        raise InputError(f"--workers {options.workers}: has to be at least 0")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {options.out}: is a file, not a folder")
 
@@ -146,8 +136,8 @@ def _report_missing(out: Path, sides: tuple[Side, Side], reasons: list[dict[int,
     print(said, file=sys.stderr)
 
 
-def _embed(out: Path, sides: tuple[Side, Side], embedder: Embedder, workers: int) -> tuple[Store, Store]:
-    workers = workers or len(os.sched_getaffinity(0))
+def _embed(out: Path, sides: tuple[Side, Side], embedder: Embedder, workers: int | None) -> tuple[Store, Store]:
+    workers = utils.worker_count(workers)
     probes, distractors = (
         embed(side, out / "features" / name, embedder, what, workers)
         for side, name, what in zip(sides, (PROBES, DISTRACTORS), ("probes", "distractors"), strict=True)

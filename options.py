@@ -8,12 +8,20 @@ with the nearest name. Nothing else in the repository calls argparse for a stage
 import argparse
 import dataclasses
 import difflib
+import json
+import math
+import operator
 import re
 import sys
+import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
+
+from utils import InputError
 
 Stage = TypeVar("Stage")
 
@@ -28,14 +36,29 @@ def option(
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Declare one command-line option as a dataclass field.
 
     `default` is `REQUIRED` for an option without one. Lists and tuples may be given directly as defaults. The
     annotation of the field decides the type: `str`, `int`, `float`, `bool` (becomes `--flag/--no-flag`), `Path`,
     any callable class, `X | None`, `list[X]` (one or more values) or `tuple[X, X, X]` (exactly that many).
+
+    `at_least`, `above`, `at_most` and `below` bound a number, or each number of a list; a bounded number is finite.
     """
-    metadata = {"help": help, "group": group, "choices": choices, "metavar": metavar, "positional": positional}
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "metavar": metavar,
+        "positional": positional,
+        "bounds": bounds,
+    }
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata, kw_only=True)
     if isinstance(default, list):
@@ -76,6 +99,26 @@ def _value_type(annotation: Any) -> tuple[Any, int | str | None]:
     return annotation, None
 
 
+_INSIDE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+
+def _check_bounds(stage: Any) -> None:
+    """Raise `InputError` for the first number out of its declared range."""
+    for field in dataclasses.fields(stage):
+        bounds = field.metadata["bounds"]
+        values = getattr(stage, field.name)
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if value is None or not bounds:
+                continue
+            if not math.isfinite(value) or not all(_INSIDE[words](value, bound) for words, bound in bounds.items()):
+                wanted = " and ".join(f"{words} {bound:,}" for words, bound in bounds.items())
+                raise InputError(f"{_flag(field)} {value}: must be {wanted}")
+
+
+def _flag(field: dataclasses.Field) -> str:
+    return field.name.upper() if field.metadata["positional"] else f"--{field.name.replace('_', '-')}"
+
+
 def _describe(value: Any) -> str:
     if value is REQUIRED:
         return "required"
@@ -92,8 +135,13 @@ def _default_of(field: dataclasses.Field) -> Any:
     return field.default
 
 
-def build_parser(stage: type, description: str | None = None) -> argparse.ArgumentParser:
-    """The argument parser of a stage's dataclass; `description` is usually the script's own docstring."""
+def build_parser(
+    stage: type, description: str | None = None, configured: Mapping[str, Any] = MappingProxyType({})
+) -> argparse.ArgumentParser:
+    """The argument parser of a stage's dataclass; `description` is usually the script's own docstring.
+
+    `configured` are values that take the place of defaults; an option that has one is no longer required.
+    """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     groups: dict[str, argparse._ArgumentGroup] = {}
     hints = typing.get_type_hints(stage)
@@ -102,33 +150,110 @@ def build_parser(stage: type, description: str | None = None) -> argparse.Argume
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])
         group = groups[meta["group"]]
-        default = _default_of(field)
+        default = configured.get(field.name, _default_of(field))
         convert, nargs = _value_type(hints[field.name])
         # argparse reads % as a format; the texts here are plain.
         settings: dict[str, Any] = {"help": f"{meta['help']} ({_describe(default)})".replace("%", "%%")}
         if convert is bool:
-            group.add_argument(
-                f"--{field.name.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=default, **settings
-            )
+            group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, default=default, **settings)
             continue
         settings |= {"type": convert, "metavar": meta["metavar"], "choices": meta["choices"]}
         if nargs is not None:
             settings["nargs"] = nargs
         if meta["positional"]:
+            if field.name in configured:
+                settings |= {"nargs": "*", "default": default}
             group.add_argument(field.name, **settings)
             continue
         settings["required"] = default is REQUIRED
         settings["default"] = None if default is REQUIRED else default
-        group.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+        group.add_argument(_flag(field), **settings)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="options from a .toml file, or from the run.json of an earlier run; the command line wins (default: none)",
+    )
     return parser
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Options by name from a TOML file, or from a run.json, which holds them under "options"."""
+    try:
+        text = path.read_text()
+        content = json.loads(text)["options"] if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(error.strerror) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"neither TOML nor a run.json with options: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("holds no options")
+    return {name.replace("-", "_"): value for name, value in content.items()}
+
+
+def _convert(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
+    """A configuration file's value as the command line would give it; `ValueError` if it is of no such kind."""
+    convert, nargs = _value_type(annotation)
+    if convert is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is neither true nor false")
+        return value
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool | list | dict) for item in values):
+        raise ValueError(f"{value!r} is no value of this option")
+    if len(values) != (nargs if isinstance(nargs, int) else max(1, len(values)) if nargs else 1):
+        raise ValueError(f"{len(values)} values instead of {nargs or 1}")
+    choices = field.metadata["choices"]
+    try:
+        converted = [convert(str(item)) for item in values]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{value!r} is no value of this option") from error
+    for item in converted:
+        if choices is not None and item not in choices:
+            raise ValueError(f"{item!r} is not one of {', '.join(map(str, choices))}{_nearest(str(item), choices)}")
+    return converted if nargs else converted[0]
+
+
+def _configured(stage: type, path: Path) -> dict[str, Any]:
+    """The values that a configuration file gives, by field. Raises `ValueError` naming what does not fit."""
+    hints = typing.get_type_hints(stage)
+    fields = {field.name: field for field in dataclasses.fields(stage)}
+    values = {}
+    for name, value in _read_config(path).items():
+        if name not in fields:
+            raise ValueError(f"{name}: no such option{_nearest(name, list(fields))}")
+        if value is None or value == []:  # what a run.json says of an option that was not given
+            continue
+        try:
+            values[name] = _convert(fields[name], hints[name], value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return values
+
+
+def _config_named_on(argv: Sequence[str]) -> Path | None:
+    """The file of the last --config on a command line that is not checked yet."""
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    only.add_argument("--config", type=Path)
+    try:
+        return only.parse_known_args(argv)[0].config
+    except (argparse.ArgumentError, SystemExit):  # --config without a file: the real parser says so
+        return None
 
 
 def parse(stage: type[Stage], description: str | None = None, argv: Sequence[str] | None = None) -> Stage:
     """Read the command line (`argv`, default `sys.argv[1:]`) into an instance of the stage's dataclass.
 
-    Exits with code 2 and one line on standard error for an unknown, missing or ill-typed option.
+    `--config FILE` gives options that the command line does not. Exits with code 2 and one line on standard error for
+    an unknown, missing or ill-typed option. Raises `InputError` for a number out of its declared range.
     """
     parser = build_parser(stage, description)
+    path = _config_named_on(sys.argv[1:] if argv is None else argv)
+    if path is not None:
+        try:
+            parser = build_parser(stage, description, _configured(stage, path))
+        except ValueError as error:
+            parser.error(f"--config {path}: {error}")
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [name for action in parser._actions for name in action.option_strings]
@@ -136,11 +261,14 @@ def parse(stage: type[Stage], description: str | None = None, argv: Sequence[str
         kind = "unknown option" if first.startswith("-") else "unexpected argument"
         parser.error(f"{kind} {first}{_nearest(first.split('=')[0], names)}")
     values = vars(known)
+    del values["config"]
     hints = typing.get_type_hints(stage)
     for name, value in values.items():
         if isinstance(value, list) and typing.get_origin(hints[name]) is tuple:
             values[name] = tuple(value)
-    return stage(**values)
+    made = stage(**values)
+    _check_bounds(made)
+    return made
 
 
 class Interval:

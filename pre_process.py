@@ -25,7 +25,7 @@ from typing import Any
 import config
 import utils
 from cropping.chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
-from cropping.faces import FaceFinder, Photo, detector_settings, encode_jpeg, open_detector, realign, worker_count
+from cropping.faces import FaceFinder, Photo, detector_settings, encode_jpeg, open_detector, realign
 from cropping.photos import Listing, identity_of, in_order, list_photos
 from formats.crop_sets import CropWriter
 from formats.tables import NO_CROP, FaceRow, FaceTable, escape, row_text, table_text
@@ -97,8 +97,6 @@ def realigning(options: config.PreProcess, files: Sequence[str], table: FaceTabl
 
 def check(options: config.PreProcess) -> None:
     """Refuse values that make no sense and options that would have no effect."""
-    if not 1 <= options.jpeg_quality <= 100:
-        raise InputError(f"--jpeg-quality {options.jpeg_quality}: must lie between 1 and 100")
     if options.out.resolve().is_relative_to(options.photos.resolve()):
         raise InputError(f"--out {options.out}: lies inside of --photos; crops would be taken for photos")
     if options.from_detections is None:
@@ -177,7 +175,7 @@ def main() -> None:
     options = parse(config.PreProcess, __doc__)
     check(options)
     shard = Shard.parse(options.shard)
-    workers = worker_count(options.workers)
+    workers = utils.worker_count(options.workers)
     listing = list_input(options.photos)
     table = None if options.from_detections is None else FaceTable(options.from_detections)
     files = listing.files if table is None else in_order({*listing.files, *table})

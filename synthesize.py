@@ -26,8 +26,6 @@ from options import parse
 from utils import InputError
 
 PACKAGES = {"warp": "warp-lang", "threadpoolctl": "threadpoolctl"}  # by the names of their modules
-LARGEST = 2048  # a photo of that size takes 0.7 GB while it is traced
-MOST = {"identities": 10_000_000, "images": 10_000}  # what lists of identities, and an identity's files, take of memory
 
 
 @utils.command
@@ -43,16 +41,6 @@ def main() -> None:
         package = PACKAGES[error.name]
         raise InputError(f"the package {package} is missing: pip install -r requirements-synthetic.txt") from error
 
-    for name in ("identities", "images", "size", "folds", "pairs"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
-    for name, most in MOST.items():
-        if getattr(options, name) > most:
-            raise InputError(f"--{name} {getattr(options, name)}: at most {most:,} in a folder")
-    if not 64 <= options.size <= LARGEST or options.first < 0 or options.seed < 0:
-        raise InputError(f"--size must be 64 to {LARGEST}, --first and --seed at least 0")
-    if options.workers < 0:
-        raise InputError(f"--workers {options.workers}: must be at least 0")
     if options.crops and options.layout != "photos":
         raise InputError(f"--layout {options.layout}: is of photos, --crops writes none")
     shard = dataset.Shard.parse(options.shard)
@@ -74,7 +62,7 @@ def main() -> None:
     device = utils.own_device(options.device)
     people = dataset.People(options.out, plan)
     if not people.open(dataset.outputs(plan)):
-        missing = dataset.make_people(people, shard, device, options.workers or dataset.default_workers(device))
+        missing = dataset.make_people(people, shard, device, dataset.worker_processes(device, options.workers))
         if missing:
             print(f"shard {shard} is done; {len(missing)} of {plan.identities} identities are left to other shards")
             return

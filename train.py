@@ -55,23 +55,8 @@ WAIT_WORTH_A_WORD = 0.1  # share of an epoch's time spent waiting for data
 
 def check_options(options: Train, world: World) -> None:
     """Refuse what no run can use, before anything is opened."""
-    for name in ("epochs", "batch_size", "accumulate", "log_every", "val_every", "embedding_size"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
-    for name in ("warmup", "margin_warmup", "weight_decay", "grad_clip", "focal_gamma", "momentum"):
-        if not 0 <= getattr(options, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must not be negative")
-    for name in ("lr", "scale"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise InputError(f"--{name} {getattr(options, name)} must be above 0")
-    if not -(1 << 63) <= options.seed < 1 << 63:
-        raise InputError(f"--seed {options.seed} has more than 64 bits")
-    if not all(0 <= milestone < math.inf for milestone in options.milestones):
-        raise InputError(f"--milestones {' '.join(map(str, options.milestones))} must not be negative")
     if options.warmup >= options.epochs:
         raise InputError(f"--warmup {options.warmup:g} leaves nothing of --epochs {options.epochs}")
-    if options.workers is not None and options.workers < 0:
-        raise InputError(f"--workers {options.workers} must not be negative")
     full_margin(options)
     parts = options.accumulate * (1 if options.sync_bn else world.size)
     if options.batch_size == parts:

@@ -69,6 +69,16 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     return run
 
 
+def worker_count(workers: int | None = None) -> int:
+    """Threads or processes for work that can be shared: as asked for, or one per CPU that this process may use.
+
+    0 asks for none beside the caller's own, so the work is done one piece after the other.
+    """
+    if workers is not None:
+        return max(1, workers)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fsync_directory(path: Path) -> None:
     """Make a rename inside `path` survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

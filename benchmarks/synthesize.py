@@ -26,7 +26,7 @@ import torch
 import warp as wp
 
 from synthetic import kernels, render
-from synthetic.dataset import default_workers
+from synthetic.dataset import worker_processes
 from synthetic.parameters import draw_identity, draw_photo
 from synthetic.photo import encode
 
@@ -141,7 +141,7 @@ def main():
         return clock() - start
 
     photographs(renderer, 10_000, options.images)  # compiles
-    processes = options.processes or default_workers(renderer.device)
+    processes = options.processes or worker_processes(renderer.device)
     rate = side_by_side(options.device, processes, options.identities, options.images)
     print(f"{processes} processes, {options.images} photos a person at 256 px: {rate:.1f} photos/s")
     whole = [timed_photographs(number) for number in range(options.identities)]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import config
 import utils
 from cropping.chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
-from cropping.faces import FaceFinder, Photo, encode_jpeg, worker_count
+from cropping.faces import FaceFinder, Photo, encode_jpeg
 from formats.tables import NO_CROP, FaceRow, read_faces, row_text, table_text
 from utils import InputError
 
@@ -109,7 +109,7 @@ def crop_tree(
             chunks,
             shard,
             lambda: cropping(prepare(), photo_at, options.dst, options.jpeg_quality),
-            worker_count(options.workers),
+            utils.worker_count(options.workers),
             f"{name} {shard}",
         )
         if missing:

@@ -13,7 +13,6 @@ photos and one more photo.
 
 import contextlib
 import importlib.metadata
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -356,29 +355,21 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                 future.cancel()
 
 
-def worker_count(workers: int = 0) -> int:
-    """The number of worker threads: as asked for, or one per CPU that this process may use."""
-    if workers < 0:
-        raise InputError(f"--workers {workers}: must not be negative (0 means one per CPU)")
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return workers or len(usable)
-
-
 def find_faces(
     photos: Iterable[Photo | str | Path],
     detector: Detector,
     rule: Rule = "central",
     *,
-    workers: int = 0,
+    workers: int | None = None,
     **settings: Any,
 ) -> Iterator[tuple[FaceRow, Crop | None]]:
     """One (row, crop BGR uint8 [112, 112, 3] or None) per photo, in the order given.
 
-    `photos` may be plain paths; `settings` are those of `FaceFinder`; `workers` 0 means one per CPU. Photos of any
-    sizes, in bounded memory; a photo that gives no crop says why in `row.reason`.
+    `photos` may be plain paths; `settings` are those of `FaceFinder`; `workers` as in `utils.worker_count`. Photos of
+    any sizes, in bounded memory; a photo that gives no crop says why in `row.reason`.
     """
     finder = FaceFinder(detector, rule, **settings)
-    for results in ordered_map(finder, windows(map(as_photo, photos)), worker_count(workers)):
+    for results in ordered_map(finder, windows(map(as_photo, photos)), utils.worker_count(workers)):
         yield from results
 
 

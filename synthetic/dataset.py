@@ -276,8 +276,10 @@ def make_people(people: People, shard: Shard, device: torch.device, workers: int
         return people.missing()
 
 
-def default_workers(device: torch.device) -> int:
-    """A process per core (of torchrun's share); with a GPU fewer where its memory does not hold so many."""
+def worker_processes(device: torch.device, workers: int | None = None) -> int:
+    """As asked for, or a process per core (of torchrun's share); with a GPU fewer where its memory is too small."""
+    if workers is not None:
+        return max(1, workers)
     cores = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type != "cuda":
         return cores

@@ -1,12 +1,16 @@
 """The command line derived from the stage dataclasses."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import config
+import utils
 from options import REQUIRED, build_parser, option, parse
+from training import checkpoints
+from utils import InputError
 
 
 @dataclass
@@ -74,3 +78,71 @@ def test_help_shows_groups_and_defaults():
     ]:
         assert expected in text
     assert "required" in text and "default: 0.1 0.2 0.3" in text
+
+
+@dataclass
+class Bounded:
+    rate: float = option(0.5, "a rate", group="numbers", above=0, below=1)
+    counts: list[int] = option([3], "some numbers", group="numbers", at_least=1, at_most=9)
+    places: list[Path] = option(REQUIRED, "where", group="numbers", positional=True)
+    parts: int | None = option(None, "parts", group="numbers", at_least=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--rate 0", "--rate 0.0: must be above 0 and below 1"),
+        ("--rate 1", "--rate 1.0: must be above 0 and below 1"),
+        ("--rate nan", "--rate nan: must be above 0"),
+        ("--counts 1 0", "--counts 0: must be at least 1 and at most 9"),
+        ("--counts 9 10", "--counts 10: must be"),
+        ("--parts -1", "--parts -1: must be at least 0"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(words, expected):
+    with pytest.raises(InputError, match=re.escape(expected)):
+        parse(Bounded, argv=["here", *words.split()])
+    assert parse(Bounded, argv="here --rate 0.1 --counts 1 9 --parts 0".split()).counts == [1, 9]
+
+
+def test_a_configuration_gives_what_the_command_line_does_not(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('photos = "a"\nuse-se = false\nmean = [1, 2, 3]\nlimit = 7\nnetwork = "r18"\nval = ["x"]\n')
+    expected = Stage(photos=Path("a"), use_se=False, mean=(1.0, 2.0, 3.0), limit=7, network="r18", val=[Path("x")])
+    assert parse(Stage, argv=["--config", str(file)]) == expected
+    changed = parse(Stage, argv=["--limit", "8", f"--config={file}", "--use-se", "--val", "y", "z"])
+    assert (changed.limit, changed.use_se, changed.val, changed.network) == (8, True, [Path("y"), Path("z")], "r18")
+    bounded = tmp_path / "bounded.toml"
+    bounded.write_text('places = ["one", "two"]\ncounts = [2, 4]\n')
+    assert parse(Bounded, argv=["--config", str(bounded)]).places == [Path("one"), Path("two")]
+    assert parse(Bounded, argv=["--config", str(bounded), "three"]).places == [Path("three")]
+
+
+def test_the_record_of_a_run_is_a_configuration(tmp_path):
+    chosen = parse(config.Train, argv="--data d --out o --lr 0.3 --milestones 1 2 --margin 0.5 --save-every 2h".split())
+    utils.write_json(tmp_path / "run.json", {"options": checkpoints.plain_options(chosen), "data": {}})
+    assert parse(config.Train, argv=["--config", str(tmp_path / "run.json")]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("netwrok = 'r18'", "netwrok: no such option; did you mean network?"),
+        ("network = 'r19'", "network: 'r19' is not one of r18, r50, r101"),
+        ("limit = 'many'", "limit: 'many' is no value"),
+        ("limit = [1, 2]", "limit: 2 values instead of 1"),
+        ("limit = true", "limit: True is no value"),
+        ("mean = [1, 2]", "mean: 2 values instead of 3"),
+        ("use-se = 'no'", "use_se: 'no' is neither true nor false"),
+        ("a = ", "neither TOML nor"),
+        (None, "No such file"),
+    ],
+)
+def test_errors_of_a_configuration_name_the_file(text, expected, tmp_path, capsys):
+    file = tmp_path / "c.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit):
+        parse(Stage, argv=["--photos", "a", "--config", str(file)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --config {file}: ") and expected in error

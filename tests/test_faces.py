@@ -15,6 +15,7 @@ from helpers.painted_faces import BLUE, RED, PaintedFaces, paint, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import utils
 from cropping import faces
 from cropping.faces import (
     FaceFinder,
@@ -27,7 +28,6 @@ from cropping.faces import (
     ordered_map,
     realign,
     windows,
-    worker_count,
 )
 from formats import tables
 from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, FaceTable, read_faces, write_faces
@@ -422,9 +422,7 @@ def test_ordered_map_is_lazy_ordered_and_bounded():
 
 def test_windows_and_workers():
     assert list(windows(range(5), 2)) == [[0, 1], [2, 3], [4]] and list(windows([], 2)) == []
-    assert worker_count(3) == 3 and worker_count(0) >= 1
-    with pytest.raises(InputError, match="negative"):
-        worker_count(-1)
+    assert utils.worker_count(3) == 3 and utils.worker_count(0) == 1 and utils.worker_count() >= 1
 
 
 def test_encode_jpeg_keeps_the_picture():

@@ -427,7 +427,7 @@ def test_model_that_knows_its_threshold_is_judged_by_it(tmp_path, capsys, monkey
         (["--bin", "set.bin", "--std", "0"], "std"),
         (["--bin", "set.bin", "--folds", "1"], "--folds 1"),
         (["--bin", "set.bin", "--cache", "set.bin"], "--cache set.bin: is a file"),
-        (["--bin", "set.bin", "--batch-size", "0"], "batch size 0"),
+        (["--bin", "set.bin", "--batch-size", "0"], "--batch-size 0"),
         (["--bin", "set.bin", "--chanels", "rgb"], "did you mean --channels"),
         (["--bin", "set.bin", "--channels", "rbg"], "not one of rgb, bgr"),
         (["--bin", "pairs.txt"], "pairs.txt"),

@@ -346,10 +346,10 @@ def test_a_killed_process_and_a_busy_shard_are_one_line(tmp_path, monkeypatch):
 
 def test_as_many_processes_as_a_gpu_holds(monkeypatch):
     cores = len(os.sched_getaffinity(0))
-    assert dataset.default_workers(torch.device("cpu")) == cores
+    assert dataset.worker_processes(torch.device("cpu")) == cores
     for free, processes in ((80e9, cores), (1.6e9, 1), (0.3e9, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 80_000_000_000))
-        assert dataset.default_workers(torch.device("cuda", 0)) == processes
+        assert dataset.worker_processes(torch.device("cuda", 0)) == processes
 
 
 def test_a_process_has_one_thread_in_every_library():
@@ -368,9 +368,9 @@ def test_a_process_has_one_thread_in_every_library():
 def test_processes_of_torchrun_share_cores_and_take_a_gpu_each(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    assert dataset.default_workers(torch.device("cpu")) == 8
+    assert dataset.worker_processes(torch.device("cpu")) == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert dataset.default_workers(torch.device("cpu")) == 1
+    assert dataset.worker_processes(torch.device("cpu")) == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert utils.own_device("cuda") == torch.device("cuda")

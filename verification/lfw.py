@@ -239,7 +239,7 @@ def crop_faces(
     weights: str | Path | None = None,
     max_side: int | None = None,
     device: torch.device | str = "cpu",
-    workers: int = 0,
+    workers: int | None = None,
     cache_dir: Path | None = None,
     name: str = "faces",
 ) -> Faces:
@@ -253,7 +253,7 @@ def crop_faces(
     rows: list[FaceRow] = []
     hashes: list[str] = []
     with utils.progress(len(files), f"{name}: faces", unit="photo") as bar:
-        for window in faces.ordered_map(finder, faces.windows(files), faces.worker_count(workers)):
+        for window in faces.ordered_map(finder, faces.windows(files), utils.worker_count(workers)):
             crops[len(rows) : len(rows) + len(window.rows)] = window.crops
             rows += window.rows
             hashes += window.sha256

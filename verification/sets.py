@@ -63,14 +63,14 @@ def open_set(
     detector_weights: str | Path | None = None,
     max_side: int | None = DETECTION_SIDE,
     device: torch.device | str = "cpu",
-    workers: int = 0,
+    workers: int | None = None,
 ) -> VerificationSet:
     """Read a set of pairs: a `.bin` file, or a folder of photos in LFW's layout.
 
     The pairs of a `.bin` file are cut into `folds` runs of equal length. For a folder the folds are those of the pairs
     file `pairs` (default: `pairs.txt` in the folder); faces are detected on `device` (in photos shrunk to `max_side`
-    pixels), chosen by `rule` and aligned by `workers` threads (0: one per CPU), and kept in `cache_dir`. Raises
-    InputError naming the file.
+    pixels), chosen by `rule` and aligned by `workers` threads (see `utils.worker_count`), and kept in `cache_dir`.
+    Raises InputError naming the file.
     """
     path = Path(path)
     if path.is_dir():
