@@ -1,34 +1,66 @@
 # make demo   set up .venv and run the whole sequence on synthetic people
-# make test   set up .venv and run lint and tests
+# make test   set up .venv and run lint, types and tests
+# make fast   lint and the tests that take no time (about a minute)
+# make docs   build the manual into site/
+#
+# PYTHON=python3.12    another interpreter
+# ENV=current          no .venv: the packages of PYTHON as they are (an environment that has torch already)
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+ifeq ($(ENV),current)
+BIN := $(shell $(PYTHON) -c "import sys, pathlib; print(pathlib.Path(sys.executable).parent)")
+RUN := $(shell $(PYTHON) -c "import sys; print(sys.executable)")
+else
 BIN := $(VENV)/bin
+RUN := $(BIN)/python
+endif
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test lint setup setup-synthetic clean
+.PHONY: demo test fast lint types docs setup setup-synthetic clean
 
 demo: setup-synthetic
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
 
 test: setup-synthetic lint
-	$(BIN)/python -m pytest -n 2
+	$(RUN) -m pytest -n 2
+
+fast: setup-synthetic lint
+	$(RUN) -m pytest -n 2 -m "not slow"
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
+types: setup-synthetic
+	$(RUN) -m mypy
+
+docs: setup
+	$(RUN) -m mkdocs --version >/dev/null 2>&1 || $(PIP) -r requirements-docs.txt
+	$(RUN) -m mkdocs build --strict
+
+ifeq ($(ENV),current)
+setup setup-synthetic:
+	@$(RUN) -c "import torch, torchvision, cv2, scipy, numba, onnx, onnxruntime, tensorboard, tqdm, matplotlib" || { \
+	  echo "ENV=current: $(RUN) misses what is named above; pip install -r requirements.txt -c constraints.txt"; exit 1; }
+else
 setup: $(VENV)/.base
 setup-synthetic: $(VENV)/.synthetic
+endif
 
-$(VENV)/.base: requirements.txt requirements-dev.txt
+# OpenCV's wheel wants libGL of the system; where it is missing, the headless wheel does all that is needed here.
+$(VENV)/.base: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet -r requirements-dev.txt
-	@$(BIN)/python -c "import cv2" || { echo "OpenCV misses a system library: apt-get install libgl1 libglib2.0-0"; \
-	  apt-get install -y --no-install-recommends libgl1 libglib2.0-0 && $(BIN)/python -c "import cv2"; }
+	$(PIP) -r requirements-dev.txt
+	@$(BIN)/python -c "import cv2" || { \
+	  echo "OpenCV misses the system library named above (Debian, Ubuntu: apt-get install libgl1 libglib2.0-0);"; \
+	  echo "taking the wheel without windows instead: opencv-python-headless"; \
+	  $(BIN)/pip uninstall --quiet --yes opencv-python && $(PIP) opencv-python-headless && \
+	  $(BIN)/python -c "import cv2"; }
 	@touch $@
 
 $(VENV)/.synthetic: requirements-synthetic.txt $(VENV)/.base
-	$(BIN)/pip install --disable-pip-version-check --quiet -r requirements-synthetic.txt
+	$(PIP) -r requirements-synthetic.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) data runs site
