@@ -14,7 +14,7 @@ pair (low, high) of float32 around a threshold, `low` and `high` ascending and e
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -25,6 +25,60 @@ GROUP = 32  # rows whose scores are computed together when many of them are want
 DENSE_SHARE = 6  # from every sixth pair of a group on, scoring all of them is cheaper than picking
 
 Function = TypeVar("Function", bound=Callable)
+
+
+class Features(NamedTuple):
+    """One side of a comparison: features float32 [n, d] and their squared norms float32 [n] as the devkit has them."""
+
+    values: np.ndarray
+    squares: np.ndarray
+
+
+class Products(NamedTuple):
+    """A matrix product of r probes with N distractors, and what belongs to its columns."""
+
+    pieces: np.ndarray  # float32 [P, r, N]: over pieces of the dimensions (`scores`)
+    shift: np.ndarray  # float32 [N]: what is added to their sum
+    weights: np.ndarray  # int64 [N]: how often each distractor occurs
+
+
+class RowWindows(NamedTuple):
+    """Windows around K thresholds of each of r probes, ended by infinities, and the tables that find them."""
+
+    low: np.ndarray  # float32 [r, K + 1]
+    high: np.ndarray
+    thresholds: np.ndarray
+    tables: np.ndarray  # [r, bins], as `fill_table` says
+    scale: np.ndarray  # float32 [r]
+    offset: np.ndarray
+
+
+class GenuineWindows(NamedTuple):
+    """Windows around U genuine scores that are the same for all probes."""
+
+    lowest: float  # the least score that can be above a genuine one
+    genuine: np.ndarray  # float32 [U + 1], ended by infinity
+    table: np.ndarray  # int32 [bins], as `fill_table` says
+    places: np.ndarray  # int32 [bins]: about how many genuine scores are below
+    scale: float
+    offset: float
+
+
+class Contest(NamedTuple):
+    """What can be among the best `count` of each of r probes, as `candidates` says."""
+
+    least: np.ndarray  # float64 [r]
+    width: np.ndarray  # float64 [r]
+    count: int
+
+
+class Pairs(NamedTuple):
+    """Room for pairs of a probe and a distractor with their exact score and how many thresholds that surely exceeds."""
+
+    rows: np.ndarray  # int64
+    columns: np.ndarray  # int64
+    scores: np.ndarray  # float32
+    slots: np.ndarray  # int64; of no meaning where no thresholds are asked for
 
 
 def compiled(function: Function) -> Function:
@@ -44,6 +98,22 @@ def range_squares(values: np.ndarray, edges: np.ndarray, squares: np.ndarray) ->
             for k in range(edges[c], edges[c + 1]):
                 total += np.float64(values[i, k]) * np.float64(values[i, k])
             squares[i, c] = total
+
+
+@compiled
+def devkit_squares(values: np.ndarray, rows: np.ndarray, squares: np.ndarray) -> None:
+    """|x|^2 of the features `rows` of float32 [n, d], into `squares` float64 [n], in the order in which the devkit's
+    matrix library adds: four squares together, and what is left over one by one."""
+    whole = values.shape[1] // 4 * 4
+    for i in rows:
+        x = values[i]
+        total = 0.0
+        for k in range(0, whole, 4):
+            a, b, c, d = np.float64(x[k]), np.float64(x[k + 1]), np.float64(x[k + 2]), np.float64(x[k + 3])
+            total += ((a * a + b * b) + c * c) + d * d
+        for k in range(whole, values.shape[1]):
+            total += np.float64(x[k]) * np.float64(x[k])
+        squares[i] = total
 
 
 # ---------------------------------------------------------------------------------------------- exact scores
@@ -123,19 +193,14 @@ def turn(gallery: np.ndarray) -> np.ndarray:
 
 @compiled
 def exact_scores(
-    left: np.ndarray,
-    left_squares: np.ndarray,
-    right: np.ndarray,
-    right_squares: np.ndarray,
-    turned: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    scores: np.ndarray,
+    probes: Features, gallery: Features, turned: np.ndarray, rows: np.ndarray, columns: np.ndarray, scores: np.ndarray
 ) -> np.ndarray:
-    """The devkit's scores of pairs (left[rows[k]], right[columns[k]]), into `scores` float32 [len(rows)]; rows ascend.
+    """The devkit's scores of pairs (probes[rows[k]], gallery[columns[k]]), into `scores` float32 [len(rows)]; rows
+    ascend.
 
-    `turned` is empty until a call needs all of `right` [N, d] transposed; pass on what is returned.
+    `turned` is empty until a call needs all of the gallery [N, d] transposed; pass on what is returned.
     """
+    left, right = probes.values, gallery.values
     dots = np.empty((0, 0), np.float32)
     waiting = start = 0  # pairs from `waiting` to `start` are scored one by one
     while start < len(rows):
@@ -156,7 +221,7 @@ def exact_scores(
         start = end
     pair_dots(left, right, rows[waiting:], columns[waiting:], scores[waiting:])
     for i in range(len(rows)):
-        scores[i] = (scores[i] + scores[i]) + (-left_squares[rows[i]] + -right_squares[columns[i]])
+        scores[i] = (scores[i] + scores[i]) + (-probes.squares[rows[i]] + -gallery.squares[columns[i]])
     return turned
 
 
@@ -359,115 +424,99 @@ def keep_best(index: np.ndarray, score: np.ndarray, rows: np.ndarray, columns: n
 
 
 @compiled
-def add_up(products: np.ndarray, row: int, shift: np.ndarray, half: np.ndarray) -> None:
-    """One row of half scores, into `half` [N], from products [P, r, N] over pieces of the dimensions (`scores`)."""
-    part = products[0, row]
+def add_up(products: Products, row: int, half: np.ndarray) -> None:
+    """One row of half scores, into `half` [N]."""
+    part = products.pieces[0, row]
+    shift = products.shift
     for j in range(len(half)):
         half[j] = part[j] + shift[j]
-    for number in range(1, len(products)):
-        part = products[number, row]
+    for number in range(1, len(products.pieces)):
+        part = products.pieces[number, row]
         for j in range(len(half)):
             half[j] += part[j]
 
 
 @compiled
 def scan_rows(
-    products: np.ndarray,
-    shift: np.ndarray,
-    probes: np.ndarray,
-    squares: np.ndarray,
-    gallery: np.ndarray,
-    gallery_squares: np.ndarray,
+    products: Products,
+    probes: Features,
+    gallery: Features,
     turned: np.ndarray,
-    weights: np.ndarray,
-    windows: tuple[np.ndarray, ...],
+    windows: RowWindows,
     histogram: np.ndarray,
-    near: tuple[np.ndarray, ...],
-    least: np.ndarray,
-    width: np.ndarray,
+    contest: Contest,
+    near: Pairs,
+    found: Pairs,
     rounds: bool,
-    best: int,
-    found: tuple[np.ndarray, ...],
 ) -> tuple[int, int, np.ndarray]:
-    """Sort the scores of r probes against N distractors in, and find what can be among the `best` of each probe.
+    """Sort the scores of r probes against N distractors in, and find what can be among the best of each probe.
 
-    products [P, r, N] and shift [N] as in `add_up`; probes [r, d], squares [r]; gallery [N, d], its squares [N] and
-    weights int64 [N]; `turned` as in `exact_scores`. `windows` holds low, high and thresholds [r, K + 1], tables
-    [r, bins], scale and offset [r]. The counts are added to `histogram` int64 [r, 2 K + 2], as `sort_in` says.
-    least and width float64 [r] as in `candidates`; `rounds`: whether scores round at all. `found` takes the candidates:
-    rows, columns and exact scores, each of room for r N. So has `near`, which is scratch: the same, and slots.
-    Returns how many scores were computed again for a threshold, how many candidates there are, and `turned`.
+    The counts are added to `histogram` int64 [r, 2 K + 2], as `sort_in` says. `found` takes the candidates; it and
+    `near`, which is scratch, have room for r N pairs. `turned` is as in `exact_scores`; `rounds`: whether scores round
+    at all. Returns how many scores were computed again for a threshold, how many candidates there are, and `turned`.
     """
-    low, high, thresholds, tables, scale, offset = windows
-    near_row, near_column, near_score, slots = near
-    row, column, score = found
-    half = np.empty(products.shape[2], np.float32)
-    top = np.empty(best, np.float64)
+    weights = products.weights
+    half = np.empty(products.pieces.shape[2], np.float32)
+    top = np.empty(contest.count, np.float64)
     near_count = count = 0
-    for i in range(products.shape[1]):
-        add_up(products, i, shift, half)
-        of_row = tables[i], scale[i], offset[i], weights, histogram[i]
-        some = sort_in(half, low[i, 0], *of_row, near_column[near_count:])
+    for i in range(products.pieces.shape[1]):
+        add_up(products, i, half)
+        of_row = windows.tables[i], windows.scale[i], windows.offset[i], weights, histogram[i]
+        some = sort_in(half, windows.low[i, 0], *of_row, near.columns[near_count:])
         if some:
-            columns = near_column[near_count : near_count + some]
-            some = look_closer(half, low[i], high[i], *of_row, columns, slots[near_count:])
-            near_row[near_count : near_count + some] = i
+            columns = near.columns[near_count : near_count + some]
+            some = look_closer(half, windows.low[i], windows.high[i], *of_row, columns, near.slots[near_count:])
+            near.rows[near_count : near_count + some] = i
             near_count += some
-        some = candidates(half, least[i], width[i], top, column[count:])
-        row[count : count + some] = i
+        some = candidates(half, contest.least[i], contest.width[i], top, found.columns[count:])
+        found.rows[count : count + some] = i
         for j in range(count, count + some):
-            score[j] = (half[column[j]] + half[column[j]]) - squares[i]
+            found.scores[j] = (half[found.columns[j]] + half[found.columns[j]]) - probes.squares[i]
         count += some
-    sides = probes, squares, gallery, gallery_squares
-    turned = exact_scores(*sides, turned, near_row[:near_count], near_column[:near_count], near_score)
+    turned = exact_scores(probes, gallery, turned, near.rows[:near_count], near.columns[:near_count], near.scores)
     for j in range(near_count):
-        i = near_row[j]
-        histogram[i, climb(near_score[j], thresholds[i], slots[j])] += weights[near_column[j]]
+        i = near.rows[j]
+        histogram[i, climb(near.scores[j], windows.thresholds[i], near.slots[j])] += weights[near.columns[j]]
     if rounds:
-        turned = exact_scores(*sides, turned, row[:count], column[:count], score)
+        turned = exact_scores(probes, gallery, turned, found.rows[:count], found.columns[:count], found.scores)
     return near_count, count, turned
 
 
 @compiled
 def count_impostors(
-    products: np.ndarray,
-    shift: np.ndarray,
+    products: Products,
     which: np.ndarray,
-    probes: np.ndarray,
-    squares: np.ndarray,
-    gallery: np.ndarray,
-    gallery_squares: np.ndarray,
+    probes: Features,
+    gallery: Features,
     turned: np.ndarray,
-    weights: np.ndarray,
-    windows: tuple[np.ndarray, ...],
+    windows: GenuineWindows,
     histogram: np.ndarray,
-    near: tuple[np.ndarray, ...],
+    near: Pairs,
     rounds: bool,
 ) -> tuple[int, np.ndarray]:
-    """Sort the scores of rows `which` of a block into the gaps between all genuine scores; the rest as `scan_rows`.
+    """Sort the scores of rows `which` int64 [r] of a block into the gaps between all genuine scores.
 
-    probes [r, d] and squares [r] are those of `which` int64 [r]. `windows` holds the least score that can be above a
-    genuine one, the genuine scores [U + 1], tables [bins] of their windows and of themselves, scale and offset;
-    `histogram` int64 [2 U + 2]. Returns how many scores were computed again, and `turned`.
+    `probes` are those of `which`; the counts are added to `histogram` int64 [2 U + 2]; the rest as in `scan_rows`.
+    Returns how many scores were computed again, and `turned`.
     """
-    lowest, genuine, table, places, scale, offset = windows
-    row, column, score, _ = near
-    value = np.empty(products.shape[2], np.float32)
+    weights, scale, offset = products.weights, windows.scale, windows.offset
+    value = np.empty(products.pieces.shape[2], np.float32)
     count = 0
     for i in range(len(which)):
-        add_up(products, which[i], shift, value)
+        add_up(products, which[i], value)
         for j in range(len(value)):
-            value[j] = (value[j] + value[j]) - squares[i]
-        some = sort_in(value, lowest, table, scale, offset, weights, histogram, column[count:])
-        row[count : count + some] = i
-        for j in range(count, count + some):
-            score[j] = value[column[j]]
+            value[j] = (value[j] + value[j]) - probes.squares[i]
+        columns = near.columns[count:]
+        some = sort_in(value, windows.lowest, windows.table, scale, offset, weights, histogram, columns)
+        near.rows[count : count + some] = i
+        for j in range(some):
+            near.scores[count + j] = value[columns[j]]
         count += some
     if rounds:
-        turned = exact_scores(probes, squares, gallery, gallery_squares, turned, row[:count], column[:count], score)
+        turned = exact_scores(probes, gallery, turned, near.rows[:count], near.columns[:count], near.scores)
     for j in range(count):
-        about = places[to_bin(score[j], scale, offset, len(places))]
-        histogram[climb(score[j], genuine, about)] += weights[column[j]]
+        about = windows.places[to_bin(near.scores[j], scale, offset, len(windows.places))]
+        histogram[climb(near.scores[j], windows.genuine, about)] += weights[near.columns[j]]
     return count, turned
 
 

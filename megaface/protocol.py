@@ -23,8 +23,10 @@ import numpy as np
 import torch
 
 from megaface import kernels, scores
+from megaface.scan import Questions
 from megaface.scores import Survey
-from megaface.tally import BEST, Questions, Tally, finish_survey, start_survey, tally, worker_threads
+from megaface.segments import BEST
+from megaface.tally import Tally, finish_survey, start_survey, tally, worker_threads
 from utils import InputError
 
 IMPOSTOR_PROBES = 100  # the devkit's ROC takes the impostor scores of the first 100 probes (hard-coded)

@@ -2,7 +2,7 @@
 
 The devkit scores a probe p against a gallery feature g as `S = (dot + dot) + (-|p|^2 + -|g|^2)` in float32, where `dot`
 adds the products in the order of the dimensions, each product and each sum rounded (no fused multiply-add), and
-`|x|^2` is a float64 sum rounded to float32. `pair_scores` and `block_scores` do exactly that, vectorised over pairs:
+`|x|^2` is a float64 sum, four squares at a time, rounded to float32. `pair_scores` and `block_scores` do exactly that:
 the order inside a pair is kept, so the result is the devkit's to the last bit. At 512 dimensions that costs a core 0.02
 (all pairs of a block) to 0.2 microseconds a pair, three to thirty times a matrix product, which is why the bulk of the
 comparisons goes through `torch.mm` instead, and why this module proves how far the two can be apart.
@@ -146,10 +146,10 @@ def survey_rows(values: np.ndarray) -> Survey:
         parts = np.empty((len(values), len(chunks)))
         kernels.range_squares(values, np.array([a for a, _ in chunks] + [values.shape[1]]), parts)
         total = parts.sum(axis=1)
-        # The devkit sums in order; another order can round to another float32 only next to the midpoint of two.
+        # Another order than the devkit's can round to another float32 only next to the midpoint of two.
         margin = total * (values.shape[1] * 2.0**-52)
         unsure = np.flatnonzero((total - margin).astype(np.float32) != (total + margin).astype(np.float32))
-        total[unsure] = np.cumsum(values[unsure].astype(np.float64) ** 2, axis=1)[:, -1]
+        kernels.devkit_squares(values, unsure, total)
         squares = total.astype(np.float32)
         # Any fixed odd multipliers do; these are the splitmix64 increment and its multiples.
         multipliers = (np.arange(1, len(chunks) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)

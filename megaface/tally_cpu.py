@@ -1,16 +1,13 @@
 """The pass over blocks of distractors on a CPU: a matrix product, then compiled loops over its rows (`kernels`)."""
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from megaface import kernels, scores
+from megaface.scan import Block, Scan
 from megaface.segments import BEST, exceeding
-
-if TYPE_CHECKING:
-    from megaface.tally import Block, Scan
 
 PRODUCTS = 1 << 21  # room for the products of a chunk, in all pieces of the dimensions: 8 MB
 
@@ -18,16 +15,13 @@ PRODUCTS = 1 << 21  # room for the products of a chunk, in all pieces of the dim
 class CpuWork:
     """What one worker thread needs to take blocks of distractors past all probes: memory for products, and counts."""
 
-    def __init__(self, scan: "Scan") -> None:
+    def __init__(self, scan: Scan) -> None:
         self.scan = scan
         self.pieces = scores.product_pieces(scan.values.shape[1])
         self.rows = min(scan.rows, len(scan.values), max(kernels.GROUP, PRODUCTS // (len(self.pieces) * scan.columns)))
         room = self.rows * scan.columns
         self.products = torch.empty(len(self.pieces) * room)  # by torch, which starts it where a cache line starts
-        # Room for every score, of which the system gives only what is touched.
-        kinds = np.int64, np.int64, np.float32
-        self.found = tuple(np.empty(room, kind) for kind in kinds)  # candidates: rows, columns and scores
-        self.near = tuple(np.empty(room, kind) for kind in (*kinds, np.int64))  # what is next to a threshold, and where
+        self.found, self.near = _room(room), _room(room)  # candidates, and what is next to a threshold
         self.segment = scan.segments[0]
         self._start_counts()
 
@@ -45,7 +39,7 @@ class CpuWork:
             self.segment.accepted += exceeding(self.accepted[:, : len(self.segment.accepted) + 1])[0]
             self.segment.recomputed += self.recomputed
 
-    def take(self, block: "Block") -> None:
+    def take(self, block: Block) -> None:
         """Score a block against all probes."""
         scan = self.scan
         if scan.segments[block.segment] is not self.segment:
@@ -64,42 +58,40 @@ class CpuWork:
     def _chunk(self, rows: slice) -> None:
         """Score probes `rows` against the block; count, and offer the segment what can be among the five best."""
         scan = self.scan
-        products = self._multiply(rows)
+        products = kernels.Products(self._multiply(rows), self.shift, self.weights)
+        gallery = kernels.Features(self.gallery, self.squares)
         with self.kind.lock:
             windows = self.windows.for_kernel(rows)
-        least, width = self.kind.least(rows, self.segment.fifth(rows))
+        contest = kernels.Contest(*self.kind.least(rows, self.segment.fifth(rows)), BEST)
         rounds = not scan.bounds.exact
         recomputed, count, self.turned = kernels.scan_rows(
             products,
-            self.shift,
-            *self._sides(rows),
-            self.weights,
+            self._probes(rows),
+            gallery,
+            self.turned,
             windows,
             self.histogram[rows],
+            contest,
             self.near,
-            least,
-            width,
-            rounds,
-            BEST,
             self.found,
+            rounds,
         )
         self.recomputed += recomputed + (count if rounds else 0)
         if count:
-            probe, column, score = (some[:count] for some in self.found)
+            probe, column, score, _ = (some[:count] for some in self.found)
             twins = None if self.block.weights is None else scan.twins
             self.segment.add_best(rows.start + probe, self.block.columns[column], score, twins)
         which = scan.impostors_in(rows)
-        if len(which):
+        if self.impostors is not None and len(which):
             with self.kind.lock:
-                windows = self.impostors.for_kernel()
-            sides = self._sides(which)
+                genuine = self.impostors.for_kernel()
             recomputed, self.turned = kernels.count_impostors(
                 products,
-                self.shift,
                 which - rows.start,
-                *sides,
-                self.weights,
-                windows,
+                self._probes(which),
+                gallery,
+                self.turned,
+                genuine,
                 self.accepted[0],
                 self.near,
                 rounds,
@@ -115,7 +107,10 @@ class CpuWork:
             torch.mm(left[:, start:end], right[start:end], out=out)
         return products.numpy()
 
-    def _sides(self, rows: slice | np.ndarray) -> tuple[np.ndarray, ...]:
-        """Features and squared norms of probes and of the block, the block's features turned if they are."""
-        scan = self.scan
-        return scan.values[rows], scan.survey_of_probes.squares[rows], self.gallery, self.squares, self.turned
+    def _probes(self, rows: slice | np.ndarray) -> kernels.Features:
+        return kernels.Features(self.scan.values[rows], self.scan.survey_of_probes.squares[rows])
+
+
+def _room(count: int) -> kernels.Pairs:
+    """Room for every score, of which the system gives only what is touched."""
+    return kernels.Pairs(*(np.empty(count, kind) for kind in (np.int64, np.int64, np.float32, np.int64)))

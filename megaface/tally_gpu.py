@@ -4,16 +4,12 @@ A row whose maximum is below all its thresholds is done: with a good model that 
 goes through a table (`windows`): some five passes over the chunk in place of a search per score.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from megaface import scores
+from megaface.scan import Block, Scan
 from megaface.segments import BEST
-
-if TYPE_CHECKING:
-    from megaface.tally import Block, Scan
 
 TABLE_ROWS = 128  # probes whose scores go through their tables together
 DENSE_SHARE = 0.2  # from this share of uncertain scores on, scoring whole rows is cheaper than gathering pairs
@@ -22,10 +18,10 @@ DENSE_SHARE = 0.2  # from this share of uncertain scores on, scoring whole rows 
 class GpuWork:
     """What one worker thread needs to take blocks of distractors past all probes."""
 
-    def __init__(self, scan: "Scan") -> None:
+    def __init__(self, scan: Scan) -> None:
         self.scan = scan
 
-    def take(self, block: "Block") -> None:
+    def take(self, block: Block) -> None:
         """Score a block against all probes."""
         scan, self.block = self.scan, block
         self.segment, self.kind = scan.segments[block.segment], scan.kind(block.kind)

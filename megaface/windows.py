@@ -107,12 +107,12 @@ class Windows:
         bins += torch.arange(len(rows), device=values.device, dtype=torch.int32)[:, None] * self.bins
         return bins
 
-    def for_kernel(self, rows: slice) -> tuple[np.ndarray, ...]:
-        """What `kernels.scan_rows` takes as windows, for probes `rows`. Call from one thread at a time."""
+    def for_kernel(self, rows: slice) -> kernels.RowWindows:
+        """What `kernels.scan_rows` takes, for probes `rows`. Call from one thread at a time."""
         low, high, thresholds, scale, offset = (
             some[rows].numpy() for some in (self.low, self.high, self.thresholds, self.scale, self.offset)
         )
-        return low, high, thresholds, self.table(rows).numpy(), scale, offset
+        return kernels.RowWindows(low, high, thresholds, self.table(rows).numpy(), scale, offset)
 
     def table(self, rows: slice) -> Tensor:
         """uint8, int16 or int32 [r, bins] for probes `rows`, as `kernels.fill_table` says. Call from one thread at a
@@ -147,9 +147,9 @@ class ImpostorWindows:
         scale, offset = line(np.minimum(low, high)[:1].astype(float), high[-1:].astype(float), IMPOSTOR_BINS)
         self.scale, self.offset = scale[0], offset[0]
 
-    def for_kernel(self) -> tuple:
-        """What `kernels.count_impostors` takes as windows. Call from one thread at a time."""
-        return self.lowest, self.genuine, self.table, self._places, self.scale, self.offset
+    def for_kernel(self) -> kernels.GenuineWindows:
+        """What `kernels.count_impostors` takes. Call from one thread at a time."""
+        return kernels.GenuineWindows(self.lowest, self.genuine, self.table, self._places, self.scale, self.offset)
 
     @cached_property
     def table(self) -> np.ndarray:

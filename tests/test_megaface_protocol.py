@@ -13,7 +13,7 @@ from helpers import megaface_transcription as slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaface import protocol, scores, tally, tally_gpu, windows
+from megaface import protocol, scan, scores, tally, tally_gpu, windows
 from megaface.devkit_json import array_text, cmc_text, float_text, integer_arrays, matches_text, printed_floats
 from megaface.protocol import identification, subsample
 from utils import InputError
@@ -30,7 +30,7 @@ def load_golden(shared, case):
 
 def use_tiny_blocks(monkeypatch, rows, columns):
     """Make every case need many blocks."""
-    monkeypatch.setattr(tally, "CPU_BLOCK", (rows, columns))
+    monkeypatch.setattr(scan, "CPU_BLOCK", (rows, columns))
     monkeypatch.setattr(tally_gpu, "TABLE_ROWS", 2)
     monkeypatch.setattr(windows, "TABLE_ENTRIES", 1)
     monkeypatch.setattr(protocol, "POSITION_ROWS", 3)
@@ -82,13 +82,15 @@ def games(draw, largest=24):
     n, m = draw(st.integers(3, largest)), draw(st.integers(1, largest))
     ids = [f"id{number}" for number in rng.integers(0, draw(st.integers(1, max(1, n // 2))), n)]
     ids[1] = ids[0]
-    kind = draw(st.sampled_from(["random", "unit", "identities", "grid", "halves", "near", "signs"]))
+    kind = draw(st.sampled_from(["random", "unit", "identities", "grid", "halves", "near", "signs", "twelfths"]))
     probes, distractors = (rng.standard_normal((count, dimensions)) for count in (n, m))
     if kind == "identities":
         centres = {name: rng.standard_normal(dimensions) for name in sorted(set(ids))}
         probes = np.stack([centres[name] for name in ids]) + 0.7 * probes
     if kind == "grid":
         probes, distractors = np.round(2 * probes) / 4, np.round(2 * distractors) / 4
+    if kind == "twelfths":  # short and coarse: |x|^2 often lies next to the midpoint of two float32 numbers
+        probes, distractors = np.round(6 * probes) / 12, np.round(6 * distractors) / 12
     if kind == "halves":
         probes, distractors = probes.astype(np.float16), distractors.astype(np.float16)
     if kind == "near":  # everything within a few roundings of everything else
@@ -154,6 +156,15 @@ def test_scores_that_nearly_all_have_to_be_computed_again():
     probes, distractors = (np.float32(1) + np.float32(1e-6) * rng.random((n, 70), np.float32) for n in (40, 600))
     result = check_against_transcription(probes, [f"id{i % 3}" for i in range(40)], distractors, 600)
     assert result.recomputed > 40 * 600
+
+
+def test_the_devkits_order_decides_the_last_bit_of_a_square():
+    """Vectors of 64 twelfths: the sum of their squares depends on the order in which they are added."""
+    values = (np.random.default_rng(2).integers(-4, 5, (100_000, 64)) / 12).astype(np.float32)
+    found, wanted = scores.survey_rows(values).squares, slow.squares(values)
+    one_by_one = np.cumsum(values.astype(np.float64) ** 2, axis=1)[:, -1].astype(np.float32)
+    assert (one_by_one != wanted).sum() > 50
+    assert np.array_equal(found, wanted)
 
 
 def random_game(seed, n=130, m=60, dimensions=48, identities=12, noise=1.2):
@@ -433,7 +444,7 @@ def test_a_product_in_a_worker_takes_one_thread():
 
 def test_two_workers_find_the_same_as_one(monkeypatch):
     probes, ids, distractors = random_game(18)
-    monkeypatch.setattr(tally, "CPU_BLOCK", (32, 8))
+    monkeypatch.setattr(scan, "CPU_BLOCK", (32, 8))
     texts = []
     threads = torch.get_num_threads()
     for workers in (1, 4):
