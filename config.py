@@ -324,16 +324,12 @@ class Model(Device):
 
 
 @dataclass
-class LfwEval(Model):
-    """Stage 4 (see lfw_eval.py)."""
+class PhotoFaces(Device):
+    """The face that a photo is about, in photos of any kind; shared by the stages that measure models on photos."""
 
-    lfw: Path | None = option(
-        None, "folder of photos, IDENTITY/IDENTITY_0001.jpg, or one above it", group="data", metavar="DIR"
+    aligned: bool = option(
+        False, "the photos are aligned 112x112 crops already; they are not aligned a second time", group="data"
     )
-    pairs: Path | None = option(
-        None, "pairs of these photos in LFW's format; none means pairs.txt in --lfw", group="data", metavar="FILE"
-    )
-    bin: list[Path] = option([], "verification sets in InsightFace's format", group="data", metavar="FILE")
     rule: str = option(
         "central",
         "which of several faces a photo is about",
@@ -350,7 +346,38 @@ class LfwEval(Model):
         metavar="PX",
         at_least=0,
     )
-    folds: int = option(10, "folds that .bin sets are cut into", group="data", metavar="N", at_least=2)
+    cache: Path | None = option(
+        None,
+        "folder of crops and features, to be shared between models; none means cache in --out",
+        group="results",
+        metavar="DIR",
+    )
+    workers: int | None = option(
+        None,
+        "threads that read photos and find faces; none means one per CPU, 0 none of their own",
+        group="machine",
+        at_least=0,
+    )
+
+
+@dataclass
+class LfwEval(Model, PhotoFaces):
+    """Stage 4 (see lfw_eval.py)."""
+
+    lfw: Path | None = option(
+        None, "folder of photos, IDENTITY/IDENTITY_0001.jpg, or one above it", group="data", metavar="DIR"
+    )
+    pairs: list[Path] = option(
+        [],
+        "pairs of these photos: LFW's format and its kin, two files and a flag, CPLFW, CALFW, RFW (a list per group), "
+        "BFW, a table with columns file1, file2, same; none means pairs.txt in --lfw",
+        group="data",
+        metavar="FILE",
+    )
+    bin: list[Path] = option([], "verification sets in InsightFace's format", group="data", metavar="FILE")
+    folds: int = option(
+        10, "folds that .bin sets, and lists that state none, are cut into", group="data", metavar="N", at_least=2
+    )
     far: list[float] = option(
         [1e-1, 1e-2, 1e-3, 1e-4],
         "false accept rates at which the true accept rate is given",
@@ -359,20 +386,25 @@ class LfwEval(Model):
         below=1,
     )
     out: Path = option(REQUIRED, "folder of results.json and the pictures", group="results", metavar="DIR")
-    cache: Path | None = option(
-        None,
-        "folder of crops and features, to be shared between models; none means cache in --out",
-        group="results",
-        metavar="DIR",
-    )
     sheet: int = option(
         12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N", at_least=1
     )
-    workers: int | None = option(
-        None,
-        "threads that read photos and find faces; none means one per CPU, 0 none of their own",
-        group="machine",
-        at_least=0,
+
+
+@dataclass
+class MakeBin(PhotoFaces):
+    """make_bin.py: photos and pairs to a .bin."""
+
+    photos: Path = option(REQUIRED, "folder of the photos", group="data", metavar="DIR")
+    pairs: list[Path] = option(
+        REQUIRED, "list of pairs of any kind that lfw_eval.py reads, or several", group="data", metavar="FILE"
+    )
+    skip_missing: bool = option(
+        False, "leave pairs out of which a photo gives no crop, instead of stopping", group="data"
+    )
+    out: Path = option(REQUIRED, "the .bin to write", group="results", metavar="FILE")
+    cache: Path | None = option(
+        None, "folder of crops found, so that an interrupted run goes on; none keeps nothing", group="results"
     )
 
 

@@ -34,8 +34,9 @@ def main() -> None:
         open_set(
             path,
             cache,
-            pairs=options.pairs,
+            pairs=options.pairs or None,
             folds=options.folds,
+            aligned=options.aligned,
             rule=options.rule,
             detector_weights=options.detector_weights,
             max_side=options.max_side or None,
@@ -55,7 +56,7 @@ def main() -> None:
 def _check(options: config.LfwEval) -> None:
     if options.lfw is None and not options.bin:
         raise InputError("nothing to evaluate on: give --lfw DIR --pairs FILE or --bin FILE ...")
-    if options.pairs is not None and options.lfw is None:
+    if options.pairs and options.lfw is None:
         raise InputError("--pairs names photos: it needs --lfw DIR")
     if options.lfw is not None and not options.lfw.is_dir():
         raise InputError(f"--lfw {options.lfw}: no such folder")

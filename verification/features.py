@@ -31,7 +31,9 @@ def verify(
     run goes on where it was. Raises InputError, naming the image, when a feature is not finite or zero.
     """
     cosines = pair_cosines(embedder, pairs, cache_dir)
-    return evaluate(cosines, pairs.same, pairs.folds, name=pairs.name, far_levels=far_levels)
+    result = evaluate(cosines, pairs.same, pairs.folds, name=pairs.name, far_levels=far_levels)
+    result.notes[:0] = pairs.notes
+    return result
 
 
 def pair_cosines(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | None = None) -> np.ndarray:

@@ -20,7 +20,7 @@ import re
 import threading
 import unicodedata
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from utils import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # in this order, should one photo exist twice
 LISTED = 100  # photos that an error names before it only counts
+LEVELS = 3  # below the folder given, where folders of identities are looked for
 
 _NUMBER = re.compile("[0-9]{1,9}")
 # Fields separated by blanks instead of TABs, for names that hold blanks themselves.
@@ -85,7 +86,7 @@ def read_pairs(path: str | Path) -> Pairs:
     pairs = np.zeros((expected - 1, 2), dtype=np.int64)
     same = np.zeros(expected - 1, dtype=bool)
     for row, line in enumerate(lines[1:]):
-        photos = _read_line(path, row + 2, line)
+        photos = read_line(path, row + 2, line)
         for side, photo in enumerate(photos):
             if photo not in index:
                 index[photo] = len(index)
@@ -108,7 +109,8 @@ def _read_head(path: Path, lines: list[str]) -> tuple[int, int]:
     return (1, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def _read_line(path: Path, number: int, line: str) -> tuple[Photo, Photo]:
+def read_line(path: Path, number: int, line: str) -> tuple[Photo, Photo]:
+    """The two photos of a line `identity a b` or `identity a identity b`; InputError naming file and line otherwise."""
     fields = _split(line)
     if len(fields) == 3:
         fields.insert(2, fields[0])
@@ -154,9 +156,9 @@ def _check_balance(path: Path, same: np.ndarray, size: int) -> None:
 def find_photos(folder: str | Path, pairs: Pairs, pairs_path: str | Path) -> list[Path]:
     """The file of every photo of `pairs`, in their order.
 
-    `folder` holds the folders of the identities, or has one subfolder that does (`lfw-deepfunneled`). Names are
-    compared in Unicode's composed form, because file systems and text files differ in it. Raises InputError listing
-    the photos that are not there.
+    `folder` holds the folders of the identities, or has, at most three levels below, one folder that does
+    (`lfw-deepfunneled`; RFW's `data/African`). Names are compared in Unicode's composed form, because file systems and
+    text files differ in it. Raises InputError listing the photos that are not there.
     """
     identities = {identity for identity, _ in pairs.photos}
     root, folders = _photo_root(Path(folder), identities)
@@ -165,11 +167,11 @@ def find_photos(folder: str | Path, pairs: Pairs, pairs_path: str | Path) -> lis
     missing: list[str] = []
     for (identity, number), line in zip(pairs.photos, pairs.lines, strict=True):
         if identity not in listings:
-            listings[identity] = _photos_in(folders.get(identity))
-        stem = f"{identity}_{number:04d}"
-        file = listings[identity].get(stem)
+            listings[identity] = photos_in(folders[identity]) if identity in folders else {}
+        name = photo_name(identity, number)
+        file = listings[identity].get(name.rpartition("/")[2])
         if file is None:
-            missing.append(f"{identity}/{stem}.jpg (line {line})")
+            missing.append(f"{name}.jpg (line {line})")
         else:
             files.append(file)
     if missing:
@@ -179,21 +181,31 @@ def find_photos(folder: str | Path, pairs: Pairs, pairs_path: str | Path) -> lis
     return files
 
 
+def photo_name(identity: str, number: int) -> str:
+    """LFW's name of a photo under the photo folder, without its suffix."""
+    return f"{identity}/{identity}_{number:04d}"
+
+
 def _photo_root(folder: Path, identities: set[str]) -> tuple[Path, dict[str, Path]]:
-    """The folder of identity folders, and these by name."""
-    own = _folders_in(folder)
-    if identities & own.keys():
-        return folder, own
-    below = {path: _folders_in(path) for path in own.values()}
-    roots = [path for path, inside in below.items() if identities & inside.keys()]
-    if not roots:
-        raise InputError(f"{folder}: neither here nor one level below is a folder of any identity that is wanted")
-    if len(roots) > 1:
-        raise InputError(f"{folder}: several folders of photos ({', '.join(path.name for path in roots)}); name one")
-    return roots[0], below[roots[0]]
+    """The folder of identity folders, and these by name: the nearest level that has any of them."""
+    level = {folder: folders_in(folder)}
+    for _ in range(1 + LEVELS):
+        roots = [path for path, inside in level.items() if identities & inside.keys()]
+        if len(roots) > 1:  # RFW keeps its groups side by side: of several, the only one with everybody
+            roots = [path for path in roots if identities <= level[path].keys()] or roots
+        if len(roots) > 1:
+            names = ", ".join(str(path.relative_to(folder)) for path in roots)
+            raise InputError(f"{folder}: several folders of photos ({names}); name one")
+        if roots:
+            return roots[0], level[roots[0]]
+        level = {path: folders_in(path) for inside in level.values() for path in inside.values()}
+    raise InputError(
+        f"{folder}: neither here nor one level below, nor up to {LEVELS}, is a folder of any identity that is wanted"
+    )
 
 
-def _folders_in(folder: Path) -> dict[str, Path]:
+def folders_in(folder: Path) -> dict[str, Path]:
+    """The folders in a folder by their names in composed Unicode, sorted."""
     return {
         unicodedata.normalize("NFC", entry.name): Path(entry.path)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -201,10 +213,8 @@ def _folders_in(folder: Path) -> dict[str, Path]:
     }
 
 
-def _photos_in(folder: Path | None) -> dict[str, Path]:
-    """Photos by their name without suffix."""
-    if folder is None:
-        return {}
+def photos_in(folder: Path) -> dict[str, Path]:
+    """The photos in a folder by their names without suffix, in composed Unicode."""
     found: dict[str, Path] = {}
     for path in (Path(entry.path) for entry in os.scandir(folder) if entry.is_file()):
         stem, suffix = unicodedata.normalize("NFC", path.stem), path.suffix.lower()
@@ -248,20 +258,28 @@ def crop_faces(
     Photos longer than `max_side` pixels are shrunk for detection. A photo that cannot be read, or shows no face, is a
     row without a crop.
     """
-    finder = _CachedFinder(rule, weights, max_side, device, cache_dir)
+    finder = CachedFinder(rule, weights, max_side, device, cache_dir)
     crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
     rows: list[FaceRow] = []
     hashes: list[str] = []
-    with utils.progress(len(files), f"{name}: faces", unit="photo") as bar:
-        for window in faces.ordered_map(finder, faces.windows(files), utils.worker_count(workers)):
-            crops[len(rows) : len(rows) + len(window.rows)] = window.crops
-            rows += window.rows
-            hashes += window.sha256
-            bar.update(len(window.rows))
+    for window in crop_windows(files, finder, workers, name):
+        crops[len(rows) : len(rows) + len(window.rows)] = window.crops
+        rows += window.rows
+        hashes += window.sha256
     return Faces(crops, rows, hashes, finder.detector)
 
 
-class _CachedFinder:
+def crop_windows(
+    files: Sequence[Path], finder: Callable[[Sequence[Path]], Faces], workers: int | None = None, name: str = "faces"
+) -> Iterator[Faces]:
+    """What `finder` makes of the photos, a window at a time, in their order; shows progress."""
+    with utils.progress(len(files), f"{name}: faces", unit="photo") as bar:
+        for window in faces.ordered_map(finder, faces.windows(files), utils.worker_count(workers)):
+            yield window
+            bar.update(len(window.rows))
+
+
+class CachedFinder:
     """Takes a window of photos to `Faces`, from the cache where it can; safe to call from several threads."""
 
     def __init__(

@@ -1,6 +1,7 @@
 """Sets of pairs of crops with the answers: `.bin` files, and folders of photos with a list of pairs."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,18 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 import utils
 from config import CROP_SIZE, DETECTION_SIDE
 from cropping.align import Rule
-from cropping.photos import PhotoError, read_photo
+from cropping.faces import as_photo
+from cropping.photos import PhotoError, read_file, read_photo
 from formats import tables, verification_bin
 from formats.tables import FaceRow
 from utils import InputError
 from verification import lfw
-
-FOLDS = 10  # LFW's protocol; .bin files do not say theirs, every known reader cuts them into ten
+from verification.pairs import FOLDS, PhotoPairs, connected, open_lists
 
 
 @dataclass
@@ -29,6 +31,8 @@ class VerificationSet:
     pairs: int64 [P, 2], indices of crops. same: bool [P]. folds: int64 [P], the fold of each pair, from 0.
     missing: crops that could not be had (index -> reason); their pixels are zero. sha256: of the data as given.
     source: where it came from, for reports. photos, faces: for a folder of photos, the file and the row of each crop.
+    identities: int64 [M], whom each crop shows, None where the list contradicts itself. columns: groups by name, for
+    each pair the values of its first and second photo. notes: what a reader should hear about.
     """
 
     name: str
@@ -42,6 +46,9 @@ class VerificationSet:
     source: dict[str, Any] = field(default_factory=dict)
     photos: list[Path] | None = None
     faces: list[FaceRow] | None = None
+    identities: np.ndarray | None = None
+    columns: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def missing_pairs(self) -> np.ndarray:
         """bool [P]: pairs of which at least one crop is missing."""
@@ -57,60 +64,110 @@ def open_set(
     path: str | Path,
     cache_dir: Path | None = None,
     *,
-    pairs: Path | None = None,
+    pairs: Path | Sequence[Path] | None = None,
     folds: int = FOLDS,
+    aligned: bool = False,
     rule: Rule = "central",
     detector_weights: str | Path | None = None,
     max_side: int | None = DETECTION_SIDE,
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> VerificationSet:
-    """Read a set of pairs: a `.bin` file, or a folder of photos in LFW's layout.
+    """Read a set of pairs: a `.bin` file, or a folder of photos with a list of pairs, or several.
 
-    The pairs of a `.bin` file are cut into `folds` runs of equal length. For a folder the folds are those of the pairs
-    file `pairs` (default: `pairs.txt` in the folder); faces are detected on `device` (in photos shrunk to `max_side`
-    pixels), chosen by `rule` and aligned by `workers` threads (see `utils.worker_count`), and kept in `cache_dir`.
-    Raises InputError naming the file.
+    The pairs of a `.bin` file are cut into `folds` runs of equal length. For a folder the folds are those of the list
+    `pairs` (default: `pairs.txt` in the folder; see `pairs.read_pair_list` for the kinds), or cut into `folds` where it
+    states none. Faces are detected on `device` (in photos shrunk to `max_side` pixels), chosen by `rule` and aligned by
+    `workers` threads (see `utils.worker_count`), and kept in `cache_dir`; `aligned` photos are crops already. Raises InputError
+    naming the file.
     """
     path = Path(path)
     if path.is_dir():
+        paths = [path / "pairs.txt"] if pairs is None else [pairs] if isinstance(pairs, Path) else list(pairs)
+        lists = open_lists(path, paths, folds)
+        if aligned:
+            return _open_folder(path, paths, lists, read_crops(lists.files), {})
         detection = {"rule": rule, "weights": detector_weights, "max_side": max_side, "device": device}
-        return _open_folder(path, pairs or path / "pairs.txt", cache_dir=cache_dir, workers=workers, **detection)
+        name = path.resolve().name
+        found = lfw.crop_faces(lists.files, name=name, cache_dir=cache_dir, workers=workers, **detection)
+        lists.notes.extend(look_aligned(lists.files))
+        return _open_folder(path, paths, lists, found, {"detector_sha256": found.detector, "face_rule": rule})
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     return _open_bin(path, folds)
 
 
-def _open_folder(folder: Path, pairs_path: Path, **detection: Any) -> VerificationSet:
-    pairs = lfw.read_pairs(pairs_path)
-    files = lfw.find_photos(folder, pairs, pairs_path)
-    name = folder.resolve().name
-    found = lfw.crop_faces(files, name=name, **detection)
-    names = [f"{file.parent.name}/{file.name}" for file in files]
-    pairs_sha256 = utils.sha256_of(pairs_path)
-    listing = "".join(f"{sha256}  {name}\n" for sha256, name in sorted(zip(found.sha256, names, strict=True)))
-    photos_sha256 = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+def _open_folder(
+    folder: Path, paths: Sequence[Path], lists: PhotoPairs, found: lfw.Faces, way: dict[str, Any]
+) -> VerificationSet:
+    names = [f"{file.parent.name}/{file.name}" for file in lists.files]
+    pairs_sha256 = [utils.sha256_of(path) for path in paths]
+    photos_sha256 = photos_hash(found.sha256, names)
+    fits = ((lists.identities[lists.pairs[:, 0]] == lists.identities[lists.pairs[:, 1]]) == lists.same).all()
     return VerificationSet(
-        name=name,
+        name=folder.resolve().name,
         crops=found.crops,
         names=names,
-        pairs=pairs.pairs,
-        same=pairs.same,
-        folds=pairs.folds,
-        sha256=hashlib.sha256((pairs_sha256 + photos_sha256).encode()).hexdigest(),
+        pairs=lists.pairs,
+        same=lists.same,
+        folds=lists.folds,
+        sha256=hashlib.sha256("".join([*pairs_sha256, photos_sha256]).encode()).hexdigest(),
         missing={index: row.reason for index, row in enumerate(found.rows) if row.status != tables.CROP},
-        photos=files,
+        photos=lists.files,
         faces=found.rows,
+        identities=lists.identities if fits else None,
+        columns=lists.columns,
+        notes=lists.notes,
         source={
             "folder": str(folder),
-            "pairs": str(pairs_path),
-            "pairs_sha256": pairs_sha256,
-            "photos": len(files),
+            "pairs": str(paths[0]) if len(paths) == 1 else [str(path) for path in paths],
+            "pairs_sha256": pairs_sha256[0] if len(paths) == 1 else pairs_sha256,
+            "photos": len(lists.files),
             "photos_sha256": photos_sha256,
-            "detector_sha256": found.detector,
-            "face_rule": detection["rule"],
+            **way,
         },
     )
+
+
+def photos_hash(sha256: Sequence[str], names: Sequence[str]) -> str:
+    """One SHA-256 over the hashes and names of photos, whatever their order."""
+    listing = "".join(f"{digest}  {name}\n" for digest, name in sorted(zip(sha256, names, strict=True)))
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def read_crops(files: Sequence[Path]) -> lfw.Faces:
+    """Photos that are aligned crops already: square, resized to 112 pixels where they have another size.
+
+    A file that cannot be read is a row without a crop; one that is not square is an InputError, since it is no crop.
+    """
+    crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
+    rows: list[FaceRow] = []
+    hashes: list[str] = []
+    for index, file in enumerate(files):
+        photo = as_photo(file)
+        try:
+            data = read_file(file)
+            bgr = read_photo(data)
+        except PhotoError as error:
+            hashes.append("")
+            rows.append(FaceRow(photo.identity, photo.file, tables.NO_CROP, error.reason))
+            continue
+        hashes.append(hashlib.sha256(data).hexdigest())
+        crops[index] = _as_crop(bgr, str(file))
+        rows.append(FaceRow(photo.identity, photo.file, tables.CROP))
+    return lfw.Faces(crops, rows, hashes, "")
+
+
+def look_aligned(files: Sequence[Path]) -> list[str]:
+    """A remark if some of the photos, spread over all, have 112x112 pixels each, as crops do."""
+    for file in files[:: max(1, len(files) // 8)]:
+        try:
+            with Image.open(file) as image:
+                if image.size != (CROP_SIZE, CROP_SIZE):
+                    return []
+        except (OSError, ValueError):
+            return []
+    return [f"the photos have {CROP_SIZE}x{CROP_SIZE} pixels, as crops do: if they are aligned already, give --aligned"]
 
 
 def _open_bin(path: Path, folds: int) -> VerificationSet:
@@ -127,12 +184,16 @@ def _open_bin(path: Path, folds: int) -> VerificationSet:
     crops = np.zeros((len(first_seen), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
     for row, position in enumerate(first_seen):
         crops[row] = _decode_crop(images[position], f"{path}: {names[row]}")
+    pairs, same = np.array([index[image] for image in images]).reshape(-1, 2), np.asarray(same, dtype=bool)
+    identities, notes = connected(len(crops), pairs, same)
     return VerificationSet(
         name=path.stem,
         crops=crops,
         names=names,
-        pairs=np.array([index[image] for image in images]).reshape(-1, 2),
-        same=np.asarray(same, dtype=bool),
+        pairs=pairs,
+        same=same,
+        identities=None if notes else identities,
+        notes=notes,
         folds=contiguous_folds(len(same), folds),
         sha256=utils.sha256_of(path),
         source={"bin": str(path), "images": len(images), "different_images": len(first_seen)},
@@ -153,9 +214,12 @@ def contiguous_folds(pairs: int, folds: int) -> np.ndarray:
 def _decode_crop(data: bytes, name: str) -> np.ndarray:
     """Encoded image -> uint8 RGB [112, 112, 3]; other square sizes are resized."""
     try:
-        bgr = read_photo(data)
+        return _as_crop(read_photo(data), name)
     except PhotoError as error:
         raise InputError(f"{name}: {error.reason}") from error
+
+
+def _as_crop(bgr: np.ndarray, name: str) -> np.ndarray:
     height, width = bgr.shape[:2]
     if height != width:
         raise InputError(f"{name}: {width}x{height} pixels, not a square crop")
