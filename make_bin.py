@@ -37,7 +37,7 @@ def main() -> None:
         aligned=options.aligned,
         rule=options.rule,
         detector_weights=options.detector_weights,
-        max_side=options.max_side,
+        max_side=options.max_side or None,
         device=utils.choose_device(options.device),
         workers=options.workers,
     )
