@@ -1,4 +1,4 @@
-"""A folder of photos and a list of pairs become a .bin, InsightFace's file of verification pairs, that every tool reads.
+"""A folder of photos and a list of pairs become a .bin, InsightFace's file of pairs, which every tool here reads.
 
     python make_bin.py --photos data/people --pairs pairs.csv --out people.bin
     python make_bin.py --photos data/crops --pairs pairs.txt --out people.bin --aligned
@@ -6,8 +6,8 @@
 
 Faces are found and aligned as lfw_eval.py does; with --aligned the photos are crops already, and their files go into
 the .bin as they are. Lists are of any kind that lfw_eval.py --pairs reads. The order of the pairs is kept, so that the
-folds that readers cut are those of the list if it has ten of one length. Beside FILE.bin lies FILE.bin.json: what it was
-made from, with hashes.
+folds that readers cut are those of the list if it has ten of one length. Beside FILE.bin lies FILE.bin.json: what it
+was made from, with hashes.
 """
 
 import sys

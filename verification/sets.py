@@ -78,8 +78,8 @@ def open_set(
     The pairs of a `.bin` file are cut into `folds` runs of equal length. For a folder the folds are those of the list
     `pairs` (default: `pairs.txt` in the folder; see `pairs.read_pair_list` for the kinds), or cut into `folds` where it
     states none. Faces are detected on `device` (in photos shrunk to `max_side` pixels), chosen by `rule` and aligned by
-    `workers` threads (see `utils.worker_count`), and kept in `cache_dir`; `aligned` photos are crops already. Raises InputError
-    naming the file.
+    `workers` threads (see `utils.worker_count`), and kept in `cache_dir`; `aligned` photos are crops already. Raises
+    InputError naming the file.
     """
     path = Path(path)
     if path.is_dir():
