@@ -6,18 +6,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from training.losses import LOSSES
 from training.margin import MarginHead
 
 CROPS, INPUTS, SIZE, STEPS = 12, 10, 8, 3
 # name -> identities and settings of the head; 101 and 7 are not divisible by 2 or 3.
 SCENARIOS = {
-    "arcface": (101, {"loss": "arcface", "margin": 0.5}),
-    "combined, focal": (101, {"loss": "combined", "margin": (1.0, 0.3, 0.2), "focal_gamma": 2.0}),
-    "adaface": (101, {"loss": "adaface", "margin": 0.4}),
+    **{loss: (101, {"loss": loss}) for loss in LOSSES},
+    **{f"sampled {loss}": (101, {"loss": loss, "sample_rate": 0.3}) for loss in LOSSES},
+    "combined, focal": (101, {"loss": "combined", "focal_gamma": 2.0}),
     "few identities": (7, {"loss": "cosface", "margin": 0.2}),
-    "sampled": (101, {"loss": "cosface", "margin": 0.2, "sample_rate": 0.3}),
-    "sampled adaface": (101, {"loss": "adaface", "margin": 0.4, "sample_rate": 0.1, "focal_gamma": 1.0}),
-    "all drawn": (101, {"loss": "arcface", "margin": 0.5, "sample_rate": 1 - 2**-40}),
+    "one in ten, focal": (101, {"loss": "adaface", "sample_rate": 0.1, "focal_gamma": 1.0}),
+    "all drawn": (101, {"loss": "arcface", "sample_rate": 1 - 2**-40}),
+    "filter": (101, {"loss": "arcface", "filter": 0.3}),
+    "sub-centres": (101, {"loss": "arcface", "sub_centres": 3}),
+    "all at once": (101, {"loss": "curricularface", "filter": 0.3, "sub_centres": 2, "sample_rate": 0.3}),
 }
 
 

@@ -1,135 +1,38 @@
-"""The margin head in one process: margins and gradients against high precision, memory, sampling, state."""
+"""The margin head in one process: loss and gradients against plain float64, memory, sampling, state; of every loss."""
 
 import itertools
 import math
 
-import mpmath
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.plain_head import plain_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training import margin
-from training.margin import MarginHead, identity_range, margin_cosine
+from training import losses, margin
+from training.margin import MarginHead, identity_range
 
-MARGINS = {"arcface": 0.5, "cosface": 0.35, "combined": (1.1, 0.3, 0.2), "adaface": 0.4}
-
-
-def triple(head, norms):
-    """(m1, m2, m3) by the papers' definitions, for features of these norms."""
-    if head.loss == "adaface":
-        quality = ((norms.clamp(1e-3, 100) - head.norm_mean) / (head.norm_std + 1e-3) * 0.333).clamp(-1, 1)
-        return 1.0, -head.margin * quality, head.margin * (1 + quality)
-    if head.loss == "combined":
-        return head.margin
-    return (1.0, head.margin, 0.0) if head.loss == "arcface" else (1.0, 0.0, head.margin)
+LOSSES = list(losses.LOSSES)
+# What else a head does to the cosines: settings by name.
+VARIANTS = {
+    "plain": {},
+    "filter": {"filter": 0.3},
+    "sub-centres": {"sub_centres": 3},
+    "both": {"sub_centres": 2, "filter": 0.4, "focal_gamma": 1.0},
+}
 
 
-def plain_loss(head, features, labels, weight):
-    """The loss as a textbook would write it: one-hot matrix, acos, cross entropy; differentiated by autograd."""
-    cosine = F.normalize(features) @ F.normalize(weight).T
-    m1, m2, m3 = (torch.as_tensor(m, dtype=cosine.dtype) for m in triple(head, features.detach().norm(dim=1)))
-    angle = m1 * cosine.acos() + m2[..., None]
-    drop = torch.maximum(m2 * m2.sin(), 1 + ((math.pi - m2) / m1).clamp(0, math.pi).cos())[..., None]
-    inside = torch.where(angle < 0, torch.ones_like(angle), angle.cos())
-    shifted = torch.where(angle > math.pi, cosine - drop, inside) - m3[..., None]
-    one_hot = F.one_hot(labels, len(weight)).to(cosine.dtype)
-    logits = head.scale * (one_hot * shifted + (1 - one_hot) * cosine)
-    entropy = F.cross_entropy(logits, labels, reduction="none")
-    return ((1 - torch.exp(-entropy)) ** head.focal_gamma * entropy).mean()
-
-
-# --- the margin itself ------------------------------------------------------------------------------------------
-
-
-def exact_margin(cosine, m1, m2, m3):
-    """Value and derivative by 60-digit arithmetic, without the branches' shortcuts."""
-    with mpmath.workdps(60):
-        cosine, m1, m2, m3 = (mpmath.mpf(float(x)) for x in (cosine, m1, m2, m3))
-        angle = mpmath.acos(cosine)
-        total = m1 * angle + m2
-        if total > mpmath.pi:
-            turn = min(max((mpmath.pi - m2) / m1, 0), mpmath.pi)
-            return float(cosine - max(m2 * mpmath.sin(m2), 1 + mpmath.cos(turn)) - m3), 1.0
-        if total < 0:
-            return float(1 - m3), 0.0
-        value = mpmath.cos(total) - m3
-        return float(value), float(m1 * mpmath.sin(total) / mpmath.sin(angle)) if abs(cosine) < 1 else None
-
-
-floats32 = st.floats(-1, 1, width=32)
-
-
-@settings(max_examples=200, deadline=None)
-@given(floats32, st.floats(0, 1.5))
-def test_arcface_is_exact_for_every_float32(cosine, m):
-    value, derivative = margin_cosine(torch.tensor([cosine], dtype=torch.float32), 1.0, m, 0.0)
-    expected, slope = exact_margin(cosine, 1, m, 0)
-    if abs(math.acos(cosine) + m - math.pi) < 1e-12:
-        return  # which branch is a matter of the last bit
-    assert value.item() == pytest.approx(expected, abs=1e-12)
-    if slope is not None:
-        assert derivative.item() == pytest.approx(slope, rel=1e-9, abs=1e-9)
-    assert math.isfinite(derivative.item())
-
-
-@settings(max_examples=200, deadline=None)
-@given(floats32, st.floats(0.5, 3), st.floats(-1.5, 1.5), st.floats(0, 1))
-def test_any_margins_are_exact(cosine, m1, m2, m3):
-    value, derivative = margin_cosine(torch.tensor([cosine], dtype=torch.float32), m1, m2, m3)
-    angle = m1 * math.acos(cosine) + m2
-    if min(abs(angle - math.pi), abs(angle)) < 1e-12:
-        return
-    expected, slope = exact_margin(cosine, m1, m2, m3)
-    assert value.item() == pytest.approx(expected, abs=1e-12)
-    if slope is not None:
-        assert derivative.item() == pytest.approx(slope, rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("m", [0.0, 0.3, 0.5, 0.6, 1.0])
-def test_ends_of_the_range(dtype, m):
-    """cos = +-1 exactly, and a little beyond by rounding: the value is right, the derivative finite."""
-    ends = torch.tensor([1.0, -1.0, 1 + 2**-7, -1 - 2**-7], dtype=dtype)
-    value, derivative = margin_cosine(ends, 1.0, m, 0.0)
-    nearest = torch.nextafter(torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype))
-    below = margin_cosine(nearest, 1.0, m, 0.0)[1].item()
-    beyond = -1 - m * math.sin(m)
-    assert value.tolist() == pytest.approx([math.cos(m), beyond, math.cos(m), beyond], abs=1e-12)
-    assert derivative[[0, 2]].tolist() == pytest.approx([below] * 2, rel=0.02)
-    assert derivative[[1, 3]].tolist() == pytest.approx([1.0, 1.0])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(floats32, min_size=2, max_size=2, unique=True), st.floats(0.5, 4), st.floats(0, 1.5))
-def test_a_larger_cosine_never_gives_a_smaller_logit(pair, m1, m2):
-    value, derivative = margin_cosine(torch.tensor(sorted(pair), dtype=torch.float64), m1, m2, 0.0)
-    assert value[1] >= value[0] - 1e-12
-    assert (derivative >= 0).all()
-
-
-def test_zero_margin_is_the_cosine():
-    cosine = torch.linspace(-1, 1, 101, dtype=torch.float64)
-    value, derivative = margin_cosine(cosine, 1.0, 0.0, 0.0)
-    assert torch.allclose(value, cosine, atol=1e-15)
-    assert torch.allclose(derivative, torch.ones_like(cosine), atol=1e-7)
-
-
-def test_adaface_agrees_with_its_official_formula():
-    """Official code: cos(clip(theta - m z, eps, pi - eps)) - m (1 + z), with cosines clipped at 1 - 1e-3."""
-    generator = torch.Generator().manual_seed(0)
-    cosine = torch.rand(500, generator=generator, dtype=torch.float64) * 1.9 - 0.95
-    z = torch.rand(500, generator=generator, dtype=torch.float64) * 2 - 1
-    m = 0.4
-    official = (cosine.acos() - m * z).clamp(1e-3, math.pi - 1e-3)
-    inside = cosine.acos() - m * z < math.pi
-    value, _ = margin_cosine(cosine, 1.0, -m * z, m + m * z)
-    assert torch.allclose(value[inside], (official.cos() - m - m * z)[inside], atol=1e-6)
-    assert (value[~inside] <= (official.cos() - m - m * z)[~inside] + 1e-6).all()
+def in_motion(head, crops=8):
+    """The head with running numbers that are not where they begin."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(60):
+        cosine, norm = torch.rand(2, crops, generator=generator).to(head.centres.dtype)
+        head.loss.observe(cosine, 20 + 20 * norm)
+    return head
 
 
 # --- the loss and its gradients ---------------------------------------------------------------------------------
@@ -141,11 +44,13 @@ def small_blocks(monkeypatch):
     monkeypatch.setitem(margin._BLOCK_ELEMENTS, "cpu", 64)
 
 
-@pytest.mark.parametrize("loss", MARGINS)
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_loss_and_gradients_are_the_plain_ones(small_blocks, loss, gamma):
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "settings", [*VARIANTS.values(), {"focal_gamma": 0.5}, {"focal_gamma": 2.0}], ids=lambda settings: str(settings)
+)
+def test_loss_and_gradients_are_the_plain_ones(small_blocks, loss, settings):
     generator = torch.Generator().manual_seed(1)
-    head = MarginHead(6, 37, loss=loss, margin=MARGINS[loss], scale=12.0, focal_gamma=gamma, seed=4).double()
+    head = in_motion(MarginHead(6, 37, loss=loss, scale=12.0, seed=4, **settings).double())
     features = (torch.randn(10, 6, generator=generator, dtype=torch.float64) * 8).requires_grad_()
     labels = torch.randint(37, (10,), generator=generator)
     value, stats = head(features, labels)
@@ -156,7 +61,7 @@ def test_loss_and_gradients_are_the_plain_ones(small_blocks, loss, gamma):
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     for gradient, plain in zip(gradients, expected_gradients, strict=True):
         assert (gradient - plain).abs().max() < 1e-11 * plain.abs().max()
-    cosine = (F.normalize(features) @ F.normalize(weight).T).detach()
+    cosine = (F.normalize(features) @ F.normalize(weight.flatten(0, -2)).T).detach().unflatten(1, (37, -1)).amax(2)
     target = cosine.gather(1, labels[:, None])[:, 0]
     other = cosine.scatter(1, labels[:, None], -2.0).amax(1)
     assert torch.allclose(stats["target_angle"], target.acos().rad2deg())
@@ -166,31 +71,52 @@ def test_loss_and_gradients_are_the_plain_ones(small_blocks, loss, gamma):
     assert not any(tensor.requires_grad for tensor in stats.values())
 
 
-@pytest.mark.parametrize("loss", MARGINS)
-def test_gradcheck(small_blocks, loss):
-    head = MarginHead(4, 11, loss=loss, margin=MARGINS[loss], scale=4.0, focal_gamma=2.0).double().eval()
-    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
-    labels = torch.tensor([0, 10, 3, 3, 7])
-    if loss == "adaface":  # no gradient flows through the norm there: only changes of direction may be checked
-        direction = features.detach() / features.detach().norm(dim=1, keepdim=True)
-        features = (direction * 20).requires_grad_()
-        head.norm_std.fill_(1e30)
-    assert torch.autograd.gradcheck(lambda x, w: head(x, labels)[0], (features, head.weight), atol=1e-7)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_gradcheck(small_blocks, loss, settings):
+    """Against differences of the loss itself; where no gradient flows through the norm, it is held."""
+    head = MarginHead(3, 8, loss=loss, scale=4.0, **{"focal_gamma": 2.0} | settings).double()
+    in_motion(head).eval()
+    features = torch.randn(4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 20
+    labels = torch.tensor([0, 7, 3, 3])
+
+    def value(features, weight):
+        return head(features if head.loss.trains_norm else F.normalize(features) * 20, labels)[0]
+
+    assert torch.autograd.gradcheck(
+        value, (features.requires_grad_(), head.weight), atol=1e-7, fast_mode=bool(settings)
+    )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_batches_before_their_backward_passes(loss):
+    """The first one's gradient is that of its own moment, although the second has moved the running numbers."""
+    head = in_motion(MarginHead(6, 20, loss=loss, scale=8.0).double())
+    features, labels = torch.randn(2, 9, 6, dtype=torch.float64) * 20, torch.arange(9)
+    kept = head.loss.state_dict()
+    kept = {name: value.clone() for name, value in kept.items()}
+    alone = torch.autograd.grad(head(features[0], labels)[0], head.weight)[0]
+    head.loss.load_state_dict(kept)
+    first, second = (head(batch, labels)[0] for batch in features)
+    second.backward(retain_graph=True)
+    assert torch.equal(torch.autograd.grad(first, head.weight)[0], alone)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(list(MARGINS)),
+    st.sampled_from(LOSSES),
+    st.sampled_from(list(VARIANTS)),
     st.sampled_from([0.0, 0.3, 2.0]),
     st.sampled_from([1.0, 30.0, 64.0, 512.0]),
     st.sampled_from([1e-30, 1e-6, 1.0, 1e6, 1e18]),
     st.sampled_from(["same", "opposite", "orthogonal", "zero"]),
 )
-def test_extreme_inputs_stay_finite(loss, gamma, scale, length, place):
+def test_extreme_inputs_stay_finite(loss, variant, gamma, scale, length, place):
     """Crops exactly on, opposite to, or across from their centre, of any length: loss and gradients are finite."""
-    head = MarginHead(4, 9, loss=loss, margin=MARGINS[loss], scale=scale, focal_gamma=gamma)
+    head = MarginHead(4, 9, loss=loss, scale=scale, **VARIANTS[variant] | {"focal_gamma": gamma})
     with torch.no_grad():
-        head.weight.copy_(torch.eye(4).repeat(3, 1)[:9] * torch.arange(1, 10)[:, None])
+        centres = torch.eye(4).repeat(3, 1)[:9] * torch.arange(1, 10)[:, None]
+        head.weight.copy_(centres if head.sub_centres == 1 else centres[:, None])
     factor = {"same": 1.0, "opposite": -1.0, "orthogonal": 0.0, "zero": 0.0}[place]
     features = torch.eye(4)[:3] * factor
     if place == "orthogonal":
@@ -224,11 +150,12 @@ def test_a_label_outside_gives_an_infinite_loss():
 # --- precision and memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", MARGINS)
-def test_autocast_keeps_the_target_in_float32(loss):
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sub_centres", [1, 3])
+def test_autocast_keeps_the_target_in_float32(loss, sub_centres):
     """With bfloat16 products the target's angle is exact; loss and gradients differ by bfloat16's rounding only."""
     generator = torch.Generator().manual_seed(3)
-    head = MarginHead(64, 300, loss=loss, margin=MARGINS[loss], scale=30.0)
+    head = MarginHead(64, 300, loss=loss, scale=30.0, sub_centres=sub_centres)
     features = (torch.randn(32, 64, generator=generator) * 4).requires_grad_()
     labels = torch.randint(300, (32,), generator=generator)
     state = head.state_dict()
@@ -273,11 +200,17 @@ class _LargeTensors(TorchDispatchMode):
         return result
 
 
-def test_no_second_matrix_of_all_crops_and_identities(monkeypatch):
-    """Blocks are the only things of many columns: together the kept cosines are one [N, classes] in bfloat16."""
-    crops, identities, block = 32, 3000, 1 << 13
+@pytest.mark.parametrize(
+    "settings", [{}, {"loss": "curricularface"}, {"sub_centres": 3, "filter": 0.3}], ids=lambda settings: str(settings)
+)
+def test_no_second_matrix_of_all_crops_and_identities(monkeypatch, settings):
+    """Blocks are the only things of many columns: together the kept cosines are one [N, classes] in bfloat16.
+
+    With sub-centres, the number of the nearest one is kept as a byte.
+    """
+    crops, identities, block = 32, 2500, 1 << 13
     monkeypatch.setitem(margin._BLOCK_ELEMENTS, "cpu", block)
-    head = MarginHead(8, identities, loss="arcface", margin=0.5, scale=32.0)
+    head = MarginHead(8, identities, scale=32.0, **{"loss": "arcface"} | settings)
     features = torch.randn(crops, 8, requires_grad=True)
     kept = []
     with (
@@ -288,9 +221,13 @@ def test_no_second_matrix_of_all_crops_and_identities(monkeypatch):
         value, _ = head(features, torch.randint(identities, (crops,)))
         value.backward()
     shapes = {tuple(tensor.shape) for tensor in large.keep}
-    assert shapes <= {(identities, 8)}, "only the centres' own gradient may be larger than a block"
+    assert shapes <= {head.weight.shape, (identities * head.sub_centres, 8)}, (
+        "only the centres' own gradient may be larger than a block"
+    )
     cosines = [tensor for tensor in kept if tensor.dtype == torch.bfloat16]
     assert sum(tensor.numel() for tensor in cosines) == crops * identities
+    winners = [tensor for tensor in kept if tensor.dtype == torch.uint8]
+    assert sum(tensor.numel() for tensor in winners) == (crops * identities if head.sub_centres > 1 else 0)
 
 
 def test_backward_frees_the_cosines_while_the_loss_is_still_held():
@@ -301,12 +238,13 @@ def test_backward_frees_the_cosines_while_the_loss_is_still_held():
         value.backward()
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.3])
-@pytest.mark.parametrize("loss", ["combined", "adaface"])
-def test_no_step_waits_for_the_device(loss, rate):
+@pytest.mark.parametrize(("rate", "variant"), [(1.0, "plain"), (0.3, "both")])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_step_waits_for_the_device(loss, rate, variant):
     """Tensors without values: whatever the host would have to read from the device (.item(), nonzero) raises."""
     with FakeTensorMode():
-        head = MarginHead(8, 200, loss=loss, margin=MARGINS[loss], scale=32.0, sample_rate=rate, focal_gamma=2.0)
+        settings = VARIANTS[variant] | {"focal_gamma": 2.0}
+        head = MarginHead(8, 200, loss=loss, scale=32.0, sample_rate=rate, **settings)
         for _ in range(2):  # accumulated
             features = torch.empty(4, 8, requires_grad=True)
             value, stats = head(features, torch.empty(4, dtype=torch.int64))
@@ -321,21 +259,83 @@ def test_no_step_waits_for_the_device(loss, rate):
     }
 
 
-def test_many_steps_learn_separable_identities():
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sub_centres", [1, 2])
+def test_many_steps_learn_separable_identities(loss, sub_centres):
     generator = torch.Generator().manual_seed(0)
     points = torch.nn.Parameter(torch.randn(60, 16, generator=generator))
     labels = torch.arange(60) % 20
-    for loss, value in MARGINS.items():
-        head = MarginHead(16, 20, loss=loss, margin=value, scale=16.0)
-        features = points.detach().clone().requires_grad_()
-        optimizer = torch.optim.SGD([features, *head.parameters()], lr=1.0, momentum=0.9)
-        for _ in range(100):
-            optimizer.zero_grad()
-            result, stats = head(features, labels)
-            result.backward()
-            optimizer.step()
-        assert stats["top1"] == 1
-        assert stats["target_angle"].mean() < 25
+    head = MarginHead(16, 20, loss=loss, scale=16.0, sub_centres=sub_centres)
+    features = points.detach().clone().requires_grad_()
+    optimizer = torch.optim.SGD([features, *head.parameters()], lr=1.0, momentum=0.9)
+    for _ in range(100):
+        optimizer.zero_grad()
+        result, stats = head(features, labels)
+        result.backward()
+        optimizer.step()
+    assert stats["top1"] == 1
+    assert stats["target_angle"].mean() < 25
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_cost_of_a_margin_is_what_an_ignorant_network_pays(loss):
+    head = in_motion(MarginHead(64, 50, loss=loss, scale=16.0)).eval()
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(64)[:50])
+    value, _ = head(torch.eye(64)[50:62] * 30, torch.arange(12))  # at right angles to all centres
+    penalty = head.loss.penalty(torch.tensor([30.0]))
+    penalty = 0.0 if penalty is None else penalty.item()
+    cost = head.cost_of_margin(30.0) - penalty
+    assert cost > 0
+    assert value.item() == pytest.approx(math.log(1 + 49 * math.exp(cost)) + penalty, rel=1e-4)
+
+
+# --- filter and sub-centres -------------------------------------------------------------------------------------
+
+
+def test_the_filter_leaves_near_identities_out_and_shows_them():
+    head = MarginHead(3, 3, loss="cosface", margin=0.0, scale=10.0, filter=0.4)
+    twin = torch.tensor([0.8, 0.6, 0.0])
+    with torch.no_grad():
+        head.weight.copy_(torch.stack([torch.eye(3)[0], twin, torch.eye(3)[2]]))
+    features = torch.eye(3)[:1].clone().requires_grad_()
+    value, stats = head(features, torch.tensor([0]))
+    value.backward()
+    assert value.item() == pytest.approx(math.log1p(math.exp(-10)), rel=1e-5)  # against the third alone
+    assert stats["other_angle"].item() == pytest.approx(math.degrees(math.acos(0.8)), rel=1e-5)  # but it is seen
+    assert head.weight.grad[1].abs().max() == 0
+    # Its own centre is never left out, and with nobody else there is nothing to learn.
+    head.filter = 1e-6
+    with torch.no_grad():
+        head.weight[2].copy_(twin)
+    value, stats = head(features, torch.tensor([0]))
+    assert value.item() == 0
+    assert stats["top1"] == 1
+
+
+def test_the_nearest_sub_centre_counts_and_learns():
+    head = MarginHead(4, 2, loss="arcface", margin=0.3, scale=4.0, sub_centres=2)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(4).view(2, 2, 4))
+    value, stats = head(torch.tensor([[0.1, 1.0, 0.3, 0.2]]), torch.tensor([0]))
+    value.backward()
+    length = math.sqrt(1.14)
+    assert stats["target_angle"].item() == pytest.approx(math.degrees(math.acos(1 / length)), rel=1e-4)
+    assert stats["other_angle"].item() == pytest.approx(math.degrees(math.acos(0.3 / length)), rel=1e-4)
+    moved = head.weight.grad.abs().amax(2) > 0
+    assert moved.tolist() == [[False, True], [True, False]]
+
+
+def test_equally_near_sub_centres_count_once():
+    """As after a start from one mean for all of them."""
+    one = MarginHead(8, 30, loss="arcface", scale=16.0)
+    many = MarginHead(8, 30, loss="arcface", scale=16.0, sub_centres=3)
+    with torch.no_grad():
+        many.weight.copy_(one.weight[:, None])
+    features, labels = torch.randn(5, 8), torch.arange(5)
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            assert many(features, labels)[0].item() == pytest.approx(one(features, labels)[0].item(), rel=1e-6)
 
 
 # --- AdaFace's statistics ---------------------------------------------------------------------------------------
@@ -346,23 +346,47 @@ def test_adaface_statistics_follow_the_norms_in_training_only():
     features = torch.randn(6, 4) * torch.tensor([1.0, 5, 20, 80, 300, 1e-9])[:, None]
     norms = features.norm(dim=1).clamp(1e-3, 100)
     head(features, torch.arange(6))
-    assert head.norm_mean.item() == pytest.approx(0.99 * 20 + 0.01 * norms.mean().item(), rel=1e-5)
-    assert head.norm_std.item() == pytest.approx(0.99 * 100 + 0.01 * norms.std().item(), rel=1e-5)
-    before = head.norm_mean.item()
+    assert head.loss.norm_mean.item() == pytest.approx(0.99 * 20 + 0.01 * norms.mean().item(), rel=1e-5)
+    assert head.loss.norm_std.item() == pytest.approx(0.99 * 100 + 0.01 * norms.std().item(), rel=1e-5)
+    before = head.loss.norm_mean.item()
     head.eval()(features, torch.arange(6))
-    assert head.norm_mean.item() == before
+    assert head.loss.norm_mean.item() == before
     head.train()(features[:1], torch.arange(1))  # one crop has no deviation
-    assert math.isfinite(head.norm_std.item())
+    assert math.isfinite(head.loss.norm_std.item())
 
 
 def test_adaface_gives_blurred_crops_another_margin():
     """Weak features (low norm): margin on the angle, easy first. Strong: margin on the cosine, hard first."""
     head = MarginHead(4, 8, loss="adaface", margin=0.4, scale=16.0)
-    head.norm_mean.fill_(20), head.norm_std.fill_(5)
-    m1, m2, m3 = head.eval()._margins(torch.tensor([1.0, 20.0, 100.0]))
-    assert m1 == 1
-    assert m2.tolist() == pytest.approx([0.4, 0.0, -0.4], abs=1e-3)
-    assert m3.tolist() == pytest.approx([0.0, 0.4, 0.8], abs=1e-3)
+    head.loss.norm_mean.fill_(20), head.loss.norm_std.fill_(5)
+    cosine, norm = torch.tensor(0.5).expand(3), torch.tensor([1.0, 20.0, 100.0])
+    angle = math.pi / 3
+    expected = [math.cos(angle + 0.4), 0.5 - 0.4, math.cos(angle - 0.4) - 0.8]
+    assert head.loss.target(cosine, norm, (0.4,)).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_curricularface_follows_its_own_centres_cosines():
+    head = MarginHead(4, 8, loss="curricularface", scale=16.0)
+    features = torch.randn(6, 4)
+    _, stats = head(features, torch.arange(6))
+    cosine = stats["target_angle"].deg2rad().cos().mean().item()
+    assert head.loss.t.item() == pytest.approx(0.01 * cosine, abs=1e-6)
+    before = head.loss.t.item()
+    head.eval()(features, torch.arange(6))
+    assert head.loss.t.item() == before
+
+
+def test_magface_moves_the_norm_towards_its_bounds():
+    """The penalty asks for long features, the margin for short ones where a crop is hard: gradients along the norm."""
+    head = MarginHead(8, 30, loss="magface", scale=64.0)
+    easy = F.normalize(head.centres[:4]) * torch.tensor([5.0, 30.0, 60.0, 200.0])[:, None]
+    features = easy.requires_grad_()
+    head(features, torch.arange(4))[0].backward()
+    along = (features.grad * F.normalize(features.detach())).sum(1)
+    assert along[[0, 3]].abs().max() < 5e-5  # outside [10, 110] nothing pulls
+    # Crops on their centre are sure: what is left is the penalty's slope, 35 (1 / 110^2 - 1 / a^2) / 4.
+    expected = [35 * (1 / 110**2 - 1 / a**2) / 4 for a in (30.0, 60.0)]
+    assert along[1:3].tolist() == pytest.approx(expected, abs=2e-4)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------
@@ -414,10 +438,11 @@ def test_the_draw_is_a_function_of_seed_and_step():
             head.step(0.1)
 
 
-@pytest.mark.parametrize("loss", MARGINS)
-def test_a_sampled_step_is_sgd_on_the_drawn_rows(loss):
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("variant", ["plain", "both"])
+def test_a_sampled_step_is_sgd_on_the_drawn_rows(loss, variant):
     """Loss, gradients, momentum and decay: those of a plain head that consists of the drawn rows; others untouched."""
-    head = sampled_head(0.2, loss=loss, margin=MARGINS[loss], focal_gamma=1.0)
+    head = sampled_head(0.2, loss=loss, margin=None, **VARIANTS[variant] | {"focal_gamma": 1.0})
     plain = torch.nn.Parameter(head.centres.clone())
     velocity = torch.zeros_like(plain)
     for step in range(4):
@@ -441,15 +466,15 @@ def test_a_sampled_step_is_sgd_on_the_drawn_rows(loss):
             velocity[rows] = 0.9 * velocity[rows] + slope
             plain[rows] -= 0.5 * (slope + 0.9 * velocity[rows])
         assert torch.allclose(head.centres, plain, atol=1e-5)
-        changed = (head.centres != before).any(1).nonzero()[:, 0]
+        changed = (head.centres != before).flatten(1).any(1).nonzero()[:, 0]
         assert set(changed.tolist()) <= set(rows.tolist())
         assert not head.sampled_leaves()
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_drawing_everything_is_the_full_head_under_torch_sgd(nesterov):
-    full = sampled_head(1.0)
-    everything = sampled_head(1 - 2**-40)  # every hash is below the threshold
+@pytest.mark.parametrize(("nesterov", "variant"), [(True, "plain"), (False, "plain"), (True, "both")])
+def test_drawing_everything_is_the_full_head_under_torch_sgd(nesterov, variant):
+    full = sampled_head(1.0, **VARIANTS[variant])
+    everything = sampled_head(1 - 2**-40, **VARIANTS[variant])  # every hash is below the threshold
     settings = {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": nesterov}
     optimizer = torch.optim.SGD(full.parameters(), lr=0.3, **settings)
     assert not list(everything.parameters())
@@ -467,9 +492,10 @@ def test_drawing_everything_is_the_full_head_under_torch_sgd(nesterov):
         assert torch.allclose(full.centres, everything.centres, atol=1e-6)
 
 
-def test_accumulated_passes_update_each_drawn_row_once():
+@pytest.mark.parametrize("variant", ["plain", "sub-centres"])
+def test_accumulated_passes_update_each_drawn_row_once(variant):
     """Two backward passes before a step: gradients of a row drawn by both add up, momentum and decay count once."""
-    head = sampled_head(0.3)
+    head = sampled_head(0.3, **VARIANTS[variant])
     reference = head.centres.clone()
     total = torch.zeros_like(reference)
     rows = set()
@@ -553,10 +579,17 @@ def test_a_sampled_head_keeps_one_momentum_row_per_centre_and_no_gradient():
     [
         ({"loss": "sphereface"}, "no loss named"),
         ({"margin": (1.0, 0.3)}, "one number"),
+        ({"loss": "magface", "margin": 0.4}, "takes 2 numbers"),
+        ({"loss": "magface", "margin": (0.4, 4.0)}, r"\[0, pi\)"),
+        ({"filter": 1.5}, "filter"),
+        ({"filter": math.nan}, "filter"),
+        ({"sub_centres": 0}, "sub-centres"),
+        ({"sub_centres": 257}, "sub-centres"),
         ({"margin": -0.1}, r"\[0, pi\)"),
         ({"margin": math.nan}, r"\[0, pi\)"),
-        ({"loss": "combined", "margin": 0.5}, "three numbers"),
-        ({"loss": "combined", "margin": (0.0, 0.5, 0.0)}, "three numbers"),
+        ({"loss": "combined", "margin": 0.5}, "3 numbers"),
+        ({"loss": "combined", "margin": (0.0, 0.5, 0.0)}, "m1 > 0"),
+        ({"loss": "combined", "margin": (1.0, math.nan, 0.0)}, "m1 > 0"),
         ({"sample_rate": 0.0}, "sample rate"),
         ({"sample_rate": 1.5}, "sample rate"),
         ({"focal_gamma": -1.0}, "gamma"),
@@ -580,8 +613,9 @@ def test_identities_are_split_evenly_and_completely(identities, world_size):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_initial_centres_do_not_depend_on_the_split():
-    settings = {"loss": "arcface", "margin": 0.5, "scale": 64.0, "seed": 9}
+@pytest.mark.parametrize("sub_centres", [1, 3])
+def test_initial_centres_do_not_depend_on_the_split(sub_centres):
+    settings = {"loss": "arcface", "margin": 0.5, "scale": 64.0, "seed": 9, "sub_centres": sub_centres}
     whole = MarginHead(4, 2500, **settings).centres
     parts = [MarginHead(4, 2500, rank=rank, world_size=3, **settings).centres for rank in range(3)]
     assert torch.equal(torch.cat(parts), whole)
@@ -591,9 +625,9 @@ def test_initial_centres_do_not_depend_on_the_split():
     assert not torch.equal(whole, other)
 
 
-@pytest.mark.parametrize("loss", ["arcface", "adaface"])
-@pytest.mark.parametrize("rate", [1.0, 0.3])
-def test_state_goes_on_where_it_stopped(loss, rate):
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("rate", "variant"), [(1.0, "plain"), (0.3, "plain"), (1.0, "both"), (0.3, "both")])
+def test_state_goes_on_where_it_stopped(loss, rate, variant):
     def steps(head, first, last):
         for step in range(first, last):
             features, labels = batch(400, seed=step)
@@ -606,27 +640,29 @@ def test_state_goes_on_where_it_stopped(loss, rate):
             head.zero_grad()
         return value
 
-    unbroken = sampled_head(rate, loss=loss)
+    settings = {"loss": loss, "margin": None} | VARIANTS[variant]
+    unbroken = sampled_head(rate, **settings)
     steps(unbroken, 0, 6)
-    stopped = sampled_head(rate, loss=loss)
+    stopped = sampled_head(rate, **settings)
     steps(stopped, 0, 3)
     state = stopped.full_state()
-    assert state["centres"].shape == (400, 8)
-    resumed = sampled_head(rate, loss=loss, seed=5)
+    assert state["centres"].shape == unbroken.centres.shape
+    resumed = sampled_head(rate, **settings | {"seed": 5})
     with torch.no_grad():
         resumed.centres.zero_()
     resumed.load_full_state(state)
     steps(resumed, 3, 6)
     assert torch.equal(resumed.centres, unbroken.centres)
     assert resumed.steps == 6
-    if loss == "adaface":
-        assert torch.equal(resumed.norm_mean, unbroken.norm_mean)
-        assert torch.equal(resumed.norm_std, unbroken.norm_std)
+    for name, value in unbroken.loss.state_dict().items():
+        assert torch.equal(resumed.loss.state_dict()[name], value) and name in state
 
 
 def test_state_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"\(400, 8\), not \(300, 8\)"):
         sampled_head(1.0, 300).load_full_state(sampled_head(1.0).full_state())
+    with pytest.raises(ValueError, match=r"\(400, 8\), not \(400, 3, 8\)"):
+        sampled_head(1.0, sub_centres=3).load_full_state(sampled_head(1.0).full_state())
 
 
 def test_full_state_does_not_alias_the_head():

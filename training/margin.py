@@ -1,17 +1,24 @@
 """The margin head: class centres split by identity over the ranks, angular margins, soft-max over the union.
 
 Design. One custom autograd function does product, margin, soft-max, cross entropy and focal factor. It walks over the
-centres in blocks of columns, keeps exactly one matrix of [crops, centres] cosines in the dtype of the product
+centres in blocks of columns, keeps exactly one matrix of [crops, identities] cosines in the dtype of the product
 (bfloat16 under autocast), does its arithmetic in float32 on one block at a time, and never builds a one-hot matrix:
 the target cosine of each crop is computed apart, in float32 from the stored centre, and so are its margin, derivative
 and gradient. Centres are normalised block by block as well, so neither a normalised copy of all centres nor its
-gradient exists. The price: a loop in Python over a few blocks, and no second derivative.
+gradient exists. The price: a loop in Python over a few blocks, and no second derivative. What the losses do to the
+cosines is theirs to say (losses.py).
 
 Over several ranks, each holds a contiguous block of identities. A step costs an all-gather of features, norms and
-labels, one of three numbers per crop (maximum, sum of exponentials, target cosine) and one reduce-scatter of the
-features' gradient. The loss is the mean over the global batch and the same number on every rank. Gradients of the
-head's own block are complete; gradients that flow on into the local features are those of the *global* mean, so the
-backbone's have to be summed (not averaged) over the ranks.
+labels, one of the target cosines, one of three numbers per crop (maximum, sum of exponentials, nearest other) and one
+reduce-scatter of the features' gradient. The loss is the mean over the global batch and the same number on every rank.
+Gradients of the head's own block are complete; gradients that flow on into the local features are those of the
+*global* mean, so the backbone's have to be summed (not averaged) over the ranks.
+
+With `sub_centres` K > 1 an identity has K centres, and the nearest one to a crop counts, for its own identity and for
+the others (sub-centre ArcFace, Deng et al., ECCV 2020): crops of somebody else under the same label get a centre of
+their own. Which one was nearest is kept, a byte for each cosine. With `filter` > 0 the cosines of other identities
+above it are left out of the soft-max: two labels so close are probably one person (InsightFace's arcface_torch,
+`interclass_filtering_threshold`, which sets such a cosine to 0 and so leaves exp(0) in the sum).
 
 With `sample_rate` < 1 (Partial FC, An et al., CVPR 2022) a step sees the identities of its batch and a random share
 of the others. Whether an identity is drawn is a hash of (seed, step, identity): the same for every number of ranks
@@ -40,64 +47,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from focal_loss import focal_factor
-
-LOSSES = ("arcface", "cosface", "combined", "adaface")
-
-# AdaFace (Kim et al., CVPR 2022, section 4.1; official `head.py` and the training scripts of its README):
-# concentration h, weight of a new batch in the running statistics, their starting values, bounds of the norm.
-ADAFACE_H = 0.333
-ADAFACE_ALPHA = 0.01
-ADAFACE_START = (20.0, 100.0)
-ADAFACE_NORMS = (1e-3, 100.0)
+from training.losses import LOSSES, Loss, Margin
 
 # Standard deviation of a fresh centre's coordinates (InsightFace's partial_fc; its direction alone matters to the loss,
 # its length to how fast the direction turns).
 CENTRE_STD = 0.01
+MOST_SUB_CENTRES = 256  # their numbers are kept as bytes
 _CENTRE_BLOCK = 1024  # identities per seeded block of initial values: fixed, or initial centres change
 
 _SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize
 
 # Columns x crops that are held in float32 at a time: 64 MB on a GPU, and on CPU what stays in the caches.
 _BLOCK_ELEMENTS = {"cuda": 1 << 24, "cpu": 1 << 19}
-
-
-def margin_cosine(
-    cosine: Tensor, scale_angle: Tensor | float, add_angle: Tensor | float, add_cosine: Tensor | float
-) -> tuple[Tensor, Tensor]:
-    """cos(m1 theta + m2) - m3 and its derivative with respect to cos(theta), elementwise, in float64.
-
-    `cosine` [N] in any floating dtype (values outside [-1, 1] are rounding noise and are clamped); m1, m2, m3 are
-    `scale_angle`, `add_angle`, `add_cosine`, numbers or [N]. The derivative is m1 sin(m1 theta + m2) / sin(theta);
-    at cos(theta) = +-1, where that is infinite, it is the value at the nearest number below 1 of cosine's dtype,
-    hence finite for every input.
-
-    Beyond m1 theta + m2 = pi the cosine would rise again. There the value is cos(theta) - K - m3 with derivative 1,
-    where K = m2 sin(m2) as in ArcFace's official code (for m1 = 1; Deng et al., CVPR 2019), or larger if m1 > 1 asks
-    for it to stay monotonic. A negative m2 (AdaFace) is cut where the sum leaves [0, pi] at its lower end: the value
-    is 1 - m3, the derivative 0, as in AdaFace's code.
-    """
-    c = cosine.double().clamp(-1.0, 1.0)
-    m1, m2, m3 = (_double(m, c.device) for m in (scale_angle, add_angle, add_cosine))
-    angle = m1 * torch.atan2(((1 - c) * (1 + c)).sqrt(), c) + m2
-    value = angle.cos() - m3
-    # The derivative is taken off the poles, by as much as cosine's dtype can tell.
-    edge = 1 - torch.finfo(cosine.dtype).eps / 2
-    near = c.clamp(-edge, edge)
-    sine = ((1 - near) * (1 + near)).sqrt()
-    derivative = m1 * (m1 * torch.atan2(sine, near) + m2).sin() / sine
-    turn = ((math.pi - m2) / m1).clamp(0.0, math.pi)  # theta at which the angle reaches pi
-    drop = torch.maximum(m2 * m2.sin(), 1 + turn.cos())
-    beyond, below = angle > math.pi, angle < 0
-    value = torch.where(beyond, c - drop - m3, torch.where(below, 1 - m3, value))
-    derivative = torch.where(beyond, torch.ones_like(c), torch.where(below, torch.zeros_like(c), derivative))
-    return value, derivative
-
-
-def _double(value: Tensor | float, device: torch.device) -> Tensor:
-    # A number is filled in on the device: a copy from the host would wait for the device.
-    if isinstance(value, Tensor):
-        return value.double()
-    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def identity_range(identities: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -108,15 +69,12 @@ def identity_range(identities: int, rank: int, world_size: int) -> tuple[int, in
 class MarginHead(nn.Module):
     """Class centres of `identities` people and the margin loss over them; see the file's docstring.
 
-    `margin` is one number m, or three for `combined`:
-      arcface   cos(theta + m)                              (Deng et al., CVPR 2019)
-      cosface   cos(theta) - m                              (Wang et al., CVPR 2018)
-      combined  cos(m1 theta + m2) - m3                     (Deng et al., section 2.1)
-      adaface   cos(theta - m z) - m (1 + z), z in [-1, 1] from the feature's norm   (Kim et al., CVPR 2022)
-    `scale` multiplies the cosines (64 in the papers). `focal_gamma` > 0 applies the focal factor per crop.
-    `sample_rate` in (0, 1] is the share of negative centres that a step sees. `rank`, `world_size`, `group` place the
-    head on a process group (None: the default one); world size 1 needs none. `seed` decides initial centres and
-    sampling, independently of the number of ranks. `margin` and `scale` may be assigned during training.
+    `loss` is a name in `losses.LOSSES`, `margin` one number or as many as it takes, None its default. `scale`
+    multiplies the cosines (64 in the papers). `focal_gamma` > 0 applies the focal factor per crop. `sub_centres` is
+    the number of centres an identity has, `filter` in [0, 1] the cosine above which another identity is left out (0:
+    none is). `sample_rate` in (0, 1] is the share of negative centres that a step sees. `rank`, `world_size`, `group`
+    place the head on a process group (None: the default one); world size 1 needs none. `seed` decides initial centres
+    and sampling, independently of the number of ranks. `margin` and `scale` may be assigned during training.
     Raises ValueError for values outside these ranges.
     """
 
@@ -126,8 +84,10 @@ class MarginHead(nn.Module):
         identities: int,
         *,
         loss: str,
-        margin: float | Sequence[float],
+        margin: float | Sequence[float] | None = None,
         scale: float,
+        sub_centres: int = 1,
+        filter: float = 0.0,
         sample_rate: float = 1.0,
         focal_gamma: float = 0.0,
         rank: int = 0,
@@ -144,41 +104,39 @@ class MarginHead(nn.Module):
             raise ValueError(f"sample rate {sample_rate} is outside (0, 1]")
         if focal_gamma < 0:
             raise ValueError(f"focal gamma {focal_gamma} is negative")
-        self.loss, self.scale, self.focal_gamma, self.sample_rate = loss, scale, focal_gamma, sample_rate
+        if not 1 <= sub_centres <= MOST_SUB_CENTRES:
+            raise ValueError(f"{sub_centres} sub-centres are not between 1 and {MOST_SUB_CENTRES}")
+        if not 0 <= filter <= 1:
+            raise ValueError(f"filter {filter} is outside [0, 1]")
+        self.loss = LOSSES[loss]()
+        self.scale, self.focal_gamma, self.sample_rate = scale, focal_gamma, sample_rate
+        self.sub_centres, self.filter = sub_centres, filter
         self.margin = margin
         self.rank, self.world_size, self.group, self.seed = rank, world_size, group, seed
         self.embedding_size, self.identities = embedding_size, identities
         self.first, self.last = identity_range(identities, rank, world_size)
         self.steps = 0
         self._drawn: list[tuple[Tensor, Tensor]] = []  # (rows, leaf) of each forward pass since the last step
+        shape = (embedding_size,) if sub_centres == 1 else (sub_centres, embedding_size)
         if self.sampled:
             # One spare row at the end is where masked slots read from and write to.
-            rows = torch.zeros(self.last - self.first + 1, embedding_size)
+            rows = torch.zeros(self.last - self.first + 1, *shape)
             self.register_buffer("_rows", rows, persistent=False)
             self.register_buffer("_velocity", torch.zeros_like(rows), persistent=False)
         else:
-            self.weight = nn.Parameter(torch.empty(self.last - self.first, embedding_size))
+            self.weight = nn.Parameter(torch.empty(self.last - self.first, *shape))
         _draw_centres(self.centres, self.first, seed)
-        if loss == "adaface":
-            self.register_buffer("norm_mean", torch.tensor(ADAFACE_START[0]))
-            self.register_buffer("norm_std", torch.tensor(ADAFACE_START[1]))
 
     @property
-    def margin(self) -> float | tuple[float, ...]:
-        """The margin as given: a number, or (m1, m2, m3) for `combined`."""
-        return self._margin
+    def margin(self) -> float | Margin:
+        """The present margin: a number, or as many as the loss takes."""
+        return self._margin[0] if len(self._margin) == 1 else self._margin
 
     @margin.setter
-    def margin(self, value: float | Sequence[float]) -> None:
-        if self.loss == "combined":
-            values = tuple(map(float, value)) if isinstance(value, Sequence) else ()
-            if len(values) != 3 or not values[0] > 0 or min(values) < 0:
-                raise ValueError(f"the combined margin needs three numbers m1 > 0, m2, m3 >= 0, not {value}")
-            self._margin: float | tuple[float, ...] = values
-            return
-        if isinstance(value, Sequence) or not 0 <= value < math.pi:
-            raise ValueError(f"the margin of {self.loss} is one number in [0, pi), not {value}")
-        self._margin = float(value)
+    def margin(self, value: float | Sequence[float] | None) -> None:
+        numbers = self.loss.numbers((float(value),) if isinstance(value, int | float) else value and tuple(value))
+        self.loss.check(numbers)
+        self._margin = numbers
 
     @property
     def sampled(self) -> bool:
@@ -187,14 +145,18 @@ class MarginHead(nn.Module):
 
     @property
     def centres(self) -> Tensor:
-        """This rank's centres [last - first, embedding_size], not normalised, detached (a view, not a copy)."""
+        """This rank's centres [last - first, embedding_size], not normalised, detached (a view, not a copy).
+
+        With sub-centres [last - first, sub_centres, embedding_size].
+        """
         return self._rows[:-1] if self.sampled else self.weight.detach()
 
     def extra_repr(self) -> str:
         """What `print` shows."""
         return (
-            f"{self.loss}, margin={self.margin}, scale={self.scale}, identities={self.first}..{self.last - 1} of "
-            f"{self.identities}, sample_rate={self.sample_rate}, focal_gamma={self.focal_gamma}"
+            f"{self.loss.name()}, margin={self.margin}, scale={self.scale}, identities={self.first}..{self.last - 1} "
+            f"of {self.identities}, sample_rate={self.sample_rate}, focal_gamma={self.focal_gamma}, "
+            f"sub_centres={self.sub_centres}, filter={self.filter}"
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -213,19 +175,20 @@ class MarginHead(nn.Module):
             norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
             unit = features / norms.clamp_min(_SMALLEST_NORM)
             unit = _GatherRows.apply(unit, self.group, self.world_size)
-            # Without gradient: AdaFace looks at the norms, but does not train them.
-            norms = _all_gather(norms.detach()[:, 0], self.group, self.world_size)
+            if self.loss.trains_norm:
+                norms = _GatherRows.apply(norms[:, 0], self.group, self.world_size)
+            else:
+                norms = _all_gather(norms.detach()[:, 0], self.group, self.world_size)
             labels = _all_gather(labels, self.group, self.world_size)
             weight, columns, empty = self._choose(labels)
-            margins = self._margins(norms)
             loss, target, other = _MarginSoftmax.apply(
-                unit, weight, columns, empty, margins, self.scale, self.focal_gamma, low or unit.dtype, self
+                unit, weight.flatten(0, -2), norms, columns, empty, low or unit.dtype, self
             )
         stats = {
             "top1": (target > other).to(target.dtype).mean(),
             "target_angle": _degrees(target),
             "other_angle": _degrees(other),
-            "feature_norm": norms,
+            "feature_norm": norms.detach(),
         }
         return loss, stats
 
@@ -247,6 +210,19 @@ class MarginHead(nn.Module):
         """How many centres compete in a step of `crops` crops, on average, where identities are equally frequent."""
         positive = -self.identities * math.expm1(crops * math.log1p(-1 / self.identities))
         return positive + self.sample_rate * (self.identities - positive)
+
+    @torch.no_grad()
+    def cost_of_margin(self, norm: float) -> float:
+        """What scale, present margin and penalty add to the loss of a network that knows nothing.
+
+        Its crops, whose features have this norm, are at right angles to all centres; the loss is then log(identities)
+        and this.
+        """
+        cosine, length = torch.tensor([[0.0], [norm]], dtype=torch.float64, device=self.centres.device)
+        target = self.loss.target(cosine, length, self._margin)
+        cost = self.scale * (self.loss.others(cosine[:, None], target[:, None])[:, 0] - target)
+        penalty = self.loss.penalty(length)
+        return float(cost if penalty is None else cost + penalty)
 
     @torch.no_grad()
     def step(self, lr: float, *, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True) -> None:
@@ -276,14 +252,14 @@ class MarginHead(nn.Module):
     def full_state(self) -> dict[str, Any] | None:
         """State for a checkpoint, independent of the number of ranks; on rank 0, None on the others. Collective.
 
-        Plain tensors on CPU and numbers: `centres` [identities, embedding_size], `steps`, for a sampled head
-        `velocity` of the same shape, for AdaFace `norm_mean` and `norm_std`.
+        Plain tensors on CPU and numbers: `centres` [identities, embedding_size] (with sub-centres [identities,
+        sub_centres, embedding_size]), `steps`, for a sampled head `velocity` of the same shape, and the loss's running
+        numbers by their names.
         """
         state: dict[str, Any] = {"centres": self.gather_rows(self.centres), "steps": self.steps}
         if self.sampled:
             state["velocity"] = self.gather_rows(self._velocity[:-1])
-        if self.loss == "adaface":
-            state |= {"norm_mean": self.norm_mean.cpu(), "norm_std": self.norm_std.cpu()}
+        state |= {name: value.cpu() for name, value in self.loss.named_buffers()}
         return state if self.rank == 0 else None
 
     @torch.no_grad()
@@ -293,16 +269,16 @@ class MarginHead(nn.Module):
         A full head's state may start a sampled one (momentum from zero) and the other way round. Raises ValueError
         when the number of identities or dimensions differs.
         """
-        expected = (self.identities, self.embedding_size)
+        expected = (self.identities, *self.centres.shape[1:])
         if tuple(state["centres"].shape) != expected:
             raise ValueError(f"the head's centres are {tuple(state['centres'].shape)}, not {expected}")
         self.steps = int(state["steps"])
         self.centres.copy_(self.own_rows(state["centres"]))
         if self.sampled and "velocity" in state:
             self._velocity[:-1].copy_(self.own_rows(state["velocity"]))
-        if self.loss == "adaface" and "norm_mean" in state:
-            self.norm_mean.copy_(state["norm_mean"])
-            self.norm_std.copy_(state["norm_std"])
+        for name, value in self.loss.named_buffers():
+            if name in state:
+                value.copy_(state[name])
 
     def gather_rows(self, rows: Tensor) -> Tensor | None:
         """A per-identity tensor [last - first, ...] of every rank as one [identities, ...] on rank 0's CPU. Collective.
@@ -327,24 +303,8 @@ class MarginHead(nn.Module):
         """This rank's part [last - first, ...] of a per-identity tensor [identities, ...]; undoes `gather_rows`."""
         return whole[self.first : self.last]
 
-    def _margins(self, norms: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-        """(m1, m2, m3) of `margin_cosine` for features of these norms [N]; AdaFace's statistics take them in."""
-        if self.loss == "combined":
-            return self.margin
-        if self.loss == "arcface":
-            return 1.0, self.margin, 0.0
-        if self.loss == "cosface":
-            return 1.0, 0.0, self.margin
-        norms = norms.clamp(*ADAFACE_NORMS)
-        if self.training and len(norms) > 1:
-            with torch.no_grad():
-                self.norm_mean.lerp_(norms.mean().to(self.norm_mean.dtype), ADAFACE_ALPHA)
-                self.norm_std.lerp_(norms.std().to(self.norm_std.dtype), ADAFACE_ALPHA)
-        quality = ((norms - self.norm_mean) / (self.norm_std + 1e-3) * ADAFACE_H).clamp(-1, 1)
-        return 1.0, -self.margin * quality, self.margin * (1 + quality)
-
     def _choose(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Centres of this step [S, D], column of each label's centre among them (-1: not here), masked columns [S]."""
+        """Centres of this step [S, ...], each label's place among them (-1: not here), which of them are masked [S]."""
         size = self.last - self.first
         local = labels - self.first
         here = (local >= 0) & (local < size)
@@ -388,78 +348,142 @@ class _MarginSoftmax(torch.autograd.Function):
         ctx: Any,
         unit: Tensor,
         weight: Tensor,
+        norm: Tensor,
         columns: Tensor,
         empty: Tensor | None,
-        margins: tuple[Tensor | float, Tensor | float, Tensor | float],
-        scale: float,
-        gamma: float,
         product_dtype: torch.dtype,
         head: MarginHead,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`unit` [N, D], `weight` [S, D], `columns` [N] in -1 .. S - 1, `empty` bool [S] or None."""
+        """`unit` [N, D], `weight` [S x sub-centres, D], `norm` [N], `columns` [N] in -1 .. S - 1, `empty` [S] bool."""
+        loss, scale, each = head.loss, head.scale, head.sub_centres
         inverse = 1 / torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp_min(_SMALLEST_NORM)
         here = columns >= 0
-        target = (unit * _rows_of(weight, inverse, columns)).sum(1)
+        own = _nearest_row(unit, weight, inverse, columns, each)
+        target = torch.where(here, (unit * _rows_of(weight, inverse, own)).sum(1), -math.inf)
+        target = _all_gather(target[None], head.group, head.world_size).amax(0)
+        if head.training:
+            loss.observe(target, norm)
+        value, slope, norm_slope, penalty, penalty_slope = _evaluated(loss, target, norm, head._margin)
+        value = torch.where(target.isinf(), -math.inf, value).to(unit.dtype)  # clamped away in `margin_cosine`
+
         low = unit.to(product_dtype)
-        step = max(1, _BLOCK_ELEMENTS.get(unit.device.type, 1 << 24) // len(unit))
-        cosines = []
-        # -2 instead of -inf for "no other centre yet": differences stay finite, and no cosine is below it.
-        top = unit.new_full((len(unit),), -2.0)
+        step = max(1, _BLOCK_ELEMENTS.get(unit.device.type, 1 << 24) // (len(unit) * each))
+        cosines, nearest = [], []
+        # Instead of -inf for "none yet": differences stay finite, and no cosine or what `others` makes of it is below.
+        other = top = unit.new_full((len(unit),), -2.0)
         total = unit.new_zeros(len(unit))
-        for start in range(0, len(weight), step):
-            stop = min(start + step, len(weight))
-            block = low @ _unit_block(weight, inverse, start, stop, product_dtype).T
+        for start in range(0, len(weight) // each, step):
+            stop = min(start + step, len(weight) // each)
+            block = low @ _unit_block(weight, inverse, start * each, stop * each, product_dtype).T
+            if each > 1:
+                block, best = block.unflatten(1, (-1, each)).max(2)
+                nearest.append(best.to(torch.uint8))
             if empty is not None:
                 block.masked_fill_(empty[start:stop], -math.inf)
             _exclude(block, columns - start)
+            if head.filter:
+                other = torch.maximum(other, block.amax(1).to(unit.dtype))
+                block.masked_fill_(block > head.filter, -math.inf)
             cosines.append(block)
-            new_top = torch.maximum(top, block.amax(1).to(unit.dtype))
+            logits = block
+            if loss.reshapes_others:
+                if not head.filter:
+                    other = torch.maximum(other, block.amax(1).to(unit.dtype))
+                logits = loss.others(block.to(unit.dtype, copy=True), value[:, None])
+            new_top = torch.maximum(top, logits.amax(1).to(unit.dtype))
             total = total * ((top - new_top) * scale).exp()
-            total += block.to(unit.dtype, copy=True).sub_(new_top[:, None]).mul_(scale).exp_().sum(1)
+            total += logits.to(unit.dtype, copy=True).sub_(new_top[:, None]).mul_(scale).exp_().sum(1)
             top = new_top
-        parts = torch.stack([top, total, torch.where(here, target, -math.inf)])
+        parts = torch.stack([top, total, other if head.filter or loss.reshapes_others else top])
         parts = _all_gather(parts[None], head.group, head.world_size)
-        top, target = parts[:, 0].amax(0), parts[:, 2].amax(0)
+        other = parts[:, 2].amax(0)
         log_others = torch.logsumexp(parts[:, 0] * scale + parts[:, 1].log(), 0)
-        value, derivative = margin_cosine(target, *margins)
-        value = torch.where(target.isinf(), -math.inf, value)  # clamped away above
-        logit, derivative = (value * scale).to(unit.dtype), derivative.to(unit.dtype)
+        logit = value * scale
         # logsumexp(all) - logit, without cancellation where the crop is nearly certain.
         entropy = torch.logaddexp(log_others - logit, torch.zeros_like(logit))
-        factor, focal_derivative = focal_factor(entropy, gamma)
-        loss = (factor * entropy).mean()
-        pull = derivative * torch.expm1(-entropy)  # d entropy / d target cosine / scale
+        factor, focal_derivative = focal_factor(entropy, head.focal_gamma)
+        result = factor * entropy if penalty is None else factor * entropy + penalty
         coefficient = focal_derivative / len(unit)
+        miss = torch.expm1(-entropy)  # d entropy / d logit
+        norm_gradient = None
+        if loss.trains_norm:
+            norm_gradient = coefficient * miss * scale * norm_slope + penalty_slope / len(unit)
         # Saved this way, not as attributes, the cosines are freed by the backward pass.
-        ctx.save_for_backward(unit, weight, inverse, columns, entropy + logit, coefficient, pull, *cosines)
-        ctx.step, ctx.scale, ctx.product_dtype = step, scale, product_dtype
-        ctx.mark_non_differentiable(target, top)
-        return loss, target, top
+        ctx.save_for_backward(
+            *(unit, weight, inverse, own, here, entropy + logit, coefficient, slope * miss, norm_gradient, value),
+            *(*cosines, *nearest),
+        )
+        ctx.step, ctx.scale, ctx.product_dtype, ctx.each = step, scale, product_dtype, each
+        ctx.loss = loss.snapshot() if loss.reshapes_others else None
+        ctx.mark_non_differentiable(target, other)
+        return result.mean(), target, other
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """This rank's share of the features' gradient (its centres' part) and the whole gradient of its centres."""
-        unit, weight, inverse, columns, log_sum, coefficient, pull, *cosines = ctx.saved_tensors
+        unit, weight, inverse, own, here, log_sum, coefficient, pull, norm_gradient, value, *kept = ctx.saved_tensors
+        each = ctx.each
+        blocks = len(kept) if each == 1 else len(kept) // 2
         with torch.autocast(unit.device.type, enabled=False):
             coefficient = coefficient * (upstream * ctx.scale)
             low = unit.to(ctx.product_dtype)
             unit_gradient, weight_gradient = torch.zeros_like(unit), torch.empty_like(weight)
-            for start, cosine in zip(range(0, len(weight), ctx.step), cosines, strict=True):
-                stop = start + cosine.shape[1]
+            for index, cosine in enumerate(kept[:blocks]):
+                start = index * ctx.step * each
+                stop = start + cosine.shape[1] * each
                 block = _unit_block(weight, inverse, start, stop, ctx.product_dtype)
-                share = cosine.to(unit.dtype, copy=True).mul_(ctx.scale).sub_(log_sum[:, None]).exp_()
-                share = share.mul_(coefficient[:, None]).to(ctx.product_dtype)
+                share, slope = cosine.to(unit.dtype, copy=True), None
+                if ctx.loss is not None:
+                    slope = ctx.loss.others_derivative(share, value[:, None])
+                    share = ctx.loss.others(share, value[:, None])
+                share = share.mul_(ctx.scale).sub_(log_sum[:, None]).exp_().mul_(coefficient[:, None])
+                if slope is not None:
+                    share *= slope
+                share = share.to(ctx.product_dtype)
+                if each > 1:
+                    spread = share.new_zeros(*share.shape, each)
+                    share = spread.scatter_(2, kept[blocks + index].long()[:, :, None], share[:, :, None]).flatten(1)
                 unit_gradient += share @ block
                 part = (share.T @ low).to(weight.dtype)
                 weight_gradient[start:stop] = _through_norm(part, weight[start:stop], inverse[start:stop])
-            here = (columns >= 0)[:, None]
-            target_gradient = (coefficient * pull)[:, None] * here
-            own = columns.clamp_min(0)
-            unit_gradient += target_gradient * _rows_of(weight, inverse, columns)
+            target_gradient = (coefficient * pull * here)[:, None]
+            unit_gradient += target_gradient * _rows_of(weight, inverse, own)
             part = _through_norm(target_gradient * unit, weight[own], inverse[own])
             weight_gradient.index_add_(0, own, part)
-        return unit_gradient, weight_gradient, *[None] * 7
+            # Summed over the ranks like the features' gradient: one of them gives the whole.
+            norm_gradient = None if norm_gradient is None else upstream * norm_gradient * here
+        return unit_gradient, weight_gradient, norm_gradient, *[None] * 4
+
+
+def _evaluated(loss: Loss, cosine: Tensor, norm: Tensor, margin: Margin) -> tuple[Tensor | None, ...]:
+    """`loss.target`, its derivatives by cosine and norm, `loss.penalty` and its derivative; None where there is none.
+
+    All [N] in the dtype of `cosine`, but the value, which is as exact as the loss gives it.
+    """
+    with torch.enable_grad():
+        # Each crop's value depends on its own numbers alone, so the sum's derivatives are those of the values.
+        place, length = cosine.detach().requires_grad_(), norm.detach().requires_grad_(loss.trains_norm)
+        value, penalty = loss.target(place, length, margin), loss.penalty(length)
+        norm_slope = penalty_slope = None
+        if loss.trains_norm:
+            slope, norm_slope = torch.autograd.grad(value.sum(), [place, length], materialize_grads=True)
+            penalty_slope = torch.zeros_like(length)
+            if penalty is not None:
+                (penalty_slope,) = torch.autograd.grad(penalty.sum(), [length])
+        else:
+            (slope,) = torch.autograd.grad(value.sum(), [place])
+    return value.detach(), slope, norm_slope, None if penalty is None else penalty.detach().to(cosine), penalty_slope
+
+
+def _nearest_row(unit: Tensor, weight: Tensor, inverse: Tensor, columns: Tensor, each: int) -> Tensor:
+    """Row of `weight` of each crop's own centre, the nearest of its `each` [N]; arbitrary where the column is -1."""
+    own = columns.clamp_min(0)
+    if each == 1:
+        return own
+    rows = own[:, None] * each + torch.arange(each, device=own.device)
+    cosines = (_rows_of(weight, inverse, rows) * unit[:, None]).sum(2)
+    return rows.gather(1, cosines.argmax(1, keepdim=True))[:, 0]
 
 
 def _unit_block(weight: Tensor, inverse: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -468,10 +492,9 @@ def _unit_block(weight: Tensor, inverse: Tensor, start: int, stop: int, dtype: t
     return torch.mul(weight[start:stop], inverse[start:stop], out=block)
 
 
-def _rows_of(weight: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
-    """Normalised centre of each crop [N, D]; arbitrary where the column is -1."""
-    own = columns.clamp_min(0)
-    return weight[own] * inverse[own]
+def _rows_of(weight: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
+    """Normalised centres of these rows [..., D]."""
+    return weight[rows] * inverse[rows]
 
 
 def _through_norm(gradient: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
@@ -493,11 +516,11 @@ def _degrees(cosine: Tensor) -> Tensor:
 
 
 def _draw_centres(centres: Tensor, first: int, seed: int) -> None:
-    """Fill the centres [n, D] of identities first, first + 1, ...: normal values, the same however they are split."""
+    """Fill the centres [n, ...] of identities first, first + 1, ...: normal values, the same however they are split."""
     last = first + len(centres)
     for block in range(first // _CENTRE_BLOCK, -(-last // _CENTRE_BLOCK)):
         generator = torch.Generator().manual_seed(_hash(block, seed, 0))
-        values = torch.randn(_CENTRE_BLOCK, centres.shape[1], generator=generator, device="cpu").mul_(CENTRE_STD)
+        values = torch.randn(_CENTRE_BLOCK, *centres.shape[1:], generator=generator, device="cpu").mul_(CENTRE_STD)
         begin = block * _CENTRE_BLOCK
         start, stop = max(first, begin), min(last, begin + _CENTRE_BLOCK)
         centres[start - first : stop - first] = values[start - begin : stop - begin]

@@ -3,11 +3,10 @@
 import math
 
 from config import Train
+from training.losses import LOSSES
 from utils import InputError
 
-# ArcFace: the published model (the paper has 0.5). CosFace: Wang et al., CVPR 2018. Combined: CM1 of Deng et al., CVPR
-# 2019, table 2 (m1, m2, m3). AdaFace: Kim et al., CVPR 2022, section 4.1.
-DEFAULT_MARGINS = {"arcface": (0.6,), "cosface": (0.35,), "combined": (1.0, 0.3, 0.2), "adaface": (0.4,)}
+DEFAULT_MARGINS = {name: loss.default_margin for name, loss in LOSSES.items()}
 
 
 def learning_rate(step: int, steps_per_epoch: int, options: Train) -> float:
