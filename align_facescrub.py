@@ -69,13 +69,13 @@ def main() -> None:
         lambda: FaceFinder(
             open_detector(options), min_overlap=options.min_overlap, retry=True, fallback=True, orient=False
         ),
+        listing,
         {
-            "photos": str(listing),
             "annotations": [utils.sha256_of(path) for path in options.annotations],
             **detector_settings(options),
             "min_overlap": options.min_overlap,
         },
-        {"companions": listing.companions, "not_annotations": annotations.problems},
+        {"not_annotations": annotations.problems},
     )
 
 

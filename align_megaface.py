@@ -30,8 +30,9 @@ def main() -> None:
         len(listing.files),
         lambda number: Photo(options.src / listing.files[number], listing.files[number]),
         lambda: FaceFinder(open_detector(options), options.rule, fallback=True),
-        {"photos": str(listing), **detector_settings(options), "rule": options.rule},
-        {"companions": listing.companions},
+        listing,
+        {**detector_settings(options), "rule": options.rule},
+        {},
     )
 
 

@@ -179,7 +179,8 @@ def main() -> None:
     listing = list_input(options.photos)
     table = None if options.from_detections is None else FaceTable(options.from_detections)
     files = listing.files if table is None else in_order({*listing.files, *table})
-    chunks = Chunks(options.out, len(files), settings_of(options, listing))
+    settings = settings_of(options, listing)
+    chunks = Chunks(options.out, len(files), settings, folder=options.photos, stamp=listing.stamp)
     if not chunks.open(OUTPUTS):
 
         def prepare() -> Work:

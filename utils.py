@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -11,6 +12,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +132,83 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all; NaN is refused because JSON has no NaN."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock among processes for as long as the block lasts; a killed process holds none.
+
+    `path` is a file for the lock alone. With `busy`, an `InputError` of that text if another process holds it;
+    otherwise wait. A file system that has no `flock` (Lustre, unless mounted with it) gets a file `PATH.owner`, made
+    exclusively: what a killed process on the same machine left is taken over, one of another machine's is waited for
+    or told about, because nothing can say whether that process still runs.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(str(busy)) from error
+        except OSError:
+            with _owned(path.with_name(f"{path.name}.owner"), busy):
+                yield
+            return
+        yield
+
+
+@contextlib.contextmanager
+def _owned(path: Path, busy: str | None) -> Iterator[None]:
+    """`locked` without locks: whoever makes the file owns it."""
+    mine = f"{platform.node()} {os.getpid()} {_started(os.getpid())}"
+    while True:
+        try:
+            with open(path, "x") as file:
+                file.write(mine)
+            break
+        except FileExistsError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            owner = path.read_text()
+            if _has_ended(owner):
+                # By way of a name of one's own: two that find the same leftover must not both remove a file.
+                aside = path.with_name(f"{path.name}.{os.getpid()}")
+                os.replace(path, aside)
+                if aside.read_text() != owner:
+                    with contextlib.suppress(OSError):
+                        os.link(aside, path)
+                aside.unlink()
+                continue
+            if busy is not None:
+                raise InputError(f"{busy} ({owner}; if that process is gone, remove {path})")
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _started(process: int) -> str:
+    """When a process of this machine began, in its kernel's ticks; "" where that is not known."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _has_ended(owner: str) -> bool:
+    """Whether the text of an owner's file is that of a process of this machine that no longer runs."""
+    node, _, rest = owner.partition(" ")
+    process, _, started = rest.partition(" ")
+    if node != platform.node() or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return _started(int(process)) != started
 
 
 def sha256_of(path: str | Path) -> str:

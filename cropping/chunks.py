@@ -10,14 +10,13 @@ A part is an uncompressed zip: any tool shows its rows and crops, and its checks
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +24,8 @@ from typing import Any
 
 import utils
 from cropping.faces import WINDOW, ordered_map, windows
-from formats.tables import STATUSES, FaceRow, parse_table, table_text
+from cropping.photos import content_of
+from formats.tables import STATUSES, FaceRow, iterate_faces, parse_table, table_text
 from utils import InputError
 
 PARTS = ".parts"  # folder of the finished chunks, there until they are merged
@@ -66,44 +66,74 @@ class Shard:
 class Chunks:
     """The finished chunks of a run in `out`, and the report that says that the run is complete.
 
-    `settings` is everything that the result depends on. An `out` that holds (parts of) a run with other settings is an
-    `InputError` naming the differences: nothing is mixed and nothing is deleted.
+    `settings` is everything that the result depends on but for the photos' contents. An `out` that holds (parts of) a
+    run with other settings is an `InputError` naming the differences: nothing is mixed and nothing is deleted.
+
+    The photos themselves lie in `folder`. Each row has its photo's hash; while the `stamp` of the listing is the one
+    that was recorded, nobody has written to them, and otherwise the photos of all rows so far are hashed again: if they
+    are the same (copied, touched) the run goes on, if not it is an `InputError`.
     """
 
-    def __init__(self, out: str | Path, items: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, out: str | Path, items: int, settings: dict[str, Any], *, folder: str | Path = "", stamp: str = ""
+    ) -> None:
         self.out = Path(out)
         self.items = items
         self.settings = json.loads(json.dumps(settings))
+        self.folder, self.stamp = Path(folder), stamp
         self.count = -(-items // CHUNK)
-        self._folder = self.out / PARTS
+        self._parts = self.out / PARTS
         self._report = self.out / "report.json"
 
     def open(self, outputs: Sequence[str]) -> bool:
         """Begin or continue; returns whether everything is finished (the report and all `outputs` are there)."""
-        finished = self._recorded(self._report, "settings")
-        begun = self._recorded(self._folder / "settings.json", None)
+        record = self._parts / "settings.json"
+        finished, begun = self._recorded(self._report), self._recorded(record)
         for found in (finished, begun):
             if found is not None:
-                self._compare(found)
+                self._compare(found["settings"])
         present = [name for name in outputs if (self.out / name).exists()]
         if finished is not None and len(present) == len(outputs):
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if finished["stamp"] != self.stamp:
+                self._check_photos(iterate_faces(self.out / "faces.tsv"), self.items)
+                utils.write_json(self._report, finished | {"stamp": self.stamp})
+            shutil.rmtree(self._parts, ignore_errors=True)
             return True
         if finished is None and begun is None and present:
             raise InputError(f"{self.out / present[0]}: exists, but no record of how it was made; give another folder")
-        if begun is None:
-            utils.write_json(self._folder / "settings.json", self.settings)
+        if begun is not None and begun["stamp"] != self.stamp:
+            done = [chunk for chunk in range(self.count) if self.path(chunk).exists()]
+            rows = (row for chunk in done for row, _ in self._read(chunk, crops=False))
+            self._check_photos(rows, sum(len(self.numbers(chunk)) for chunk in done))
+        if begun is None or begun["stamp"] != self.stamp:
+            utils.write_json(record, {"settings": self.settings, "stamp": self.stamp})
         self._report.unlink(missing_ok=True)  # it speaks of outputs that are gone
         return False
 
-    def _recorded(self, path: Path, key: str | None) -> dict[str, Any] | None:
+    def _recorded(self, path: Path) -> dict[str, Any] | None:
+        """What a file says of a run: its `settings` (a dictionary), its `stamp` and more; None without the file."""
         try:
             value = json.loads(path.read_bytes())
-            return dict(value if key is None else value[key])
+            return {**value, "settings": dict(value["settings"]), "stamp": value["stamp"]}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a record of a run; remove it or give another folder") from error
+
+    def _check_photos(self, rows: Iterable[FaceRow], count: int) -> None:
+        """Compare the photos of some rows with the hashes in these rows."""
+        changed: list[str] = []
+        with utils.progress(count, "have the photos changed?", unit="photo") as bar:
+            for row in rows:
+                was_read = row.sha256 or row.reason.startswith(("missing", "unreadable"))
+                if was_read and content_of(self.folder / row.file) != row.sha256:
+                    changed.append(row.file)
+                bar.update()
+        if changed:
+            raise InputError(
+                f"{self.folder / changed[0]}: has changed since it was read ({len(changed)} of {count} photos have); "
+                f"give another folder than {self.out}, or remove that one"
+            )
 
     def _compare(self, found: dict[str, Any]) -> None:
         names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
@@ -115,7 +145,7 @@ class Chunks:
 
     def path(self, chunk: int) -> Path:
         """The file of a finished chunk."""
-        return self._folder / f"{chunk:06d}.zip"
+        return self._parts / f"{chunk:06d}.zip"
 
     def numbers(self, chunk: int) -> range:
         """The photos of a chunk, by their numbers in the list."""
@@ -125,7 +155,7 @@ class Chunks:
         """The chunks that are not finished."""
         if self._report.exists():  # another process has just finished everything
             return []
-        done = {entry.name for entry in os.scandir(self._folder)} if self._folder.is_dir() else set()
+        done = {entry.name for entry in os.scandir(self._parts)} if self._parts.is_dir() else set()
         return [chunk for chunk in range(self.count) if self.path(chunk).name not in done]
 
     def save(self, chunk: int, results: Sequence[tuple[FaceRow, bytes | None]]) -> None:
@@ -178,23 +208,13 @@ class Chunks:
         busy = f"{self.out}: another process is working on shard {shard} here"
         return self._lock(f"shard-{shard.index + 1}-of-{shard.count}", busy)
 
-    @contextlib.contextmanager
-    def _lock(self, name: str, busy: str | None = None) -> Iterator[None]:
-        """Hold a lock among processes; with `busy`, that is the error if another holds it, instead of waiting."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f"{name}.lock", "wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(str(busy)) from error
-            except OSError:
-                pass  # a file system without locks: two processes doing the same write the same
-            yield
+    def _lock(self, name: str, busy: str | None = None) -> contextlib.AbstractContextManager[None]:
+        return utils.locked(self._parts / f"{name}.lock", busy)
 
     def finish(self, report: dict[str, Any]) -> None:
         """Record that all outputs are written, and drop the parts."""
-        utils.write_json(self._report, {"settings": self.settings, **report})
-        shutil.rmtree(self._folder, ignore_errors=True)
+        utils.write_json(self._report, {"settings": self.settings, "stamp": self.stamp, **report})
+        shutil.rmtree(self._parts, ignore_errors=True)
 
     def report(self) -> dict[str, Any]:
         """The report of a finished run."""
@@ -241,11 +261,12 @@ class Tally:
         self.reasons: dict[str, Counter[str]] = {}
 
     def add(self, row: FaceRow) -> None:
-        """Count one row. Each remark of a reason counts by its category, so a row may count under two."""
+        """Count one row: by its status, and within that once, by the categories of all its remarks together."""
         self.photos += 1
         self.statuses[row.status] += 1
-        for remark in filter(None, row.reason.split("; ")):
-            self.reasons.setdefault(row.status, Counter())[remark.split(":", 1)[0]] += 1
+        if row.reason:
+            categories = dict.fromkeys(remark.split(":", 1)[0] for remark in row.reason.split("; "))
+            self.reasons.setdefault(row.status, Counter())[" and ".join(categories)] += 1
 
     def report(self) -> dict[str, Any]:
         """The counts for report.json; the statuses add up to the photos."""

@@ -23,6 +23,7 @@ import config
 import utils
 from cropping.chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
 from cropping.faces import FaceFinder, Photo, encode_jpeg
+from cropping.photos import Listing
 from formats.tables import NO_CROP, FaceRow, read_faces, row_text, table_text
 from utils import InputError
 
@@ -92,16 +93,19 @@ def crop_tree(
     count: int,
     photo_at: Callable[[int], Photo],
     prepare: Callable[[], FaceFinder],
+    listing: Listing,
     settings: dict[str, Any],
     report: dict[str, Any],
 ) -> None:
     """Do a shard's part of `count` photos, merge if it was the last, and print what became of them.
 
-    `settings` is everything that the result depends on besides the shared options; `report` is added to report.json.
+    `listing` is of the photos below `options.src`; `settings` is everything else that the result depends on besides the
+    shared options; `report` is added to report.json.
     """
     shard = Shard.parse(options.shard)
-    settings = {"stage": name, **settings, "jpeg_quality": options.jpeg_quality}
-    chunks = Chunks(options.dst, count, settings)
+    settings = {"stage": name, "photos": str(listing), **settings, "jpeg_quality": options.jpeg_quality}
+    report = {"companions": listing.companions, **report}
+    chunks = Chunks(options.dst, count, settings, folder=options.src, stamp=listing.stamp)
     if chunks.open(["faces.tsv"]):
         check_crops(options.dst, read_faces(options.dst / "faces.tsv"))
     else:

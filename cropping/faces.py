@@ -30,7 +30,7 @@ import config
 import utils
 from config import CROP_SIZE
 from cropping.align import AlignmentError, Rule, align_face, box_overlap, choose_face, warp
-from cropping.photos import PhotoError, read_photo
+from cropping.photos import PhotoError, content_key, read_file, read_photo
 from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow
 from retinaface import RetinaFace
 from utils import InputError
@@ -132,13 +132,17 @@ class FaceFinder:
     def _work(self, photos: Sequence[Photo]) -> list[tuple[FaceRow, Crop | None]]:
         results: dict[int, tuple[FaceRow, Crop | None]] = {}
         batch: dict[int, Crop] = {}
+        sources: dict[int, dict[str, Any]] = {}  # what ties each row to its photo
         pixels = 0
         for index, photo in enumerate(photos):
             try:
-                bgr = read_photo(photo.path, orient=self.orient, min_side=self.min_side)
+                data = read_file(photo.path)
+                sources[index] = {"sha256": content_key(data)}
+                bgr = read_photo(data, orient=self.orient, min_side=self.min_side)
             except PhotoError as error:
                 results[index] = (_row(photo, NO_CROP, error.reason), None)
                 continue
+            sources[index] |= {"width": bgr.shape[1], "height": bgr.shape[0]}
             area = bgr.shape[0] * bgr.shape[1]
             if batch and pixels + area > WINDOW_PIXELS:
                 results |= self._look(photos, batch)
@@ -146,7 +150,8 @@ class FaceFinder:
             batch[index] = bgr
             pixels += area
         results |= self._look(photos, batch)
-        return [results[index] for index in range(len(photos))]
+        ordered = [(index, *results[index]) for index in range(len(photos))]
+        return [(replace(row, **sources.get(index, {})), crop) for index, row, crop in ordered]
 
     def _look(self, photos: Sequence[Photo], batch: dict[int, Crop]) -> dict[int, tuple[FaceRow, Crop | None]]:
         """Detect in decoded photos (by index into `photos`) and make what can be made of them."""
@@ -303,17 +308,25 @@ def realign(
 ) -> tuple[FaceRow, Crop | None]:
     """The crop of the face that a row of an earlier run describes, without detecting again.
 
-    A row without a face stays as it is. A photo that can no longer be read changes the row's status and reason, and so
-    do other limits than those of the earlier run.
+    A row without a face stays as it is. A photo that can no longer be read, or is another one than that of the row,
+    changes the row's status and reason, and so do other limits than those of the earlier run.
     """
     if row.box is None or row.landmarks is None or row.score is None:
         return row, None
+    source: dict[str, Any] = {}
     try:
-        bgr = read_photo(photo.path, min_side=min_side)
+        data = read_file(photo.path)
+        source = {"sha256": content_key(data)}
+        bgr = read_photo(data, min_side=min_side)
+        source |= {"width": bgr.shape[1], "height": bgr.shape[0]}
+        if source["sha256"] != row.sha256:
+            sides = f"{source['width']}x{source['height']} pixels"
+            raise PhotoError("another photo", f"{sides}, the detections are of one of {row.width}x{row.height}")
     except PhotoError as error:
-        return _row(photo, NO_CROP, error.reason), None
+        return replace(_row(photo, NO_CROP, error.reason), **source), None
     face = _Face(np.float32(row.box), np.float32(row.landmarks), row.score)
-    return _align(_face_row(photo, face, row.faces), bgr, face, min_face, size)
+    row, crop = _align(_face_row(photo, face, row.faces), bgr, face, min_face, size)
+    return replace(row, **source), crop
 
 
 def _face_row(photo: Photo, face: "_Face", count: int) -> FaceRow:

@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -60,7 +61,8 @@ class PhotoError(Exception):
     """A file that gives no photo. `reason` is "category" or "category: detail", in one line."""
 
     def __init__(self, category: str, detail: object = "") -> None:
-        text = " ".join(str(detail).split())
+        # A row may hold several reasons, "; " between them: a decoder's semicolon must not look like that.
+        text = " ".join(str(detail).replace(";", ",").split())
         self.reason = f"{category}: {text}" if text else category
         super().__init__(self.reason)
 
@@ -91,16 +93,35 @@ def read_photo(
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a file; `PhotoError` if there is none, it cannot be read, or it is larger than any photo."""
+    """The bytes of a file; `PhotoError` if there is none, it cannot be read, or it is larger than any photo.
+
+    A device or a pipe, also behind a link, is neither waited for nor read.
+    """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PhotoError("not a photo", "a device or a pipe, not a file")
+            data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
                 raise PhotoError("too large", f"the file has more than {MAX_BYTES >> 20} MiB")
-            return file.read()
+            return data
     except FileNotFoundError:
         raise PhotoError("missing") from None
     except OSError as error:
         raise PhotoError("unreadable", error.strerror or error) from error
+
+
+def content_key(data: bytes) -> str:
+    """What identifies a photo: the SHA-256 of its file's bytes, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def content_of(path: str | Path) -> str:
+    """The `content_key` of a file, "" if it cannot be read."""
+    try:
+        return content_key(read_file(path))
+    except PhotoError:
+        return ""
 
 
 @functools.cache
@@ -291,12 +312,17 @@ def _upright(bgr: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 class Listing:
     """The photos under a folder: `files` are paths relative to it (with `/`), ordered by identity and then by name.
 
-    `digest` is a SHA-256 over names and sizes in bytes, so that a restart notices another set of photos. `companions`
-    counts the files by extension that are no photos by name.
+    `digest` is a SHA-256 over names and sizes in bytes, so that a restart notices another set of photos, also on
+    another machine with a copy of them. `stamp` covers times of change as well: as long as it is the same, nobody has
+    written to these files. When it differs, `content_key` says whether they are still the same photos (a copy and a
+    `touch` change times only). What it does not notice: a change by somebody who sets the clock back for it, since the
+    system keeps one of the two times (ctime) itself. `companions` counts the files by extension that are no photos by
+    name.
     """
 
     files: list[str]
     digest: str
+    stamp: str
     companions: dict[str, int]
 
     def __str__(self) -> str:
@@ -320,23 +346,30 @@ def list_photos(folder: str | Path) -> Listing:
         raise InputError(f"{folder}: no such folder of photos")
     companions: Counter[str] = Counter()
     sizes: dict[str, int] = {}
-    for file, size in _walk(str(folder)):
+    stamps = 0  # a sum, so that the order in which a folder is read does not matter and nothing need be kept
+    for file, status in _walk(str(folder)):
         suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 - a Path per file costs more than all the rest
         if suffix in COMPANIONS:
             companions[suffix] += 1
-        else:
-            sizes[file] = size
+            continue
+        sizes[file] = 0 if status is None else status.st_size
+        times = (0, 0) if status is None else (status.st_mtime_ns, status.st_ctime_ns)
+        text = f"{file}\0{sizes[file]}\0{times[0]}\0{times[1]}".encode("utf-8", "surrogateescape")
+        stamps += int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
     if not sizes:
         raise InputError(f"{folder}: no photos in this folder or below it")
     files = in_order(sizes)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file}\0{sizes[file]}\0".encode("utf-8", "surrogateescape"))
-    return Listing(files, digest.hexdigest(), dict(sorted(companions.items())))
+    stamp = f"{stamps % (1 << 128):032x}"
+    return Listing(files, digest.hexdigest(), stamp, dict(sorted(companions.items())))
 
 
-def _walk(root: str) -> Iterator[tuple[str, int]]:
-    """(relative path, size in bytes) of the regular files below; a link back to a folder above is not entered."""
+def _walk(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Relative path and status of the files below, None for a link to no regular file: to nowhere, a device, a pipe. A
+    link back to a folder above is not entered.
+    """
     waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(root, "", frozenset())]
     while waiting:
         folder, prefix, above = waiting.pop()
@@ -351,6 +384,6 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
                 if entry.is_dir():
                     waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))
                 elif entry.is_file():
-                    yield f"{prefix}{entry.name}", entry.stat().st_size
-                elif entry.is_symlink():  # leads nowhere: a photo that is missing
-                    yield f"{prefix}{entry.name}", 0
+                    yield f"{prefix}{entry.name}", entry.stat()
+                elif entry.is_symlink():  # a photo that is missing, or none
+                    yield f"{prefix}{entry.name}", None

@@ -6,6 +6,7 @@ keep their bytes. A table is written whole or not at all.
 
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ CENTRE_CROP = "centre_crop"  # nothing was detected: the largest square in the m
 NO_CROP = "no_crop"
 STATUSES = (CROP, BOX_CROP, CENTRE_CROP, NO_CROP)
 
-COLUMNS = ("identity", "file", "status", "reason", "faces", "box", "landmarks", "score")
+COLUMNS = ("identity", "file", "status", "reason", "faces", "box", "landmarks", "score", "width", "height", "sha256")
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class FaceRow:
 
     `reason` is "category" or "category: detail" for a photo without a crop, and a remark, if any, for one with a crop.
     `faces` counts the faces detected; `box` xyxy, `landmarks` (five (x, y)) and `score` are those of the chosen one, in
-    pixels of the photo as read and exact to float32; None where no face was chosen.
+    pixels of the photo as read and exact to float32; None where no face was chosen. `width` and `height` are those of
+    the photo as read, 0 where it was not, and `sha256` is that of its file, "" where that could not be read: by it a
+    row is tied to its photo, whatever is later found under the same name.
     """
 
     identity: str
@@ -42,6 +48,9 @@ class FaceRow:
     box: tuple[float, ...] | None = None
     landmarks: tuple[tuple[float, float], ...] | None = None
     score: float | None = None
+    width: int = 0
+    height: int = 0
+    sha256: str = ""
 
     def to_line(self) -> str:
         """The row as a line of the table, without the newline."""
@@ -49,7 +58,8 @@ class FaceRow:
         landmarks = "" if self.landmarks is None else " ".join(_numbers(point) for point in self.landmarks)
         score = "" if self.score is None else _numbers([self.score])
         texts = [escape(self.identity), escape(self.file), self.status, escape(self.reason)]
-        return "\t".join([*texts, str(self.faces), box, landmarks, score])
+        sides = [str(side) if side else "" for side in (self.width, self.height)]
+        return "\t".join([*texts, str(self.faces), box, landmarks, score, *sides, self.sha256])
 
     @staticmethod
     def from_line(line: str) -> "FaceRow":
@@ -57,12 +67,16 @@ class FaceRow:
         cells = line.split("\t")
         if len(cells) != len(COLUMNS):
             raise ValueError(f"{len(cells)} columns instead of {len(COLUMNS)}")
-        identity, file, status, reason, faces, box, landmarks, score = cells
+        identity, file, status, reason, faces, box, landmarks, score, width, height, sha256 = cells
         if status not in STATUSES:
             raise ValueError(f"unknown status {status!r}")
         points = landmarks.split()
         if len(points) not in (0, 5) or not faces.isdecimal():
             raise ValueError("five landmarks and a number of faces are expected")
+        if not all(side == "" or side.isdecimal() for side in (width, height)):
+            raise ValueError(f"{width!r} x {height!r}: the sides of a photo are expected")
+        if sha256 and not _SHA256.fullmatch(sha256):
+            raise ValueError(f"{sha256[:80]!r}: a SHA-256 is expected")
         flat = _parse(",".join(points), 10) if points else ()
         return FaceRow(
             unescape(identity),
@@ -73,6 +87,9 @@ class FaceRow:
             _parse(box, 4) if box else None,
             tuple(zip(flat[::2], flat[1::2], strict=True)) or None,
             _parse(score, 1)[0] if score else None,
+            int(width or 0),
+            int(height or 0),
+            sha256,
         )
 
 
@@ -132,6 +149,20 @@ def parse_table(data: bytes, name: object) -> list[FaceRow]:
         except ValueError as error:
             raise InputError(f"{name}, line {number}: {error}") from error
     return rows
+
+
+def iterate_faces(path: str | Path) -> Iterator[FaceRow]:
+    """The rows of a faces.tsv one after another, in little memory; `InputError` as `read_faces`."""
+    with open(path, "rb") as file:
+        head = file.readline()
+        parse_table(head, path)
+        for number, line in enumerate(file, 2):
+            if not line.endswith(b"\n"):
+                raise InputError(f"{path}: the last line is cut off")
+            try:
+                yield FaceRow.from_line(line[:-1].decode("utf-8", "surrogateescape"))
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: {error}") from error
 
 
 def write_faces(path: str | Path, rows: Iterable[FaceRow]) -> None:

@@ -29,6 +29,7 @@ from cropping.faces import (
     realign,
     windows,
 )
+from cropping.photos import content_of
 from formats import tables
 from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, FaceTable, read_faces, write_faces
 from retinaface import RetinaFace
@@ -40,6 +41,11 @@ def one(tmp_path, bgr, detector=None, *, box=None, note="", **settings):
     save(tmp_path / "id" / "photo.png", bgr)
     photo = Photo(tmp_path / "id" / "photo.png", "id/photo.png", "id", box, note)
     return FaceFinder(detector or PaintedFaces(), **settings)([photo])[0]
+
+
+def unread(row):
+    """The row without what ties it to its photo."""
+    return replace(row, width=0, height=0, sha256="")
 
 
 def shows_a_face(crop):
@@ -61,6 +67,9 @@ rows = st.builds(
     box=st.none() | st.tuples(*[numbers] * 4),
     landmarks=st.none() | st.tuples(*[st.tuples(numbers, numbers)] * 5),
     score=st.none() | st.floats(0, 1, width=32),
+    width=st.integers(0, 40_000),
+    height=st.integers(0, 40_000),
+    sha256=st.just("") | st.binary(min_size=32, max_size=32).map(bytes.hex),
 )
 
 
@@ -89,8 +98,8 @@ GOOD = FaceRow("a", "a/1.jpg", CROP, "", 1, (1.0, 2.0, 3.0, 4.0), ((1.0, 2.0),) 
     ("line", "complaint"),
     [
         (GOOD.replace("crop", "cropped"), "unknown status"),
-        (GOOD + "\t", "9 columns"),
-        (GOOD.replace("\t0.5", ""), "7 columns"),
+        (GOOD + "\t", "12 columns"),
+        (GOOD.replace("\t0.5", ""), "10 columns"),
         (GOOD.replace("1.0,2.0 ", "", 1), "five landmarks"),
         (GOOD.replace("3.0,4.0", "3.0"), "expected 4 numbers"),
         (GOOD.replace("3.0", "nan"), "expected 4 numbers"),
@@ -148,7 +157,8 @@ def test_size_of_crops(tmp_path):
 
 def test_photos_without_a_face_say_so(tmp_path):
     row, crop = one(tmp_path, paint(60, 50, []))
-    assert crop is None and row == FaceRow("id", "id/photo.png", NO_CROP, "no face")
+    assert crop is None and unread(row) == FaceRow("id", "id/photo.png", NO_CROP, "no face")
+    assert (row.width, row.height, row.sha256) == (60, 50, content_of(tmp_path / "id" / "photo.png"))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +204,14 @@ def test_orientation_is_applied_unless_told_otherwise(tmp_path):
     path.write_bytes(jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:])
     assert [row.status for row, _ in find_faces([path], PaintedFaces())] == [CROP]
     assert [row.status for row, _ in find_faces([path], PaintedFaces(), orient=False)] == [NO_CROP]
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_links_to_devices_and_pipes_are_rows_at_once(tmp_path, target):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.jpg").symlink_to(tmp_path / target)
+    rows = [row for row, _ in find_faces([tmp_path / "a.jpg"], PaintedFaces(), workers=1)]
+    assert [row.reason for row in rows] == ["not a photo: a device or a pipe, not a file"]
 
 
 # Boxes, the second look and the last resort
@@ -315,6 +333,8 @@ def test_realign_of_rows_without_a_face_and_of_lost_photos(tmp_path):
     face = FaceRow.from_line(GOOD)
     assert realign(photo, face) == (FaceRow("id", "id/photo.png", NO_CROP, "missing"), None)
     save(photo.path, paint(60, 50, []))
+    assert realign(photo, face)[0].reason.startswith("another photo")
+    face = replace(face, sha256=content_of(photo.path))
     assert realign(photo, face)[0].reason.startswith("not alignable")
 
 

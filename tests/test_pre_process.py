@@ -19,7 +19,7 @@ import pytest
 from helpers.painted_faces import PaintedFaces, paint, save
 
 import pre_process
-from cropping import chunks, faces
+from cropping import chunks, faces, photos
 from cropping.chunks import Chunks, Shard
 from cropping.photos import list_photos
 from formats import crop_sets
@@ -141,6 +141,81 @@ def test_shards_of_separate_machines_are_brought_together(painted, tmp_path):
     shutil.copytree(tmp_path / "2" / ".parts", tmp_path / "1" / ".parts", dirs_exist_ok=True)
     assert painted("--photos", photos, "--out", tmp_path / "1") == 0
     assert contents(tmp_path / "1") == contents(tmp_path / "whole")
+
+
+def swap_pixels(path):
+    """Another photo of the same name, size and time of change."""
+    before = path.stat()
+    bgr = cv2.imread(str(path))[::-1]
+    cv2.imwrite(str(path), bgr)
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_photos_replaced_under_their_names_are_noticed(painted, tmp_path, monkeypatch, capsys, finished):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for number in range(80):
+        (photos / f"p{number % 4}").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(photos / f"p{number % 4}" / f"{number}.bmp"), paint(60, 60, [(5, 5, 40)], seed=number))
+    if finished:
+        assert painted("--photos", photos, "--out", out) == 0
+    else:
+        assert painted("--photos", photos, "--out", out, "--shard", "1/2") == 0
+    # A copy and a touch change no photo.
+    shutil.copytree(photos, tmp_path / "copy")
+    shutil.rmtree(photos)
+    (tmp_path / "copy").rename(photos)
+    os.utime(photos / "p0" / "0.bmp")
+    before = contents(out)
+    if finished:
+        assert painted("--photos", photos, "--out", out) == 0
+        assert {**contents(out), "report.json": b""} == {**before, "report.json": b""}
+        assert painted("--photos", photos, "--out", out) == 0
+    before = contents(out)
+    for number in range(0, 80, 2):
+        swap_pixels(photos / f"p{number % 4}" / f"{number}.bmp")
+    assert painted("--photos", photos, "--out", out) == 1
+    text = capsys.readouterr().err
+    assert re.search(r"photos/p0/0.bmp: has changed since it was read \(\d+ of \d+ photos have\)", text)
+    assert contents(out) == before
+
+
+def test_detections_are_tied_to_their_photos(painted, tmp_path):
+    for name, scale in (("small", 1), ("large", 2)):
+        for number in range(6):
+            bgr = paint(60, 60, [(5, 5, 40)], seed=number)
+            save(tmp_path / name / "p" / f"{number}.png", cv2.resize(bgr, None, fx=scale, fy=scale))
+    shutil.copy(tmp_path / "small" / "p" / "5.png", tmp_path / "large" / "p" / "5.png")
+    assert painted("--photos", tmp_path / "small", "--out", tmp_path / "first") == 0
+    table = tmp_path / "first" / "faces.tsv"
+    assert {(row.width, row.height, len(row.sha256)) for row in read_faces(table)} == {(60, 60, 64)}
+    assert painted("--photos", tmp_path / "large", "--out", tmp_path / "second", "--from-detections", table) == 0
+    rows = read_faces(tmp_path / "second" / "faces.tsv")
+    reason = "another photo: 120x120 pixels, the detections are of one of 60x60"
+    assert [row.reason for row in rows] == [reason] * 5 + [""]
+    assert [row.status for row in rows] == [NO_CROP] * 5 + [CROP]
+
+
+def test_reasons_with_semicolons_are_counted_once(painted, tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        save(tmp_path / "photos" / "p" / f"{name}.png", paint(60, 60, [(5, 5, 40)]))
+    plain = faces.read_photo
+
+    def read(data, **settings):
+        if data == (tmp_path / "photos" / "p" / "b.png").read_bytes():
+            raise photos.PhotoError("unreadable", "one thing; another; a third")
+        return plain(data, **settings)
+
+    save(tmp_path / "photos" / "p" / "b.png", paint(61, 60, [(5, 5, 40)]))
+    monkeypatch.setattr(faces, "read_photo", read)
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["reasons"] == {NO_CROP: {"unreadable": 1}}
+    tally = chunks.Tally()
+    for _ in range(4):
+        tally.add(FaceRow("a", "a/1", NO_CROP, "no face; no annotation"))
+    assert tally.report()["reasons"] == {NO_CROP: {"no face and no annotation": 4}}
 
 
 def test_killed_at_any_file_operation_it_ends_the_same(tmp_path):

@@ -1,6 +1,7 @@
 """What every script shares: errors as one line, files whole or not at all, weights that hold no code."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -162,3 +163,41 @@ def test_devices():
         utils.choose_device("gpu")
     with pytest.raises(InputError, match="--device cuda:99: this machine has"):
         utils.choose_device("cuda:99")
+
+
+def is_busy(path, message):
+    with pytest.raises(InputError, match=message), utils.locked(path, "busy"):
+        pass
+    return True
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_lock_is_held_once_and_let_go(tmp_path, monkeypatch, supported):
+    if not supported:  # Lustre, unless it is mounted with flock
+
+        def refuse(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):
+        with utils.locked(tmp_path / "lock", "busy"):
+            assert is_busy(tmp_path / "lock", "busy")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_without_locks_what_a_killed_process_left_is_taken_over(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    child = os.fork()
+    if child == 0:
+        with utils.locked(tmp_path / "lock", "busy"):
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert (tmp_path / "lock.owner").exists()
+    with utils.locked(tmp_path / "lock", "busy"):
+        assert f" {os.getpid()} " in (tmp_path / "lock.owner").read_text()
+    # Nobody here can say whether a process of another machine still runs.
+    (tmp_path / "lock.owner").write_text("elsewhere 1 2")
+    assert is_busy(tmp_path / "lock", r"busy \(elsewhere 1 2; if that process is gone, remove .*lock.owner\)")

@@ -1,0 +1,71 @@
+"""Names that others chose, in archives, lists, annotations and tables: what may become a path here, and how.
+
+Whatever is foreign passes `relative_path` before it is joined to a folder, and `safe_name` before it becomes the name
+of a file or folder that we write. Neither asks what a name means, only what a file system would make of it.
+"""
+
+import os
+import unicodedata
+
+MAX_NAME = 200  # bytes; file systems hold 255, and room is needed for "~2" and temporary names
+MAX_PATH = 4096  # bytes; Linux's PATH_MAX
+
+# Characters that no file name or table should hold: separators, controls, halves of a surrogate pair.
+_UNSAFE = {ord(c): "_" for c in "/\\"} | dict.fromkeys([*range(32), *range(0x7F, 0xA0), *range(0xD800, 0xE000)], "_")
+_ESCAPED = {ord("\\"): "\\\\"} | {c: f"\\x{c:02x}" for c in [*range(32), *range(0x7F, 0xA0)]}
+
+
+def path_parts(name: str) -> list[str]:
+    """The parts of a foreign path, `/` or `\\` between them, without empty ones and `.`.
+
+    Raises `ValueError` with the reason for a path that would not stay below the folder it is joined to: an absolute
+    one, one with `..`, one that ends in nothing; and for one that no file system takes (NUL, too long).
+    """
+    path = name.replace("\\", "/")
+    if "\0" in path:
+        raise ValueError("a path with a NUL")
+    if path.startswith("/") or (len(path) > 1 and path[1] == ":"):
+        raise ValueError("an absolute path")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ValueError("a path with '..'")
+    if not parts:
+        raise ValueError("a path without a name")
+    if len(path.encode("utf-8", "surrogatepass")) > MAX_PATH:
+        raise ValueError(f"a path of more than {MAX_PATH} bytes")
+    return parts
+
+
+def relative_path(name: str) -> str:
+    """A foreign path with `/` between its parts, which stays below whatever folder it is joined to.
+
+    Raises `ValueError` as `path_parts` does. Whether the folder holds links that lead out is not looked at.
+    """
+    return "/".join(path_parts(name))
+
+
+def safe_name(name: str) -> str:
+    """`name` as a single, visible file name: no separators, control characters, leading dot or excessive length.
+
+    Different names may become one; whoever needs them apart compares the results by `same_name`.
+    """
+    clean = name.translate(_UNSAFE) or "_"
+    if clean.startswith("."):
+        clean = "_" + clean[1:]
+    stem, suffix = os.path.splitext(clean)  # noqa: PTH122 - a bare name
+    room = MAX_NAME - len(suffix.encode())
+    if len(stem.encode()) <= room:
+        return clean
+    if room < 1:
+        return clean.encode()[:MAX_NAME].decode("utf-8", "ignore")
+    return stem.encode()[:room].decode("utf-8", "ignore") + suffix
+
+
+def same_name(name: str) -> str:
+    """What names are compared by: some file systems ignore case, some ignore how accents are composed."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def printable(text: str) -> str:
+    """A foreign text as one that neither a terminal nor a table obeys: controls become `\\xNN`, a backslash two."""
+    return text.translate(_ESCAPED).encode("utf-8", "backslashreplace").decode()
