@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from networks.catalogue import NETWORKS
 from options import REQUIRED, Interval, option
 
 CROP_SIZE = 112  # pixels per side of every crop: the ArcFace template's (insightface, face_align.py)
@@ -46,11 +47,27 @@ class Train(Device):
     val_every: int = option(1, "epochs between two measurements of --val", group="data", metavar="EPOCHS", at_least=1)
     network: str = option(
         "r101",
-        "SE-LResNet of 18 ... 152 layers, or MobileFaceNet",
+        "r: SE-LResNet of the released family; mfn: MobileFaceNet; ir, mbf, vit: InsightFace's; adaface: AdaFace's",
         group="network",
-        choices=("r18", "r34", "r50", "r101", "r152", "mfn"),
+        choices=tuple(NETWORKS),
     )
-    use_se: bool = option(True, "squeeze-and-excitation in the residual networks", group="network")
+    use_se: bool = option(True, "squeeze-and-excitation in the networks of the released family", group="network")
+    drop_path: float | None = option(
+        None,
+        "of a vit: largest probability to leave out a crop's way through a block; none means as published",
+        group="network",
+        metavar="P",
+        at_least=0,
+        below=1,
+    )
+    token_mask: float | None = option(
+        None,
+        "of a vit: share of a crop's tokens that is left out; none means as published",
+        group="network",
+        metavar="P",
+        at_least=0,
+        below=1,
+    )
     embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D", at_least=1)
     loss: str = option("arcface", "the margin", group="loss", choices=("arcface", "cosface", "combined", "adaface"))
     margin: list[float] | None = option(
@@ -286,8 +303,8 @@ class Model(Device):
 
     checkpoint: str = option(
         REQUIRED,
-        "the model: a training checkpoint, a state_dict under the released key names, an .onnx embedding model, an "
-        "address, or released for the published network",
+        "the model: weights of a network of ours, of InsightFace's or AdaFace's (docs/networks.md), an .onnx embedding "
+        "model, an address, or released for the published network",
         group="model",
         metavar="FILE",
     )
@@ -476,6 +493,12 @@ class Export:
     )
     variants: list[str] = option(
         ["fp32"], "arithmetic of the files to write", group="model", choices=("fp32", "fp16", "int8")
+    )
+    layout: str = option(
+        "onnx",
+        "onnx: --variants; insightface: weights under arcface_torch's key names (networks ir, mbf and vit only)",
+        group="model",
+        choices=("onnx", "insightface"),
     )
     normalise_inside: bool = option(
         False, "put mean and std into the graph, which then takes RGB pixels from 0 to 255", group="model"

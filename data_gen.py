@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-import models
 from config import CROP_SIZE
 from cropping import photos
 from formats.crop_sets import Crops, describe
+from networks.catalogue import RELEASED, Feeding
 from training.augment import NUMBERS, Augmentation, Augmenter, augment_on_device, pack_colours, uniforms
 from utils import InputError, image_suffix
 
@@ -385,22 +385,25 @@ def loading(
 
 
 @functools.cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the networks' input, [3] on a device; kept, because copying them waits for it."""
-    return torch.tensor(models.MEAN, device=device), torch.tensor(models.STD, device=device)
+def _statistics(feeding: Feeding, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a network's input, [3] on a device; kept, because copying them waits for it."""
+    return torch.tensor(feeding.mean, device=device), torch.tensor(feeding.std, device=device)
 
 
-def normalise(images: Tensor, *, channels_last: bool = True) -> Tensor:
-    """uint8 RGB [N, 112, 112, 3] to the network's input float32 [N, 3, 112, 112], in memory as asked for.
+def normalise(images: Tensor, feeding: Feeding = RELEASED, *, channels_last: bool = True) -> Tensor:
+    """uint8 RGB [N, 112, 112, 3] to a network's input float32 [N, 3, 112, 112], in memory as asked for.
 
     Convolutions take the layout of their input: one in channels-last would give the whole network that layout.
     """
-    mean, std = _statistics(images.device)
+    mean, std = _statistics(feeding, images.device)
+    if feeding.channels == "bgr":
+        images = images.flip(3)
     inputs = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
     return inputs if channels_last else inputs.contiguous()
 
 
-def denormalise(inputs: Tensor) -> Tensor:
-    """The network's input [N, 3, 112, 112] as RGB pictures with values in [0, 1], for people to look at."""
-    mean, std = _statistics(inputs.device)
-    return (inputs.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).permute(0, 3, 1, 2)
+def denormalise(inputs: Tensor, feeding: Feeding = RELEASED) -> Tensor:
+    """A network's input [N, 3, 112, 112] as RGB pictures with values in [0, 1], for people to look at."""
+    mean, std = _statistics(feeding, inputs.device)
+    pictures = (inputs.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).permute(0, 3, 1, 2)
+    return pictures.flip(1) if feeding.channels == "bgr" else pictures

@@ -5,8 +5,10 @@ network (channel order, mean, standard deviation, range of the pixel values, whe
 `Preprocessing`, stated by the file or by the caller, printed with every result and exchangeable. Nothing is guessed
 silently: an ONNX model that says nothing about itself is refused until the caller says it.
 
-Three kinds of files are read: training checkpoints, plain state_dicts under the released key names, and ONNX models
-[N, 3, 112, 112] -> [N, D], with a free or a fixed batch. Files that hold code (whole pickled modules) are refused.
+Two kinds of files are read: weights of a network of `models.NETWORKS` (this repository's checkpoints, the released
+layout, InsightFace's, AdaFace's; see networks/files.py), which say by their keys what they are and so how they are
+fed, and ONNX models [N, 3, 112, 112] -> [N, D], with a free or a fixed batch. Files that hold code (whole pickled
+modules) are refused.
 
 What an ONNX file can say of itself, in its metadata (all values are texts; JSON where it says so):
 
@@ -39,7 +41,9 @@ import config
 import utils
 from config import CROP_SIZE
 from download import checkpoint_path
-from models import MEAN, STD, network_from_state
+from models import MEAN, STD, feeding_of, name_of, network_from_state
+from networks.catalogue import RELEASED, Feeding
+from networks.files import read_state
 from utils import InputError
 
 METADATA_FORMAT = "face-embedding-1"
@@ -55,7 +59,7 @@ class Preprocessing:
     """How a uint8 RGB crop becomes the input of a network: (pixel / 255 * pixel_range - mean) / std.
 
     `mean` and `std` are in the order of `channels` and in units of `pixel_range` (1 or 255). `mirror`: the feature is
-    the sum of the features of the crop and of its mirror image. The defaults are those of this repository's networks.
+    the sum of the features of the crop and of its mirror image. The defaults are those of the released network.
     """
 
     channels: str = "rgb"
@@ -75,6 +79,11 @@ class Preprocessing:
             raise InputError(f"std {self.std} has to be above zero")
         if self.pixel_range not in (1, 255):
             raise InputError(f"pixel range {self.pixel_range} is neither 1 nor 255")
+
+    @classmethod
+    def of(cls, feeding: Feeding) -> "Preprocessing":
+        """That of a network, with the mirror image."""
+        return cls(channels=feeding.channels, mean=feeding.mean, std=feeding.std)
 
     def __call__(self, crops: torch.Tensor) -> torch.Tensor:
         """uint8 RGB [N, H, W, 3] -> float32 [N, 3, H, W] on the same device, channels last in memory."""
@@ -154,10 +163,10 @@ class Embedder:
 
         The network is neither copied nor moved: `device` is where it is. While features are computed it is in
         evaluation mode; before `features` returns, each of its modules is back in the mode it was found in. Random
-        number generators are not touched.
+        number generators are not touched. `preprocessing`: None takes what the network says.
         """
         model = _NetworkModel(network, torch.device(device))
-        preprocessing = preprocessing or Preprocessing()
+        preprocessing = preprocessing or Preprocessing.of(feeding_of(network))
         return cls(model, preprocessing, name=name, sha256=sha256, engine="pytorch", batch_size=batch_size)
 
     @property
@@ -243,15 +252,16 @@ def load_embedder(
     mirror: bool | None = None,
     batch_size: int | None = None,
 ) -> Embedder:
-    """Load a training checkpoint, a plain state_dict under the released key names, or an ONNX model.
+    """Load weights of a network of `models.NETWORKS`, whatever program wrote them, or an ONNX model.
 
     `checkpoint` is a file, an address, or `released` for the published network (see download.py).
 
-    What is None is taken from the file: from the metadata of an ONNX model; a checkpoint of this repository's
-    networks means `Preprocessing`'s defaults. A value given replaces those defaults, but one that contradicts the
-    file's own metadata is refused, as is an ONNX model without metadata as long as `mean` and `std` are not given
-    (`channels` is then rgb if not given). Where `pixel_range` is not given with `mean` and `std`, a mean or a
-    standard deviation above 1 tells that they are meant for pixels up to 255.
+    What is None is taken from the file: from the metadata of an ONNX model, else from the network that it holds. A
+    value given replaces the defaults of the released family, which is trained with any; one that contradicts what an
+    ONNX model says of itself, or how a public layout of InsightFace or AdaFace is fed, is refused, as is an ONNX model
+    without metadata as long as `mean` and `std` are not given (`channels` is then rgb if not given). Where
+    `pixel_range` is not given with `mean` and `std`, a mean or a standard deviation above 1 tells that they are meant
+    for pixels up to 255.
 
     Raises InputError, naming the file, for anything that cannot be used.
     """
@@ -263,8 +273,8 @@ def load_embedder(
             given[key] = tuple(float(value) for value in given[key])
     if path.suffix.lower() == ".onnx":
         return _load_onnx(path, torch.device(device), given, batch_size)
-    preprocessing = dataclasses.replace(Preprocessing(), **_with_pixel_range(given))
-    network = _load_network(path).to(device, memory_format=torch.channels_last)
+    network = load_network(path).to(device, memory_format=torch.channels_last)
+    preprocessing = _fed(path, network, given)
     return Embedder.from_network(
         network,
         device,
@@ -333,17 +343,29 @@ def _evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]
             module.training = training
 
 
-def _load_network(path: Path) -> nn.Module:
-    content = utils.load_checkpoint(path, mmap=True)  # most of a training checkpoint is of no interest here
-    state = content.get("model") if "format" in content else content
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise InputError(f"{path}: holds no network")
-    if all(key.startswith("module.") for key in state):  # saved through DataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+def load_network(path: Path) -> nn.Module:
+    """The network in a file of weights, on the CPU in evaluation mode. Raises InputError, naming the file."""
     try:
-        return network_from_state(state)
+        return network_from_state(read_state(path))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _fed(path: Path, network: nn.Module, given: dict[str, Any]) -> Preprocessing:
+    """Preprocessing of a network as it says; options may repeat that, and replace it in the released family only."""
+    feeding = feeding_of(network)
+    if feeding == RELEASED:
+        return dataclasses.replace(Preprocessing(), **_with_pixel_range(given))
+    numbers = [*given.get("mean", ()), *given.get("std", ())]
+    scale = given.get("pixel_range", 255.0 if max(numbers, default=0) > 1 else 1.0)
+    stated = {"mean": np.multiply(feeding.mean, scale), "std": np.multiply(feeding.std, scale)}
+    agrees = all(np.allclose(given.get(key, value), value, rtol=1e-3) for key, value in stated.items())
+    if not agrees or given.get("channels", feeding.channels) != feeding.channels:
+        raise InputError(
+            f"{path}: holds {name_of(network.state_dict())}, which is fed with channels {feeding.channels}, mean "
+            f"{feeding.mean}, std {feeding.std} of pixels from 0 to 1; leave out the options that say otherwise"
+        )
+    return dataclasses.replace(Preprocessing.of(feeding), mirror=given.get("mirror", True))
 
 
 # --- ONNX -----------------------------------------------------------------------------------------------------------

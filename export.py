@@ -4,11 +4,13 @@
     python export.py --checkpoint runs/NAME/embedding.pt --out exports/NAME --lfw data/lfw --far 1e-3
     python export.py --checkpoint released --out exports/r101 --variants fp32 fp16 int8 --calibration data/crops \\
         --bin lfw.bin --mirror-inside
+    python export.py --checkpoint runs/NAME/embedding.pt --out exports/NAME --layout insightface
 
 Writes embedding-VARIANT.onnx for each variant, detector.onnx on request, and export.json. Each file is compared with
 PyTorch before it gets its name: float32 must agree to rounding; what FP16 and INT8 lose is measured, on the crops'
 cosines always and, with --lfw or --bin, as verification accuracy beside the float32 network's own. The figures and the
 threshold at --far, with its confidence interval, go into the files' metadata, where lfw_eval.py and demo.py read them.
+With --layout insightface it writes backbone.pth alone, the weights as InsightFace's arcface_torch loads them.
 """
 
 import dataclasses
@@ -32,6 +34,8 @@ import utils
 from config import CROP_SIZE
 from embedding import Embedder, Preprocessing, load_embedder, normalise
 from formats import crop_sets
+from models import feeding_of, name_of
+from networks.catalogue import INSIGHTFACE
 from options import parse
 from retinaface.weights import load_weights
 from utils import InputError
@@ -61,6 +65,7 @@ class ExportedNetwork(nn.Module):
         super().__init__()
         self.network, self.mirror = network, mirror
         self.normalises = normalisation is not None
+        self.bgr = normalisation is not None and normalisation.channels == "bgr"
         if normalisation is not None:
             scale = normalisation.pixel_range / 255 / torch.tensor(normalisation.std)
             shift = torch.tensor(normalisation.mean) / torch.tensor(normalisation.std)
@@ -69,6 +74,8 @@ class ExportedNetwork(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """See the class."""
+        if self.bgr:
+            crops = crops.flip(1)
         if self.normalises:
             crops = crops * self.scale - self.shift
         if not self.mirror:
@@ -313,6 +320,19 @@ def export_detector(options: config.Export) -> dict[str, Any]:
     return {"file": path.name, "sha256": utils.sha256_of(path), "max_difference_to_pytorch": difference}
 
 
+def write_backbone(embedder: Embedder, out: Path) -> Path:
+    """The weights as arcface_torch has them: a plain float32 state_dict under its key names, which are ours."""
+    network = embedder.model.network
+    if feeding_of(network) != INSIGHTFACE:
+        raise InputError(
+            f"{embedder.name}: holds {name_of(network.state_dict())}, which is none of InsightFace's networks (ir, "
+            "mbf, vit) and has no weights for their key names; ONNX (--layout onnx) goes everywhere"
+        )
+    path = out / "backbone.pth"
+    utils.save_tensors(path, {key: value.cpu().contiguous() for key, value in network.state_dict().items()})
+    return path
+
+
 def table(entries: dict[str, dict[str, Any]], reference: list[VerificationResult]) -> str:
     """Size, difference to PyTorch and accuracy of every variant, beside PyTorch's own accuracy."""
     lines = [
@@ -346,6 +366,9 @@ def main() -> None:
     if not hasattr(embedder.model, "network"):
         raise InputError(f"{embedder.name}: is ONNX already; export starts from a checkpoint")
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.layout == "insightface":
+        print(f"{write_backbone(embedder, options.out)}: for InsightFace's get_model(...).load_state_dict(...)")
+        return
     paths = ([options.lfw] if options.lfw else []) + options.bin
     sets = [open_set(path, options.out / "cache", pairs=options.pairs, device="cpu") for path in paths]
     exporter = Exporter(options, embedder, sets)

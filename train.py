@@ -91,9 +91,17 @@ def check_out(options: Train) -> None:
 def build(options: Train, identities: int, steps_per_epoch: int, world: World) -> State:
     """Network, head and optimiser as they are before the first step; the same on every rank."""
     torch.manual_seed(options.seed)
-    network = models.build_network(
-        options.network, options.use_se, options.embedding_size, recompute=options.checkpoint_activations
-    )
+    try:
+        network = models.build_network(
+            options.network,
+            options.use_se,
+            options.embedding_size,
+            recompute=options.checkpoint_activations,
+            drop_path=options.drop_path,
+            token_mask=options.token_mask,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if options.sync_bn:
         network = distributed.synchronise_batch_norm(network, world)
     network.to(world.device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
@@ -411,6 +419,7 @@ def train(options: Train, world: World) -> int:
     if options.compile:
         model = torch.compile(model)
     model.train()
+    feeding = models.feeding_of(state.network)
 
     steps = options.epochs * order.steps_per_epoch
     log(
@@ -457,9 +466,9 @@ def train(options: Train, world: World) -> int:
                     raise InputError(batch.error)
                 images, labels, skipped = data_gen.to_device(batch, dataset, world.device)
                 note_skipped([*batch.skipped.tolist(), *skipped], state, crops, log)
-                inputs = data_gen.normalise(images, channels_last=options.channels_last)
+                inputs = data_gen.normalise(images, feeding, channels_last=options.channels_last)
                 if reporter.board and part == 0 and step % order.steps_per_epoch == 0:
-                    reporter.board.crops(step, data_gen.denormalise(inputs[:SAMPLE_CROPS]))
+                    reporter.board.crops(step, data_gen.denormalise(inputs[:SAMPLE_CROPS], feeding))
                 last = part == options.accumulate - 1
                 with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():
                     with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):

@@ -1,5 +1,6 @@
 """What every stage shares: errors a user can act on, files written whole or not at all, hashes, progress, devices."""
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -335,34 +336,75 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """
     import torch
 
+    content = read_tensors(path, mmap=mmap)
+    if "format" not in content and not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise InputError(f"{path}: neither a training checkpoint nor a plain state_dict")
+    return content
+
+
+def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = False) -> dict[str, Any]:
+    """The dictionary that torch.save wrote to a file: tensors, numbers, texts, nested; see `load_checkpoint`.
+
+    With `stand_ins`, objects of other programs that lie beside the weights (the settings and callbacks in a checkpoint
+    of Lightning) are read as empty dictionaries; nothing of their code is looked for or run. Raises InputError.
+    """
+    import torch
+
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file of weights")
+    foreign: list[str] = []
     try:
         if zipfile.is_zipfile(path):
             _verify_zip(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if stand_ins:
+                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals([(_stand_in(name), name) for name in foreign]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, InputError):
         raise
     except pickle.UnpicklingError as error:
-        if "global" not in str(error).lower():
+        if "global" not in str(error).lower() and not foreign:
             raise InputError(f"{path}: not a file of weights, or damaged") from error
-        raise InputError(
-            f"{path}: holds Python objects, not plain tensors, and is not loaded, because that could run code; where "
-            "it was made, save it again with torch.save(model.state_dict(), FILE)"
-        ) from error
+        raise _holds_objects(path) from error
     except Exception as error:  # foreign bytes make the readers raise nearly anything
         raise InputError(f"{path}: not a file of weights, or damaged") from error
+    if foreign and not content:  # one object and nothing else: a whole pickled module
+        raise _holds_objects(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")
-    if "format" in content:
-        if content["format"] != CHECKPOINT_FORMAT:
-            raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")
-    elif not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(f"{path}: neither a training checkpoint nor a plain state_dict")
+    if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")
     return content
+
+
+class _Absorbed:
+    """Stands for a NumPy object, whose state comes as a tuple."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _stand_in(name: str) -> type:
+    """A class that stands for the foreign one of this name: whatever is made of it is empty.
+
+    torch fills nothing but true dictionaries, and objects of most classes are restored like one.
+    """
+    if name.startswith("numpy."):
+        return type("StandIn", (_Absorbed,), {})
+    return type("StandIn", (), {"__new__": lambda cls, *_: collections.OrderedDict()})
+
+
+def _holds_objects(path: Path) -> InputError:
+    return InputError(
+        f"{path}: holds Python objects, not plain tensors, and is not loaded, because that could run code; where it "
+        'was made, save it again with torch.save(model.state_dict(), FILE), or the "state_dict" of a checkpoint alone'
+    )
 
 
 def _verify_zip(path: Path) -> None:

@@ -4,6 +4,7 @@
     python benchmarks/train_speed.py data/crops --network r101 --batch 256 --identities 2000000 --sample-rate 0.1 \
         --alternatives ours
     python benchmarks/train_speed.py data/crops --network mfn --embedding-size 128 --rounds 3      # CPU, some minutes
+    python benchmarks/train_speed.py data/crops --network r18 mfn ir18 mbf vit_t --alternatives amp  # several
 
 Alternatives, each in a process of its own, one after the other, `--rounds` times in turn; medians of the rounds:
 
@@ -113,7 +114,7 @@ class PilCrops(torch.utils.data.Dataset):
 class Reference:
     def __init__(self, options, device):
         self.device = device
-        self.network = models.build_network(options.network, embedding_size=options.embedding_size).to(device)
+        self.network = models.build_network(options.network[0], embedding_size=options.embedding_size).to(device)
         self.head = OneHotArcFace(options.embedding_size, options.identities).to(device)
         self.parameters = [*self.network.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.SGD(
@@ -157,7 +158,7 @@ class Ours:
         self.device = device
         distributed.prepare_device(device)
         self.network = models.build_network(
-            options.network, embedding_size=options.embedding_size, recompute=options.recompute
+            options.network[0], embedding_size=options.embedding_size, recompute=options.recompute
         ).to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         self.run = torch.compile(self.network) if compiled else self.network
         self.head = models.MarginHead(
@@ -184,7 +185,8 @@ class Ours:
         assert not batch.error, batch.error
         batch = batch._replace(labels=spread(batch.labels, self.identities, step))
         images, labels, _ = data_gen.to_device(batch, self.dataset, self.device)
-        return data_gen.normalise(images, channels_last=self.channels_last), labels
+        feeding = models.feeding_of(self.network)
+        return data_gen.normalise(images, feeding, channels_last=self.channels_last), labels
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -308,16 +310,16 @@ def product_rate(device, dtype):
     return 2 * size**3 / min(seconds)
 
 
-def forward_flop(options):
+def forward_flop(options, network):
     """Floating-point operations of the backbone's forward pass of one crop (2 per multiply-add)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        models.build_network(options.network, embedding_size=options.embedding_size).eval()(torch.empty(1, 3, 112, 112))
+        models.build_network(network, embedding_size=options.embedding_size).eval()(torch.empty(1, 3, 112, 112))
     return counter.get_total_flops()
 
 
-def run_child(name):
+def run_child(name, network):
     """One alternative in a process of its own: its figures, or why there are none."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", name, "--network", network]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode == 0:
         return json.loads(result.stdout.splitlines()[-1])
@@ -358,7 +360,7 @@ def show(options, results, rates, flop):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="crops as train.py takes them")
-    parser.add_argument("--network", default="mfn", choices=models.NETWORKS)
+    parser.add_argument("--network", nargs="+", default=["mfn"], choices=list(models.NETWORKS))
     parser.add_argument("--embedding-size", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--reference-batch", type=int, help="of the reference, where --batch does not fit for it")
@@ -382,20 +384,23 @@ def main():
         child(options, device)
         return
     rates = [product_rate(device, dtype) for dtype in (torch.bfloat16, torch.float32)]
-    flop = forward_flop(options)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; matrix products: bfloat16 {rates[0] / 1e12:.2f}, float32 {rates[1] / 1e12:.2f} TFLOP/s")
     print(
-        f"{options.network}, {flop / 1e9:.2f} GFLOP forward per crop, batch {options.batch}, {options.identities} "
-        f"identities, sample rate {options.sample_rate:g}, medians of {options.rounds} rounds of {options.steps} steps",
+        f"batch {options.batch}, {options.identities} identities, sample rate {options.sample_rate:g}, medians of "
+        f"{options.rounds} rounds of {options.steps} steps",
         flush=True,
     )
-    results = {name: [] for name in options.alternatives}
-    for _ in range(options.rounds):
-        for name in options.alternatives:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            results[name].append(run_child(name))
-    show(options, results, rates, flop)
+    results = {network: {name: [] for name in options.alternatives} for network in options.network}
+    for _ in range(options.rounds):  # in turn, so that a machine that slows down does so for all
+        for network in options.network:
+            for name in options.alternatives:
+                print(f"{network} {name} ...", file=sys.stderr, flush=True)
+                results[network][name].append(run_child(name, network))
+    for network in options.network:
+        flop = forward_flop(options, network)
+        print(f"\n{network}, {flop / 1e9:.2f} GFLOP forward per crop")
+        show(options, results[network], rates, flop)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def start(monkeypatch, tmp_path):
 
     def run(data, name, *, small=True, code=0, **changes):
         if small:
-            monkeypatch.setattr(models, "build_network", lambda name, se, size, recompute: SmallNetwork(size))
+            monkeypatch.setattr(models, "build_network", lambda name, se, size, **_: SmallNetwork(size))
         chosen = parse(config.Train, argv=options(data, tmp_path / name, **changes))
         with distributed.join(chosen.device) as world:
             assert train.train(chosen, world) == code
@@ -338,7 +338,7 @@ def test_a_batch_that_does_not_fit_is_one_line(crops, gpu, start, monkeypatch, c
 
     monkeypatch.setattr(SmallNetwork, "forward", full)
     monkeypatch.setattr(sys, "argv", ["train.py", *options(crops, tmp_path / "run", device="cuda")])
-    monkeypatch.setattr(models, "build_network", lambda name, se, size, recompute: SmallNetwork(size))
+    monkeypatch.setattr(models, "build_network", lambda name, se, size, **_: SmallNetwork(size))
     assert train.main() == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: --batch-size 4: CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -162,7 +162,7 @@ class SmallNetwork(nn.Sequential):
 
 def use_small_network():
     """From now on this process trains `SmallNetwork`, whatever --network says."""
-    models.build_network = lambda name, use_se, embedding_size, recompute: SmallNetwork(embedding_size)
+    models.build_network = lambda name, use_se, embedding_size, **_: SmallNetwork(embedding_size)
 
 
 def train_main(line, small=True):
