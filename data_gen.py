@@ -5,7 +5,8 @@ Decisions and their price:
 * A worker turns a whole batch of crops into one uint8 array and augments each crop with OpenCV right after decoding it,
   while its 37 KB are in the cache. Vectorised float32 augmentation of whole batches was measured at 0.9 ms per crop
   on one core against 0.1 ms this way, so on CPU it would be the slower half of loading, and on a GPU the workers
-  still outrun any network here. What goes to the device is uint8 [N, 112, 112, 3]; `normalise` makes it float there.
+  still outrun any network here. What goes to the device is uint8 [N, 112, 112, 3]; `normalise` makes it float there,
+  by the code that evaluation and export use.
 * Everything random is a pure function of (seed, epoch, index of the crop): a hash, not a generator's state. The number
   of workers, the number of ranks and restarts inside an epoch cannot change what a crop looks like or when it comes.
   The order of an epoch is one permutation of all crops, computed by every rank (8 bytes per crop of memory).
@@ -31,6 +32,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from config import CROP_SIZE
 from cropping import photos
+from embedding import Preprocessing
 from formats.crop_sets import Crops, describe
 from networks.catalogue import RELEASED, Feeding
 from training.augment import NUMBERS, Augmentation, Augmenter, augment_on_device, pack_colours, uniforms
@@ -384,26 +386,17 @@ def loading(
             batches._shutdown_workers()  # what its destructor does; there is no public name for it
 
 
-@functools.cache
-def _statistics(feeding: Feeding, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a network's input, [3] on a device; kept, because copying them waits for it."""
-    return torch.tensor(feeding.mean, device=device), torch.tensor(feeding.std, device=device)
-
-
 def normalise(images: Tensor, feeding: Feeding = RELEASED, *, channels_last: bool = True) -> Tensor:
     """uint8 RGB [N, 112, 112, 3] to a network's input float32 [N, 3, 112, 112], in memory as asked for.
 
     Convolutions take the layout of their input: one in channels-last would give the whole network that layout.
     """
-    mean, std = _statistics(feeding, images.device)
-    if feeding.channels == "bgr":
-        images = images.flip(3)
-    inputs = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    inputs = Preprocessing.of(feeding)(images)
     return inputs if channels_last else inputs.contiguous()
 
 
 def denormalise(inputs: Tensor, feeding: Feeding = RELEASED) -> Tensor:
     """A network's input [N, 3, 112, 112] as RGB pictures with values in [0, 1], for people to look at."""
-    mean, std = _statistics(feeding, inputs.device)
-    pictures = (inputs.permute(0, 2, 3, 1) * std + mean).clamp(0, 1).permute(0, 3, 1, 2)
+    shift, scale = Preprocessing.of(feeding).constants(inputs.device)
+    pictures = ((inputs.permute(0, 2, 3, 1) / scale + shift) / 255).clamp(0, 1).permute(0, 3, 1, 2)
     return pictures.flip(1) if feeding.channels == "bgr" else pictures

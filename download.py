@@ -4,30 +4,38 @@ The released network is a plain state_dict of some 200 MB at a fixed address who
 trust is "on first use": the SHA-256 of the first whole download is recorded beside the file and every later use of
 the file, and every later download, must match it. The price is one hash of the file at each start (about 0.3 s).
 
+Every other address has a folder of its own, named by a hash of the whole address, because most networks are called
+`embedding.pt` or `model.onnx`. An address whose parameters change (`?signature=...`) is another address each time.
+
 A download that breaks off is continued with a range request, also by a later run; the file gets its name only when
-its length is what the server announced and its first bytes are those of a PyTorch file.
+its length is what the server announced and its first bytes are those of a model. Whatever a server does, it ends:
+see `LARGEST`, `LARGEST_UNANNOUNCED`, `ATTEMPTS`, `TIMEOUT_S` and `SLOWEST`.
 """
 
-import contextlib
-import fcntl
+import hashlib
 import http.client
 import os
 import re
+import shutil
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
+from typing import IO, Any
 
-from utils import InputError, fsync_directory, progress, sha256_of, write_text
+from utils import InputError, fsync_directory, locked, progress, require_file, sha256_of, write_text
 
 # Release v1.0 of foamliu/InsightFace-v3: SE-LResNet101E-IR, 99.80 % on LFW.
 RELEASED_URL = "https://github.com/foamliu/InsightFace-v3/releases/download/v1.0/insight-face-v3.pt"
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-ATTEMPTS = 5
-TIMEOUT_S = 30.0
+ATTEMPTS = 5  # connections in a row that bring nothing to speak of
+TIMEOUT_S = 30.0  # without a byte
+SLOWEST = 64 << 10  # bytes that have to come in each `PATIENCE_S` seconds, and in a connection that counts as progress
+PATIENCE_S = 60.0
+LARGEST = 16 << 30  # bytes of a model; a training checkpoint with two million identities has 9 GB
+LARGEST_UNANNOUNCED = 2 << 30  # of one whose length the server does not announce
 BLOCK = 1 << 20
 # torch.save writes a zip since 1.6 and a bare protocol-2 pickle before; ONNX (protobuf) starts with field 1, varint.
 PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")
@@ -49,10 +57,23 @@ def checkpoint_path(name: str | Path, folder: Path = WEIGHTS) -> Path:
 
 
 def fetch(url: str, folder: Path = WEIGHTS) -> Path:
-    """Download `url` into `folder` once and return the file; ever after check its recorded SHA-256.
+    """Download `url` once, into a folder of its own in `folder`, and return the file; ever after check its SHA-256.
 
     Several processes may ask for the same file: one downloads, the others wait for it.
     """
+    target = place_of(url, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f".{target.name}.lock")):
+        if not target.exists():
+            _download(url, target)
+            if target.parent != folder:
+                write_text(target.parent / "address.txt", url + "\n")  # for people
+        _check_recorded_hash(target)
+    return target
+
+
+def place_of(url: str, folder: Path = WEIGHTS) -> Path:
+    """Where the file of an address lies, or will lie, below `folder`. Raises `InputError` for what is no address."""
     try:
         path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
     except ValueError as error:
@@ -64,20 +85,9 @@ def fetch(url: str, folder: Path = WEIGHTS) -> Path:
     file_name = Path(path).name
     if not file_name or file_name.startswith("."):
         raise InputError(f"{url}: the address names no file")
-    target = folder / file_name
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f".{file_name}.lock"):
-        if not target.exists():
-            _download(url, target)
-        _check_recorded_hash(target)
-    return target
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    if url == RELEASED_URL:
+        return folder / file_name
+    return folder / hashlib.sha256(url.encode()).hexdigest()[:16] / file_name
 
 
 def _record_of(target: Path) -> Path:
@@ -85,6 +95,7 @@ def _record_of(target: Path) -> Path:
 
 
 def _check_recorded_hash(target: Path) -> None:
+    require_file(target)
     record = _record_of(target)
     digest = sha256_of(target)
     if not record.exists():
@@ -110,8 +121,12 @@ class _RefusedError(Exception):
     """The server's answer will not get better by asking again."""
 
 
+class _WrongStartError(_RefusedError):
+    """What comes is no model."""
+
+
 def _download(url: str, target: Path) -> None:
-    """Fetch `url` into `target` over as many connections as it takes (at most `ATTEMPTS` without progress)."""
+    """Fetch `url` into `target` over as many connections as it takes (at most `ATTEMPTS` in a row without progress)."""
     part = target.with_name(f"{target.name}.part")
     failures = 0
     while True:
@@ -123,7 +138,7 @@ def _download(url: str, target: Path) -> None:
             raise InputError(f"{url}: {error}; {_by_hand(url, target)}") from error
         except (OSError, http.client.HTTPException, _CutOffError) as error:
             received = part.stat().st_size if part.exists() else 0
-            failures = 0 if received > before else failures + 1
+            failures = 0 if received >= before + SLOWEST else failures + 1
             if failures >= ATTEMPTS or _is_unreachable(error):
                 reason = getattr(error, "reason", error)
                 raise InputError(
@@ -150,7 +165,7 @@ def _receive(url: str, part: Path) -> None:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", tag_file.read_text(encoding="utf-8"))
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        response = urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         if error.code == 416:
             # Our part does not fit what the server has now: start over.
@@ -161,7 +176,7 @@ def _receive(url: str, part: Path) -> None:
         raise _RefusedError(f"the server answered {error.code} {error.reason}") from error
     with response:
         if response.status == 206:
-            total = _total_of_range(response.headers.get("Content-Range", ""), have)
+            total: int | None = _total_of_range(response.headers.get("Content-Range", ""), have)
         else:
             have = 0
             length = response.headers.get("Content-Length")
@@ -173,19 +188,79 @@ def _receive(url: str, part: Path) -> None:
             tag_file.unlink(missing_ok=True)
             if tag := _strong_validator(response.headers):
                 write_text(tag_file, tag)
+        _check_size(total, have, part)
         with (
             open(part, "ab") as file,
             progress(total or 0, part.stem, initial=have, unit="B") as bar,
         ):
-            while block := response.read(BLOCK):
-                file.write(block)
-                have += len(block)
-                bar.update(len(block))
+            try:
+                _copy(response, file, total, bar)
+            except _RefusedError:
+                file.truncate(0)  # to go on from there would be to take it
+                raise
             file.flush()
             os.fsync(file.fileno())
+    have = part.stat().st_size
     if total is not None and have < total:
         raise _CutOffError(f"the connection ended after {have:,} of {total:,} bytes")
     tag_file.unlink(missing_ok=True)
+
+
+def _check_size(total: int | None, have: int, part: Path) -> None:
+    """Refuse what is no model by its size, and what the disk does not hold."""
+    if total is None:
+        return
+    if total > LARGEST:
+        raise _RefusedError(f"the server announces {total:,} bytes; a model has at most {LARGEST:,}")
+    free = shutil.disk_usage(part.parent).free
+    if total - have > free:
+        raise _RefusedError(f"{total - have:,} bytes are to come and the disk of {part.parent} has {free:,} free")
+
+
+def _copy(response: http.client.HTTPResponse, file: IO[bytes], total: int | None, bar: Any) -> None:
+    """Append the body to `file`, up to `total` bytes in the file, or as long as a body of unknown length may be."""
+    response.length = None  # http.client would stop at the announced length and hide that more has come
+    have = file.tell()
+    limit = LARGEST_UNANNOUNCED if total is None else total
+    start = b"" if have == 0 else None
+    began, arrived = time.monotonic(), 0
+    while True:
+        try:
+            block = response.read1(BLOCK)
+        except TimeoutError:
+            if have == total:  # all is here; the server only fails to hang up
+                return
+            raise
+        if not block:
+            return
+        have += len(block)
+        if have > limit:
+            raise _RefusedError(
+                f"more than the announced {total:,} bytes came"
+                if total is not None
+                else f"no end after {limit:,} bytes"
+            )
+        if start is not None:
+            start = (start + block)[:4]
+            if len(start) == 4:
+                _check_start(start, Path(file.name))
+        file.write(block)
+        bar.update(len(block))
+        arrived += len(block)
+        if time.monotonic() - began > PATIENCE_S:
+            if arrived < SLOWEST:
+                raise _CutOffError(f"only {arrived:,} bytes came in {PATIENCE_S:.0f} s")
+            began, arrived = time.monotonic(), 0
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects from http to http or https, and from https to https; to nothing else."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        scheme = urllib.parse.urlsplit(newurl).scheme.lower()
+        if scheme != "https" and (scheme, req.type) != ("http", "http"):
+            raise _RefusedError(f"the server redirects from {req.type} to {scheme or 'nowhere'}: {newurl!r}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _strong_validator(headers: Message) -> str | None:
@@ -210,9 +285,14 @@ def _total_of_range(content_range: str, have: int) -> int:
 def _check_looks_like_a_model(part: Path, url: str, target: Path) -> None:
     with open(part, "rb") as file:
         head = file.read(4)
-    magic = ONNX_MAGIC if target.suffix == ".onnx" else PYTORCH_MAGIC
-    if not head.startswith(magic):
+    try:
+        _check_start(head, part)
+    except _WrongStartError as error:
         part.unlink()
-        raise InputError(
-            f"{url}: what came is not a {target.suffix} model (first bytes {head!r}); {_by_hand(url, target)}"
-        )
+        raise InputError(f"{url}: {error}; {_by_hand(url, target)}") from error
+
+
+def _check_start(head: bytes, part: Path) -> None:
+    suffix = Path(part.stem).suffix  # net.pt.part
+    if not head.startswith(ONNX_MAGIC if suffix == ".onnx" else PYTORCH_MAGIC):
+        raise _WrongStartError(f"what came is not a {suffix} model (first bytes {head!r})")

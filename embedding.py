@@ -26,7 +26,9 @@ What an ONNX file can say of itself, in its metadata (all values are texts; JSON
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -60,6 +62,10 @@ class Preprocessing:
 
     `mean` and `std` are in the order of `channels` and in units of `pixel_range` (1 or 255). `mirror`: the feature is
     the sum of the features of the crop and of its mirror image. The defaults are those of the released network.
+
+    Training, evaluation and exported graphs all normalise by what is here, so a crop is the same tensor, to the bit,
+    in all of them. It is computed as one subtraction and one multiplication (see `constants`): no compiler can make
+    that a fused multiply-add, which rounds once instead of twice, and graphs of other programs have the same form.
     """
 
     channels: str = "rgb"
@@ -85,14 +91,16 @@ class Preprocessing:
         """That of a network, with the mirror image."""
         return cls(channels=feeding.channels, mean=feeding.mean, std=feeding.std)
 
+    def constants(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """(shift, scale), float32 [3] in the order of `channels`: a value p of 0 to 255 becomes (p - shift) * scale."""
+        return _constants(self.mean, self.std, self.pixel_range, torch.device(device))
+
     def __call__(self, crops: torch.Tensor) -> torch.Tensor:
         """uint8 RGB [N, H, W, 3] -> float32 [N, 3, H, W] on the same device, channels last in memory."""
         if self.channels == "bgr":
             crops = crops.flip(3)
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=crops.device)
-        std = torch.tensor(self.std, dtype=torch.float32, device=crops.device)
-        pixels = crops.to(torch.float32) * (self.pixel_range / 255)
-        return ((pixels - mean) / std).permute(0, 3, 1, 2)
+        shift, scale = self.constants(crops.device)
+        return ((crops - shift) * scale).permute(0, 3, 1, 2)
 
     def to_metadata(self, *, mirror_in_graph: bool = False) -> dict[str, str]:
         """The keys of the module's docstring that concern the input; `mirror_in_graph` for a graph that mirrors."""
@@ -105,6 +113,16 @@ class Preprocessing:
             "pixel_range": json.dumps(self.pixel_range),
             "mirror": mirror,
         }
+
+
+@functools.cache  # copying them to a GPU for every batch would wait for it
+def _constants(
+    mean: Triple, std: Triple, pixel_range: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shift = [value * 255 / pixel_range for value in mean]
+    scale = [pixel_range / (255 * value) for value in std]
+    with torch.inference_mode(False):  # training uses them, too
+        return torch.tensor(shift, device=device), torch.tensor(scale, device=device)
 
 
 class Model(Protocol):
@@ -167,7 +185,8 @@ class Embedder:
         """
         model = _NetworkModel(network, torch.device(device))
         preprocessing = preprocessing or Preprocessing.of(feeding_of(network))
-        return cls(model, preprocessing, name=name, sha256=sha256, engine="pytorch", batch_size=batch_size)
+        engine = f"pytorch {torch.__version__} {model.device.type}"
+        return cls(model, preprocessing, name=name, sha256=sha256, engine=engine, batch_size=batch_size)
 
     @property
     def dim(self) -> int:
@@ -178,10 +197,14 @@ class Embedder:
 
     @property
     def fingerprint(self) -> str | None:
-        """A hash of all that decides the features: weights, preprocessing, engine. None without a weight file."""
+        """A hash of all that decides the features: weights, preprocessing, engine with its version, and the code.
+
+        None without a weight file. The code is this module and those that define the network's layers.
+        """
         if self.sha256 is None:
             return None
-        recipe = [self.sha256, self.engine, dataclasses.astuple(self.preprocessing)]
+        code = utils.code_sha256(__file__, *_sources(getattr(self.model, "network", None)))
+        recipe = [self.sha256, self.engine, dataclasses.astuple(self.preprocessing), code]
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
     def with_preprocessing(self, **changes: Any) -> "Embedder":
@@ -219,6 +242,16 @@ class Embedder:
         network = getattr(self.model, "network", None)
         return contextlib.nullcontext() if network is None else _evaluation_mode(network, self.model.device)
 
+    @property
+    def feeding(self) -> str:
+        """How the model is fed, in words for people: what a threshold or an accuracy holds for."""
+        way = self.preprocessing
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (way.mean, way.std))
+        mirror = "with mirror image" if way.mirror else "without mirror image"
+        if self.metadata.get("mirror") == "graph":
+            mirror = "mirror image inside the graph"
+        return f"{way.channels} 0..{way.pixel_range:g}, mean {mean}, std {std}, {mirror}"
+
     def describe(self) -> dict[str, Any]:
         """What a report has to say about the model, ready for JSON."""
         return {
@@ -230,6 +263,16 @@ class Embedder:
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "metadata": self.metadata,
         }
+
+
+def _sources(network: nn.Module | None) -> list[str]:
+    """The files that define a network's layers, but for PyTorch's own, and those beside them in their packages."""
+    kinds = {type(module) for module in network.modules()} if network is not None else set()
+    files = {Path(inspect.getfile(kind)) for kind in kinds if not kind.__module__.startswith("torch.")}
+    for folder in {path.parent for path in files}:
+        if (folder / "__init__.py").is_file():
+            files |= set(folder.glob("*.py"))
+    return sorted(map(str, files))
 
 
 def normalise(features: np.ndarray) -> np.ndarray:
@@ -370,6 +413,7 @@ def _fed(path: Path, network: nn.Module, given: dict[str, Any]) -> Preprocessing
 
 # --- ONNX -----------------------------------------------------------------------------------------------------------
 
+LARGEST_ONNX = 1 << 31  # bytes; protobuf's limit
 _ONNX_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -441,8 +485,7 @@ class _OnnxModel:
 
 
 def _load_onnx(path: Path, device: torch.device, given: dict[str, Any], batch_size: int | None) -> Embedder:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    sha256 = _check_onnx(path)
     model = _OnnxModel(path, device)
     texts = model.session.get_modelmeta().custom_metadata_map
     metadata = _read_metadata(path, texts) if texts.get("format") == METADATA_FORMAT else {}
@@ -451,7 +494,7 @@ def _load_onnx(path: Path, device: torch.device, given: dict[str, Any], batch_si
         model,
         preprocessing,
         name=path.name,
-        sha256=_onnx_sha256(path),
+        sha256=sha256,
         engine=model.engine,
         batch_size=batch_size,
         metadata=metadata,
@@ -525,21 +568,72 @@ def _unstated(path: Path, given: dict[str, Any]) -> Preprocessing:
             f"{path}: does not say how it is to be fed; give {' and '.join(missing)} (models of InsightFace: "
             "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --channels rgb)"
         )
-    return dataclasses.replace(Preprocessing(), **_with_pixel_range(given))
+    # Whoever uses such a model elsewhere adds no mirror image, and a threshold measured with one would not fit.
+    return dataclasses.replace(Preprocessing(mirror=False), **_with_pixel_range(given))
 
 
-def _onnx_sha256(path: Path) -> str:
-    """SHA-256 of the file, followed by the files beside it that hold its weights, in the order of their names."""
+def _check_onnx(path: Path) -> str:
+    """SHA-256 of an ONNX file, followed by the files beside it that hold its weights, in the order of their names.
+
+    Looked at before anything is loaded: such a file can name any other, and a runtime would read it. Raises InputError
+    for weights that lie elsewhere, are no plain files, or end before they should.
+    """
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    names = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
-    if not names:
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    if path.stat().st_size > LARGEST_ONNX:
+        raise InputError(f"{path}: {path.stat().st_size / 1e9:.1f} GB; an ONNX file has at most 2 GiB")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own types
+        raise InputError(f"{path}: not an ONNX model: {_first_line(error)}") from error
+    ends: dict[str, int] = {}
+    for tensor in _tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        name = entries.get("location", "")
+        numbers = entries.get("offset", "0"), entries.get("length", "0")
+        if not all(number.isdecimal() for number in numbers):
+            raise InputError(f"{path}: the place of its weights in {name!r} is not understood")
+        ends[name] = max(ends.get(name, 0), sum(map(int, numbers)))
+    parts = [_external_file(path, name, end) for name, end in sorted(ends.items())]
+    if not parts:
         return utils.sha256_of(path)
     digest = hashlib.sha256()
-    for part in (path, *(path.parent / name for name in sorted(names))):
-        digest.update(part.read_bytes())
+    for part in (path, *parts):
+        with open(part, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def _external_file(path: Path, name: str, end: int) -> Path:
+    """A file of weights beside an ONNX file, at least `end` bytes long."""
+    folder = path.parent.resolve()
+    part = path.parent / name
+    if not name or Path(name).is_absolute() or not part.resolve().is_relative_to(folder):
+        raise InputError(f"{path}: wants weights from {name!r}, which is not in the model's own folder; refused")
+    if not part.is_file():
+        what = "is not a plain file" if part.exists() else "is not there"
+        raise InputError(f"{path}: its weights are said to be in {name!r} beside it, which {what}")
+    if part.stat().st_size < end:
+        raise InputError(f"{part}: cut off: {part.stat().st_size:,} bytes, {path.name} needs {end:,}")
+    return part
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """All tensors anywhere inside an ONNX model: weights, constants, those of inner graphs and functions."""
+    import onnx
+
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for item in value if field.is_repeated else (value,):
+                yield from _tensors(item)
 
 
 def _first_line(error: Exception) -> str:

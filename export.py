@@ -67,17 +67,16 @@ class ExportedNetwork(nn.Module):
         self.normalises = normalisation is not None
         self.bgr = normalisation is not None and normalisation.channels == "bgr"
         if normalisation is not None:
-            scale = normalisation.pixel_range / 255 / torch.tensor(normalisation.std)
-            shift = torch.tensor(normalisation.mean) / torch.tensor(normalisation.std)
-            self.register_buffer("scale", scale.reshape(3, 1, 1))
+            shift, scale = normalisation.constants()
             self.register_buffer("shift", shift.reshape(3, 1, 1))
+            self.register_buffer("scale", scale.reshape(3, 1, 1))
 
     def forward(self, crops: Tensor) -> Tensor:
         """See the class."""
         if self.bgr:
             crops = crops.flip(1)
         if self.normalises:
-            crops = crops * self.scale - self.shift
+            crops = (crops - self.shift) * self.scale
         if not self.mirror:
             return self.network(crops)
         # One pass over both: two would be two networks to whoever quantises the graph.

@@ -6,10 +6,13 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import pickle
 import platform
+import re
+import stat
 import subprocess
 import sys
 import threading
@@ -17,7 +20,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -39,6 +42,9 @@ _IMAGE_STARTS = {
 _IMAGE_BRANDS = {b"avif": ".avif", b"avis": ".avif", b"heic": ".heic", b"heix": ".heic", b"mif1": ".heif"}
 # What a write to an open file fails with; Python does not know its name then.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+# Control characters, and those that turn the direction of writing: in a file's name they could rewrite what a terminal
+# shows, or send it commands. Bytes that are not UTF-8 are no characters at all.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(Exception):
@@ -50,20 +56,28 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     An `InputError` or a file that cannot be read or written (missing, no permission, disk full) becomes one line on
     standard error and exit code 1, Ctrl-C exit code 130. Any other exception is a bug of ours and keeps its traceback.
+    Inside, no control character of a name reaches the terminal, and a reader that closes its end of a pipe (`| head`)
+    misses the rest of the output but does not stop the work.
     """
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> int:
+        with _safe_output():
+            return guarded(*args, **kwargs)
+
+    def guarded(*args: Any, **kwargs: Any) -> int:
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:
+            message = printable(str(error), keep="\n")
             # The newline in the same write: processes of torchrun that all fail must not mix their lines.
-            print(f"error: {error}\n", end="", file=sys.stderr)
+            print(f"error: {message}\n", end="", file=sys.stderr)
             return 1
         except OSError as error:
             if error.filename is None and error.errno not in _DISK_ERRORS:
                 raise
-            print(f"error: {error.filename or 'writing'}: {error.strerror}\n", end="", file=sys.stderr)
+            name = printable(str(error.filename or "writing"))
+            print(f"error: {name}: {error.strerror}\n", end="", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -80,6 +94,59 @@ def worker_count(workers: int | None = None) -> int:
     if workers is not None:
         return max(1, workers)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with each control character (but those in `keep`) written as Python would write it in a string."""
+    return _UNPRINTABLE.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text
+    )
+
+
+class _Output:
+    """Standard output or standard error, fit for any name; everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO, keep: str) -> None:
+        self._stream, self._keep = stream, keep
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        shown = printable(text, self._keep).encode(encoding, "backslashreplace").decode(encoding)
+        with self._reader_may_leave():
+            self._stream.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._reader_may_leave():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _reader_may_leave(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # What is still in the buffer would fail again when Python ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _safe_output() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, _Output):
+        yield
+        return
+    # A progress bar goes back to the start of its line.
+    sys.stdout, sys.stderr = _Output(sys.stdout, "\n\t"), _Output(sys.stderr, "\n\t\r")  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 def fsync_directory(path: Path) -> None:
@@ -212,10 +279,31 @@ def _has_ended(owner: str) -> bool:
     return _started(int(process)) != started
 
 
+def require_file(path: str | Path) -> None:
+    """Raise `InputError` for what is no regular file: reading a device or a pipe may never end.
+
+    What does not exist, or must not be looked at, is an `OSError` as from `open`.
+    """
+    mode = os.stat(path).st_mode  # noqa: PTH116 - also for paths that are texts
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}, not a file")
+
+
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """SHA-256 of a file's bytes, hexadecimal. `InputError` for a folder, a device or a pipe."""
+    require_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def code_sha256(*files: str | Path) -> str:
+    """SHA-256 over source files, for the key of what they computed. Read once: what runs is what was there at first."""
+    digest = hashlib.sha256()
+    for path in sorted(map(str, files)):
+        data = Path(path).read_bytes()
+        digest.update(f"{Path(path).name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
 
 
 def progress(total: int, description: str, *, initial: int = 0, unit: str = "it") -> tqdm:
@@ -353,6 +441,7 @@ def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = Fals
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file of weights")
+    require_file(path)
     foreign: list[str] = []
     try:
         if zipfile.is_zipfile(path):
@@ -421,6 +510,15 @@ def _verify_zip(path: Path) -> None:
         raise InputError(f"{path}: damaged ({error})") from error
     if damaged is not None:
         raise InputError(f"{path}: damaged (checksum of {damaged} does not fit)")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those of the packages that are installed; nothing is imported."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def environment() -> dict[str, Any]:

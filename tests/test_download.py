@@ -3,8 +3,11 @@
 import contextlib
 import http.server
 import io
+import itertools
+import shutil
 import socket
 import threading
+import urllib.request
 
 import pytest
 import torch
@@ -73,6 +76,15 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
 
 
+def parts_of(url, folder, data, tag):
+    """What an interrupted download of `url` left."""
+    target = download.place_of(url, folder)
+    target.parent.mkdir()
+    target.with_name("net.pt.part").write_bytes(data)
+    if tag:
+        target.with_name("net.pt.part.etag").write_text(tag)
+
+
 def leftovers(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
@@ -81,11 +93,26 @@ def test_download_is_whole_recorded_and_used_again(tmp_path):
     data = model_bytes()
     with serving(lambda handler: send(handler, data)) as server:
         path = download.fetch(f"{server.url}/release/net.pt", tmp_path)
-        assert path.read_bytes() == data
-        assert (tmp_path / "net.pt.sha256").read_text() == f"{sha256_of(path)}  net.pt\n"
+        assert path.read_bytes() == data and path.name == "net.pt"
+        assert path.with_name("net.pt.sha256").read_text() == f"{sha256_of(path)}  net.pt\n"
         assert download.fetch(f"{server.url}/release/net.pt", tmp_path) == path
         assert len(server.requests) == 1
-    assert leftovers(tmp_path) == ["net.pt", "net.pt.sha256"]
+        assert path.with_name("address.txt").read_text() == f"{server.url}/release/net.pt\n"
+    assert leftovers(path.parent) == ["address.txt", "net.pt", "net.pt.sha256"]
+
+
+def test_two_addresses_with_one_file_name_are_two_networks(tmp_path):
+    """Every network here is called embedding.pt: the name alone must never decide."""
+
+    def answer(handler):
+        send(handler, model_bytes(seed=len(handler.path)))
+
+    with serving(answer) as server:
+        addresses = [f"{server.url}/{run}/embedding.pt" for run in ("a", "bb")] + [f"{server.url}/a/embedding.pt?v=2"]
+        files = [download.checkpoint_path(address, tmp_path) for address in addresses]
+        assert len({path.read_bytes() for path in files}) == 3
+        assert [download.checkpoint_path(address, tmp_path) for address in addresses] == files
+        assert len(server.requests) == 3
 
 
 def test_cut_connections_are_continued_where_they_ended(tmp_path):
@@ -99,9 +126,8 @@ def test_cut_connections_are_continued_where_they_ended(tmp_path):
 
 def test_a_later_run_goes_on_with_the_part(tmp_path):
     data = model_bytes()
-    (tmp_path / "net.pt.part").write_bytes(data[:1234])
-    (tmp_path / "net.pt.part.etag").write_text('"v1"')
     with serving(lambda handler: send(handler, data)) as server:
+        parts_of(f"{server.url}/net.pt", tmp_path, data[:1234], '"v1"')
         assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
         assert server.requests[0][1]["Range"] == "bytes=1234-"
 
@@ -109,17 +135,13 @@ def test_a_later_run_goes_on_with_the_part(tmp_path):
 @pytest.mark.parametrize("etag", ['"v0"', None])
 def test_a_part_of_another_file_is_thrown_away(tmp_path, etag):
     data = model_bytes()
-    (tmp_path / "net.pt.part").write_bytes(b"x" * 5000)
-    if etag:
-        (tmp_path / "net.pt.part.etag").write_text(etag)
     with serving(lambda handler: send(handler, data)) as server:
+        parts_of(f"{server.url}/net.pt", tmp_path, b"x" * 5000, etag)
         assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
 
 
 def test_part_longer_than_the_file(tmp_path):
     data = model_bytes()
-    (tmp_path / "net.pt.part").write_bytes(b"x" * (len(data) + 5))
-    (tmp_path / "net.pt.part.etag").write_text('"v1"')
 
     def answer(handler):
         if handler.headers.get("Range"):
@@ -128,6 +150,7 @@ def test_part_longer_than_the_file(tmp_path):
             send(handler, data)
 
     with serving(answer) as server:
+        parts_of(f"{server.url}/net.pt", tmp_path, b"x" * (len(data) + 5), '"v1"')
         assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
 
 
@@ -154,20 +177,87 @@ def test_wrong_length_is_an_error_without_a_file(tmp_path):
         pytest.raises(InputError, match="connection ended after"),
     ):
         download.fetch(f"{server.url}/net.pt", tmp_path)
-    assert not (tmp_path / "net.pt").exists()
+    assert not list(tmp_path.rglob("net.pt"))
 
 
 def test_wrong_hash_is_refused_ever_after(tmp_path):
-    with serving(lambda handler: send(handler, model_bytes())) as server:
+    seeds = iter((0, 1))
+    with serving(lambda handler: send(handler, model_bytes(next(seeds)))) as server:
         path = download.fetch(f"{server.url}/net.pt", tmp_path)
-    path.unlink()
+        path.unlink()
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"net\.pt: SHA-256 is .* recorded at first use"):
+                download.fetch(f"{server.url}/net.pt", tmp_path)
+        assert len(server.requests) == 2
+
+
+def chunked(handler, blocks):
+    """Answer with blocks of unknown number, without announcing a length."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/zip")
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        for block in blocks:
+            handler.wfile.write(block)
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\0\0\0\0"])
+def test_a_body_without_an_end_ends(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(download, "LARGEST_UNANNOUNCED", 1 << 22)
+    blocks = itertools.chain([start], itertools.repeat(bytes(1 << 16)))
+    reason = "no end after 4,194,304 bytes" if start[0] else "not a .pt model"
     with (
-        serving(lambda handler: send(handler, model_bytes(seed=1))) as server,
-        pytest.raises(InputError, match=r"net\.pt: SHA-256 is .* recorded at first use"),
+        serving(lambda handler: chunked(handler, blocks)) as server,
+        pytest.raises(InputError, match=reason),
     ):
         download.fetch(f"{server.url}/net.pt", tmp_path)
-    with pytest.raises(InputError, match="recorded at first use"):
-        download.fetch("http://127.0.0.1:9/net.pt", tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 0
+
+
+def test_a_trickle_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PATIENCE_S", 0.0)
+    with (
+        serving(lambda handler: send(handler, model_bytes()[:100], announced=10**6, tag=None)) as server,
+        pytest.raises(InputError, match="only 100 bytes came"),
+    ):
+        download.fetch(f"{server.url}/net.pt", tmp_path)
+
+
+def test_more_than_announced_is_an_error(tmp_path):
+    data = model_bytes()
+    with (
+        serving(lambda handler: send(handler, data, announced=len(data) - 10)) as server,
+        pytest.raises(InputError, match="more than the announced"),
+    ):
+        download.fetch(f"{server.url}/net.pt", tmp_path)
+    assert not download.place_of(f"{server.url}/net.pt", tmp_path).exists()
+
+
+def test_more_than_any_model_or_the_disk_is_refused_before_it_comes(tmp_path):
+    for announced in (download.LARGEST + 1, shutil.disk_usage(tmp_path).total + 1):
+        with (
+            serving(lambda handler, size=announced: send(handler, b"PK\x03\x04", announced=size)) as server,
+            pytest.raises(InputError, match=r"a model has at most|free"),
+        ):
+            download.fetch(f"{server.url}/net.pt", tmp_path)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("where", ["ftp://127.0.0.1/net.pt", "file:///etc/passwd", "data:,PK"])
+def test_redirect_to_another_protocol_is_refused(tmp_path, where):
+    def answer(handler):
+        handler.send_response(302)
+        handler.send_header("Location", where)
+        handler.end_headers()
+
+    with serving(answer) as server, pytest.raises(InputError, match=r"redirects from http to ftp|answered 302"):
+        download.fetch(f"{server.url}/net.pt", tmp_path)
+
+
+def test_redirect_from_https_to_http_is_refused():
+    request = urllib.request.Request("https://example.org/net.pt")
+    with pytest.raises(download._RefusedError, match="from https to http"):
+        download._Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/net.pt")
 
 
 @pytest.mark.parametrize(
@@ -182,8 +272,9 @@ def test_wrong_hash_is_refused_ever_after(tmp_path):
 def test_answers_that_are_no_model(tmp_path, answer, reason):
     with serving(answer) as server, pytest.raises(InputError, match=reason) as caught:
         download.fetch(f"{server.url}/net.pt", tmp_path)
-    assert str(tmp_path / "net.pt") in str(caught.value)
-    assert not (tmp_path / "net.pt").exists() and not (tmp_path / "net.pt.sha256").exists()
+    place = download.place_of(f"{server.url}/net.pt", tmp_path)
+    assert str(place) in str(caught.value)
+    assert not place.exists() and not place.with_name("net.pt.sha256").exists()
 
 
 def test_no_network_names_the_address_and_the_place(tmp_path):
@@ -192,7 +283,7 @@ def test_no_network_names_the_address_and_the_place(tmp_path):
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/insight-face-v3.pt"
         with pytest.raises(InputError) as caught:
             download.fetch(url, tmp_path)
-    assert url in str(caught.value) and str(tmp_path / "insight-face-v3.pt") in str(caught.value)
+    assert url in str(caught.value) and str(download.place_of(url, tmp_path)) in str(caught.value)
 
 
 def test_file_put_there_by_hand_is_taken_and_recorded(tmp_path, monkeypatch):
@@ -222,4 +313,4 @@ def test_two_processes_download_once(tmp_path):
         for thread in threads:
             thread.join()
         assert len(server.requests) == 1
-    assert (tmp_path / "net.pt").read_bytes() == data
+    assert download.place_of(f"{server.url}/net.pt", tmp_path).read_bytes() == data

@@ -1,13 +1,16 @@
 """Every kind of model file gives the features that were computed by hand; everything else is refused with a reason."""
 
 import dataclasses
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from helpers.toy_models import DIM, KERNEL, write_onnx
@@ -15,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
+from torch import nn
 
+import data_gen
 import embedding
+import export
 import models
 import utils
 from embedding import Embedder, Preprocessing, load_embedder
@@ -198,7 +204,7 @@ def sums(inputs):
     return np.einsum("nchw,dchw->nd", inputs, KERNEL.astype(np.float64))
 
 
-def onnx_by_hand(crops, mean, std, *, channels="rgb", pixel_range=1, mirror=True):
+def onnx_by_hand(crops, mean, std, *, channels="rgb", pixel_range=1, mirror=False):
     pixels = crops[..., ::-1] if channels == "bgr" else crops
     inputs = ((pixels / 255 * pixel_range - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)
     return sums(inputs) + (sums(inputs[..., ::-1]) if mirror else 0)
@@ -312,7 +318,7 @@ def test_onnx_of_other_shapes_and_broken_files_are_refused(tmp_path):
     whole = write_onnx(tmp_path / "whole.onnx")
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(whole.read_bytes()[:50_000])
-    with pytest.raises(InputError, match=r"cut\.onnx: onnxruntime cannot load it"):
+    with pytest.raises(InputError, match=r"cut\.onnx: not an ONNX model"):
         load_embedder(cut, **half)
     with pytest.raises((InputError, FileNotFoundError), match=r"absent\.onnx"):
         load_embedder(tmp_path / "absent.onnx", **half)
@@ -374,9 +380,116 @@ def test_fingerprint_tells_what_was_computed(tmp_path, network):
     path = write_onnx(tmp_path / "sums.onnx")
     embedder = load_embedder(path, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert embedder.fingerprint == load_embedder(path, mean=(0.5,) * 3, std=(0.5,) * 3).fingerprint
-    for change in ({"mirror": False}, {"channels": "bgr"}, {"mean": (0.4, 0.5, 0.5)}, {"pixel_range": 255.0}):
+    for change in ({"mirror": True}, {"channels": "bgr"}, {"mean": (0.4, 0.5, 0.5)}, {"pixel_range": 255.0}):
         assert embedder.with_preprocessing(**change).fingerprint != embedder.fingerprint
     assert Embedder.from_network(network, "cpu").fingerprint is None
+
+
+def test_fingerprint_covers_the_code_of_the_network_and_the_librarys_version(tmp_path, monkeypatch):
+    """Editing the forward pass is another model: its old features must not be taken for the new ones."""
+    source = tmp_path / "own_network.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def fingerprint(text):
+        source.write_text(
+            f"from torch import nn\nclass Own(nn.Module):\n    def forward(self, x):\n        return {text}\n"
+        )
+        monkeypatch.delitem(sys.modules, "own_network", raising=False)
+        utils.code_sha256.cache_clear()
+        module = importlib.import_module("own_network")
+        return Embedder.from_network(nn.Sequential(module.Own()), "cpu", sha256="1" * 64).fingerprint
+
+    first = fingerprint("x.mean((2, 3))")
+    assert fingerprint("x.mean((2, 3))") == first
+    assert fingerprint("x.amax((2, 3))") != first
+    version = torch.__version__
+    monkeypatch.setattr(torch, "__version__", version + ".1")
+    assert fingerprint("x.mean((2, 3))") != first
+
+
+def test_training_evaluation_and_export_feed_the_same_tensor_to_the_bit():
+    """All 256 values of all channels through the three doors to a network."""
+    crops = np.zeros((2, 112, 112, 3), np.uint8)
+    crops[0].reshape(-1)[:] = np.arange(112 * 112 * 3) % 256
+    crops[1] = random_crops(1)[0]
+    in_training = data_gen.normalise(torch.from_numpy(crops), channels_last=False)
+    in_evaluation = Preprocessing()(torch.from_numpy(crops))
+    assert torch.equal(in_training, in_evaluation)
+
+    class Through(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)
+
+    graph = export.to_onnx(export.ExportedNetwork(Through(), Preprocessing(), mirror=False))
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    pixels = crops.transpose(0, 3, 1, 2).astype(np.float32)
+    (exported,) = session.run(None, {"crops": pixels})
+    assert np.array_equal(exported.reshape(pixels.shape), in_training.numpy())
+
+
+def external(tmp_path, location):
+    """A model whose weights are said to lie in `location`."""
+    model = onnx.load(write_onnx(tmp_path / "one.onnx"))
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="model.data", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret.data", "pipe", "zero", "link", "folder", "", "short"])
+def test_weights_of_an_onnx_file_are_plain_files_beside_it(tmp_path, location):
+    """A device or a pipe would never end, and another folder's file is none of the model's business."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "secret.data").write_bytes(bytes(KERNEL.nbytes))
+    folder = tmp_path / "models"
+    os.mkfifo(folder / "pipe")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "link").symlink_to(tmp_path / "secret.data")
+    (folder / "folder").mkdir()
+    (folder / "short").write_bytes(bytes(KERNEL.nbytes - 1))
+    path = external(folder, location)
+    with pytest.raises(InputError, match=r"model\.onnx: |short: cut off"):
+        load_embedder(path, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_weights_in_an_inner_constant_are_checked_too(tmp_path):
+    path = external(tmp_path, "model.data")
+    model = onnx.load(path, load_external_data=False)
+    tensor = onnx.TensorProto()
+    tensor.CopyFrom(model.graph.initializer[0])
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = "/dev/zero"
+    model.graph.node.append(helper.make_node("Constant", [], ["unused"], value=tensor))
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="/dev/zero"):
+        load_embedder(path, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.mark.parametrize("name", ["pipe.pt", "zero.pt", "pipe.onnx", "zero.onnx"])
+def test_a_checkpoint_that_is_no_file_is_refused_at_once(tmp_path, name):
+    path = tmp_path / name
+    if name.startswith("pipe"):
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"{name}: .*not a file"):
+        load_embedder(path, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_a_silent_onnx_is_fed_without_its_mirror_image_unless_asked(tmp_path):
+    path, half = write_onnx(tmp_path / "silent.onnx"), (0.5,) * 3
+    crops = random_crops(2)
+    plain = load_embedder(path, mean=half, std=half)
+    assert "without mirror image" in plain.feeding
+    assert np.allclose(plain.features(crops), onnx_by_hand(crops, half, half), atol=1e-3)
+    asked = load_embedder(path, mean=half, std=half, mirror=True)
+    assert "with mirror image" in asked.feeding
+    assert np.allclose(asked.features(crops), onnx_by_hand(crops, half, half, mirror=True), atol=1e-3)
 
 
 FEATURES = hnp.arrays(

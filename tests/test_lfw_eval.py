@@ -524,11 +524,11 @@ def test_killed_run_goes_on_and_ends_as_an_unbroken_one(shared, tmp_path):
     command += ["--device", "cpu", "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list((out / "cache").glob("*/*.np[yz]")) and process.poll() is None and time.monotonic() < deadline:
+    while not list((out / "cache").glob("*/*.cache")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in (out / "cache").glob("*/*.np[yz]")}
+    kept = {path: path.stat().st_mtime_ns for path in (out / "cache").glob("*/*.cache")}
     assert kept and not (out / "results.json").exists()
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "40/40" in finished.stderr and "accuracy over folds" in finished.stdout

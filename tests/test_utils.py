@@ -47,6 +47,70 @@ def test_what_is_a_bug_keeps_its_traceback(error):
         ends(error)
 
 
+HOSTILE = "a\x1b]0;title\x07\x1b[2Jb\x9bc\u202egpj.exe\udcff\r\x7f.jpg"
+
+
+def test_no_control_character_reaches_the_terminal(capsys):
+    @utils.command
+    def main():
+        print(f"photo {HOSTILE}", end="\n")
+        print(HOSTILE, file=sys.stderr)
+        raise InputError(f"{HOSTILE}: not a photo")
+
+    assert main() == 1
+    out, said = capsys.readouterr()
+    for text in (out, said.replace("\r", "", 1)):  # a progress bar may return to its line's start, an error may not
+        assert all(character == "\n" or character.isprintable() for character in text), ascii(text)
+        assert "\\x1b]0;title\\x07" in text and "\\u202egpj.exe\\udcff" in text
+    assert sys.stdout.__class__.__name__ != "_Output"  # put back
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path, unbuffered):
+    code = (
+        "import sys, utils\n"
+        "@utils.command\n"
+        "def main():\n"
+        "    for number in range(20000): print('line', number)\n"
+        "    utils.write_text('done', 'all')\n"
+        "sys.exit(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == b""
+    assert (tmp_path / "done").read_text() == "all"
+
+
+def test_devices_and_pipes_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero", ""):
+        with pytest.raises(InputError, match="not a file"):
+            utils.sha256_of(tmp_path / name)
+
+
+def test_a_lock_that_another_process_holds(tmp_path):
+    with (
+        utils.locked(tmp_path / "lock"),
+        pytest.raises(InputError, match="busy"),
+        utils.locked(tmp_path / "lock", "busy"),
+    ):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(utils.fcntl, "flock", refuse)
+    with utils.locked(tmp_path / "lock", "busy"):
+        pass
+
+
 def test_interrupted(capsys):
     assert ends(KeyboardInterrupt()) == 130
     assert "the same command goes on" in capsys.readouterr().err

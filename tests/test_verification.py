@@ -14,7 +14,7 @@ from scipy import stats
 
 import models
 from embedding import Embedder, Preprocessing
-from formats import verification_bin
+from formats import cached, verification_bin
 from utils import InputError
 from verification import features, metrics, sets
 from verification.metrics import curve, evaluate
@@ -367,9 +367,76 @@ def test_features_are_taken_from_the_cache_only_for_the_same_model_and_crops(tmp
     assert model.runs == 8 and np.array_equal(first.cosines, again.cosines)
     features.verify(embedder.with_preprocessing(mirror=False), pairs, cache_dir=cache)
     assert model.runs == 12
+    pairs.crops = pairs.crops[:]
     pairs.crops[0] ^= 1
     features.verify(embedder, pairs, cache_dir=cache)
     assert model.runs == 20
+
+
+def test_no_flipped_bit_and_no_other_models_file_gets_from_the_cache_into_a_figure(tmp_path):
+    path, cache = tmp_path / "pairs.bin", tmp_path / "cache"
+    verification_bin.write_bin(path, [encoded(value)[0] for value in range(4)], [True, False])
+    pairs = sets.open_set(path)
+    models_ = [Embedder(BrokenModel(), PLAIN, name="m", sha256=digit * 64, engine="test") for digit in "12"]
+    expected = [features.pair_cosines(model, pairs, cache) for model in models_]
+    first, second = sorted((cache / "features").iterdir())
+    whole = first.read_bytes()
+    damages = [
+        *(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 7)),
+        whole[:-1],
+        whole + b"\0",
+        b"",
+        second.read_bytes(),  # under the other's name
+    ]
+    for damage in damages:
+        first.write_bytes(damage)
+        for model, cosines in zip(models_, expected, strict=True):
+            assert np.array_equal(features.pair_cosines(model, pairs, cache), cosines)
+        assert first.read_bytes() == whole  # mended on the way
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        hnp.arrays(
+            st.sampled_from(["u1", "?", "<i4", "<i8", "<f4", "<f8"]).map(np.dtype),
+            hnp.array_shapes(min_dims=0, min_side=0),
+        ),
+        max_size=3,
+    )
+)
+def test_cached_arrays_come_back_as_they_were(tmp_path_factory, arrays):
+    path = tmp_path_factory.mktemp("cache") / "a.cache"
+    cached.write(path, "key", arrays)
+    found = cached.read(path, "key")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape
+        assert found[name].tobytes() == array.tobytes()
+    assert cached.read(path, "other key") is None
+
+
+def test_keys_tell_values_types_and_shapes_apart():
+    array = np.arange(6, dtype=np.int32)
+    parts = [array, array.reshape(2, 3), array.astype(np.int64), array.tobytes(), b"", "", None, 1, "1", ["a", "b"]]
+    keys = [cached.key_of(part) for part in parts] + [cached.key_of("a", "b"), cached.key_of()]
+    assert len(set(keys)) == len(keys)
+
+
+def test_crops_of_a_set_are_decoded_when_they_are_wanted(tmp_path):
+    path = tmp_path / "pairs.bin"
+    images = [encoded(value)[0] for value in range(20)]
+    verification_bin.write_bin(path, images, [True, False] * 5)
+    pairs = sets.open_set(path)
+    assert not isinstance(pairs.crops, np.ndarray)
+    whole = pairs.crops[:]
+    assert whole.shape == pairs.crops.shape == (20, 112, 112, 3)
+    mask = np.arange(20) % 3 == 0
+    for index in (3, -1, slice(2, 9, 3), [5, 5, 0], mask):
+        assert np.array_equal(pairs.crops[index], whole[index])
+    with pytest.raises(IndexError):
+        pairs.crops[20]
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,13 +1,14 @@
 """A model on a set of pairs: features of all crops, kept in chunks so that a killed run goes on, and their cosines."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import utils
+from cropping import faces
 from embedding import Embedder, normalise
+from formats import cached
 from utils import InputError
 from verification.metrics import FAR_LEVELS, VerificationResult, evaluate
 from verification.sets import VerificationSet
@@ -58,33 +59,25 @@ def pair_cosines(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | N
 
 def _features(embedder: Embedder, pairs: VerificationSet, present: np.ndarray, cache_dir: Path | None) -> np.ndarray:
     chunks = []
+    parts = faces.windows(present.tolist(), CHUNK)
     with utils.progress(len(present), f"{pairs.name}: features", unit="crop") as bar:
-        for start in range(0, len(present), CHUNK):
-            crops = pairs.crops[present[start : start + CHUNK]]
+        # One thread decodes ahead of the network, two chunks at most.
+        for crops in faces.ordered_map(lambda part: pairs.crops[part], parts, 1):
             chunks.append(_cached_features(embedder, crops, cache_dir))
             bar.update(len(crops))
     return np.concatenate(chunks)
 
 
 def _cached_features(embedder: Embedder, crops: np.ndarray, cache_dir: Path | None) -> np.ndarray:
+    """Features float32 [n, D] of crops, from the cache where they are there unharmed and of this very model."""
     fingerprint = embedder.fingerprint
     if cache_dir is None or fingerprint is None:
         return embedder.features(crops)
-    key = hashlib.sha256(fingerprint.encode() + crops.tobytes()).hexdigest()
-    path = cache_dir / "features" / f"{key}.npy"
-    features = _read_features(path, len(crops))
-    if features is not None:
-        return features
+    key = cached.key_of(fingerprint, crops)
+    path = cache_dir / "features" / f"{key}.cache"
+    found = cached.read(path, key)
+    if found is not None:
+        return found["features"]
     features = embedder.features(crops)
-    with utils.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, features)
+    cached.write(path, key, {"features": features})
     return features
-
-
-def _read_features(path: Path, count: int) -> np.ndarray | None:
-    """Features from the cache; None if they are not there, or damaged."""
-    try:
-        features = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return features if features.ndim == 2 and len(features) == count and features.dtype == np.float32 else None

@@ -8,18 +8,18 @@ The file is read strictly: what it says about its own length has to be true, bec
 still gives a number. Every error names the line.
 
 Crops are kept in windows of photos, each in a file named by a hash of everything it was made from: the bytes of the
-photos, the detector's weights and the code in between. A photo replaced, another detector or a repaired alignment is
-therefore noticed without asking; the price is that all photos are hashed at each start (LFW: about a second).
+photos, the detector's weights, the code in between and the libraries' versions. A photo replaced, another detector or
+a repaired alignment is therefore noticed without asking; the price is that all photos are hashed at each start (LFW:
+about a second).
 """
 
+import functools
 import hashlib
-import io
 import json
 import os
 import re
 import threading
 import unicodedata
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,11 +33,12 @@ from config import CROP_SIZE
 from cropping import align, faces, photos
 from cropping.align import Rule
 from cropping.faces import FaceFinder
-from formats import tables
+from formats import cached, tables
 from formats.tables import FaceRow
 from retinaface import RetinaFace
 from retinaface.weights import load_weights
 from utils import InputError
+from verification.lazy import CropArray, LazyCrops
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # in this order, should one photo exist twice
 LISTED = 100  # photos that an error names before it only counts
@@ -232,11 +233,11 @@ def photos_in(folder: Path) -> dict[str, Path]:
 class Faces:
     """What became of the photos of a set: crops uint8 RGB [M, 112, 112, 3], zero where `rows` has no crop.
 
-    rows: one per photo. sha256: of each photo's bytes. detector: hash of the detector's weights and of the code
-    between photo and crop.
+    rows: one per photo. sha256: of each photo's bytes, "" for what cannot be read. detector: hash of the detector's
+    weights and of the code between photo and crop.
     """
 
-    crops: np.ndarray
+    crops: CropArray
     rows: list[FaceRow]
     sha256: list[str]
     detector: str
@@ -256,17 +257,16 @@ def crop_faces(
     """Detect, choose by `rule` and align the face of every photo; what is in `cache_dir` already is not done again.
 
     Photos longer than `max_side` pixels are shrunk for detection. A photo that cannot be read, or shows no face, is a
-    row without a crop.
+    row without a crop. Without `cache_dir` the crops stay in memory, with it they are read from there when wanted.
     """
     finder = CachedFinder(rule, weights, max_side, device, cache_dir)
-    crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
-    rows: list[FaceRow] = []
-    hashes: list[str] = []
-    for window in crop_windows(files, finder, workers, name):
-        crops[len(rows) : len(rows) + len(window.rows)] = window.crops
-        rows += window.rows
-        hashes += window.sha256
-    return Faces(crops, rows, hashes, finder.detector)
+    made = list(crop_windows(files, finder, workers, name))
+    return Faces(
+        LazyCrops(len(files), lambda photo: made[photo // faces.WINDOW].crops[photo % faces.WINDOW]),
+        [row for window in made for row in window.rows],
+        [digest for window in made for digest in window.sha256],
+        finder.detector,
+    )
 
 
 def crop_windows(
@@ -292,24 +292,33 @@ class CachedFinder:
     ) -> None:
         self.rule, self.weights, self.max_side = rule, weights, max_side
         self.device, self.cache_dir = device, cache_dir
-        self.detector = _detector_hash(weights)
+        self.detector = _detector_hash(weights, torch.device(device).type)
         self._lock = threading.Lock()
         self._finder: FaceFinder | None = None
 
     def __call__(self, files: Sequence[Path]) -> Faces:
         """The crops and rows of one window of photos."""
-        hashes = [utils.sha256_of(file) for file in files]
-        if self.cache_dir is None:
-            return self._find(files, hashes)
-        key = hashlib.sha256(json.dumps([self.detector, self.rule, self.max_side, hashes]).encode()).hexdigest()
-        path = self.cache_dir / "faces" / f"{key}.npz"
-        found = _read_window(path, files, hashes, self.detector)
+        hashes = [_hash_of(file) for file in files]
+        if self.cache_dir is None or "" in hashes:  # what cannot be read may be readable next time
+            crops, rows = self._find(files)
+            return Faces(crops, rows, hashes, self.detector)
+        key = cached.key_of(self.detector, self.rule, self.max_side, hashes)
+        path = self.cache_dir / "faces" / f"{key}.cache"
+        found = cached.read(path, key)
         if found is None:
-            found = self._find(files, hashes)
-            _write_window(path, found)
-        return found
+            crops, rows = self._find(files)
+            table = np.frombuffer(tables.table_text(rows), dtype=np.uint8)
+            cached.write(path, key, {"rows": table, "crops": crops})
+        else:
+            # The photos may have moved since.
+            names = [faces.as_photo(file) for file in files]
+            stored = tables.parse_table(found["rows"].tobytes(), path)
+            rows = [
+                replace(row, file=name.file, identity=name.identity) for row, name in zip(stored, names, strict=True)
+            ]
+        return Faces(LazyCrops(len(files), lambda row: _stored_crops(path, key)[row]), rows, hashes, self.detector)
 
-    def _find(self, files: Sequence[Path], hashes: list[str]) -> Faces:
+    def _find(self, files: Sequence[Path]) -> tuple[np.ndarray, list[FaceRow]]:
         with self._lock:  # made when first needed: a run from the cache needs no detector
             if self._finder is None:
                 detector = RetinaFace(self.weights, self.device, max_side=self.max_side)
@@ -319,10 +328,25 @@ class CachedFinder:
         for index, (_, bgr) in enumerate(results):
             if bgr is not None:
                 crops[index] = bgr[..., ::-1]
-        return Faces(crops, [row for row, _ in results], hashes, self.detector)
+        return crops, [row for row, _ in results]
 
 
-def _detector_hash(weights: str | Path | None) -> str:
+def _hash_of(file: Path) -> str:
+    try:
+        return utils.sha256_of(file)
+    except (OSError, InputError):  # its row will say why
+        return ""
+
+
+@functools.lru_cache(maxsize=4)  # neighbours are asked for one after the other
+def _stored_crops(path: Path, key: str) -> np.ndarray:
+    found = cached.read(path, key)
+    if found is None:
+        raise InputError(f"{path}: gone or damaged since this run began; run the same command again")
+    return found["crops"]
+
+
+def _detector_hash(weights: str | Path | None, device: str) -> str:
     """A hash of all that decides the crop of a photo, but for the rule."""
     digest = hashlib.sha256()
     for name, arrays in sorted(load_weights(weights).items()):
@@ -330,26 +354,7 @@ def _detector_hash(weights: str | Path | None) -> str:
         for array in arrays:
             digest.update(np.ascontiguousarray(array))
     package = sorted(Path(retinaface.__file__).parent.glob("*.py"))
-    for path in (*package, *(Path(module.__file__) for module in (align, faces, photos))):
-        digest.update(path.read_bytes())
+    code = utils.code_sha256(*package, *(module.__file__ for module in (align, faces, photos)))
+    libraries = utils.versions("torch", "onnxruntime", "opencv-python", "opencv-python-headless", "pillow")
+    digest.update(json.dumps([code, libraries, device]).encode())
     return digest.hexdigest()
-
-
-def _write_window(path: Path, found: Faces) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, crops=found.crops, rows=np.frombuffer(tables.table_text(found.rows), dtype=np.uint8))
-    utils.write_bytes(path, buffer.getvalue())
-
-
-def _read_window(path: Path, files: Sequence[Path], hashes: list[str], detector: str) -> Faces | None:
-    """A window from the cache; None if it is not there, or damaged. The photos may have moved since."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            crops, rows = stored["crops"], tables.parse_table(stored["rows"].tobytes(), path)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, InputError):
-        return None
-    if crops.shape != (len(files), CROP_SIZE, CROP_SIZE, 3) or crops.dtype != np.uint8 or len(rows) != len(files):
-        return None
-    names = [faces.as_photo(file) for file in files]
-    rows = [replace(row, file=name.file, identity=name.identity) for row, name in zip(rows, names, strict=True)]
-    return Faces(crops, rows, hashes, detector)

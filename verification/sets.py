@@ -13,6 +13,7 @@ from PIL import Image
 
 import utils
 from config import CROP_SIZE, DETECTION_SIDE
+from cropping import faces
 from cropping.align import Rule
 from cropping.faces import as_photo
 from cropping.photos import PhotoError, read_file, read_photo
@@ -20,14 +21,17 @@ from formats import tables, verification_bin
 from formats.tables import FaceRow
 from utils import InputError
 from verification import lfw
+from verification.lazy import CropArray, LazyCrops
 from verification.pairs import FOLDS, PhotoPairs, connected, open_lists
 
 
 @dataclass
 class VerificationSet:
-    """Pairs of crops, decoded, with the answers.
+    """Pairs of crops with the answers.
 
-    crops: uint8 RGB [M, 112, 112, 3], each image once however many pairs it is in. names: what messages call them.
+    crops: uint8 RGB [M, 112, 112, 3], each image once however many pairs it is in, decoded when they are wanted: what
+    stays in memory is a `.bin` file's encoded images (a tenth of the pixels), of photos with a cache nothing, without
+    one the crops, for which there is no other place. names: what messages call them.
     pairs: int64 [P, 2], indices of crops. same: bool [P]. folds: int64 [P], the fold of each pair, from 0.
     missing: crops that could not be had (index -> reason); their pixels are zero. sha256: of the data as given.
     source: where it came from, for reports. photos, faces: for a folder of photos, the file and the row of each crop.
@@ -36,7 +40,7 @@ class VerificationSet:
     """
 
     name: str
-    crops: np.ndarray
+    crops: CropArray
     names: list[str]
     pairs: np.ndarray
     same: np.ndarray
@@ -94,7 +98,7 @@ def open_set(
         return _open_folder(path, paths, lists, found, {"detector_sha256": found.detector, "face_rule": rule})
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    return _open_bin(path, folds)
+    return _open_bin(path, folds, workers)
 
 
 def _open_folder(
@@ -140,22 +144,29 @@ def read_crops(files: Sequence[Path]) -> lfw.Faces:
 
     A file that cannot be read is a row without a crop; one that is not square is an InputError, since it is no crop.
     """
-    crops = np.zeros((len(files), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
     rows: list[FaceRow] = []
     hashes: list[str] = []
-    for index, file in enumerate(files):
+    for file in files:
         photo = as_photo(file)
         try:
             data = read_file(file)
-            bgr = read_photo(data)
+            _as_crop(read_photo(data), str(file))
         except PhotoError as error:
             hashes.append("")
             rows.append(FaceRow(photo.identity, photo.file, tables.NO_CROP, error.reason))
             continue
         hashes.append(hashlib.sha256(data).hexdigest())
-        crops[index] = _as_crop(bgr, str(file))
         rows.append(FaceRow(photo.identity, photo.file, tables.CROP))
-    return lfw.Faces(crops, rows, hashes, "")
+
+    def read(index: int) -> np.ndarray:
+        if not hashes[index]:
+            return np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)
+        data = files[index].read_bytes()
+        if hashlib.sha256(data).hexdigest() != hashes[index]:
+            raise InputError(f"{files[index]}: changed since this run began; run the same command again")
+        return _decode_crop(data, str(files[index]))
+
+    return lfw.Faces(LazyCrops(len(files), read), rows, hashes, "")
 
 
 def look_aligned(files: Sequence[Path]) -> list[str]:
@@ -170,7 +181,7 @@ def look_aligned(files: Sequence[Path]) -> list[str]:
     return [f"the photos have {CROP_SIZE}x{CROP_SIZE} pixels, as crops do: if they are aligned already, give --aligned"]
 
 
-def _open_bin(path: Path, folds: int) -> VerificationSet:
+def _open_bin(path: Path, folds: int, workers: int | None) -> VerificationSet:
     images, same = verification_bin.read_bin(path)
     if len(same) == 0:
         raise InputError(f"{path}: holds no pairs")
@@ -181,14 +192,19 @@ def _open_bin(path: Path, folds: int) -> VerificationSet:
         if index.setdefault(image, len(first_seen)) == len(first_seen):
             first_seen.append(position)
     names = [f"image {position} (pair {position // 2})" for position in first_seen]
-    crops = np.zeros((len(first_seen), CROP_SIZE, CROP_SIZE, 3), dtype=np.uint8)
-    for row, position in enumerate(first_seen):
-        crops[row] = _decode_crop(images[position], f"{path}: {names[row]}")
     pairs, same = np.array([index[image] for image in images]).reshape(-1, 2), np.asarray(same, dtype=bool)
-    identities, notes = connected(len(crops), pairs, same)
+    identities, notes = connected(len(first_seen), pairs, same)
+
+    def decode(row: int) -> np.ndarray:
+        return _decode_crop(images[first_seen[row]], f"{path}: {names[row]}")
+
+    # A damaged image is told now, not in the middle of an evaluation or a training.
+    parts = faces.windows(range(len(first_seen)))
+    for _ in faces.ordered_map(lambda part: [decode(row) for row in part], parts, utils.worker_count(workers)):
+        pass
     return VerificationSet(
         name=path.stem,
-        crops=crops,
+        crops=LazyCrops(len(first_seen), decode),
         names=names,
         pairs=pairs,
         same=same,
