@@ -149,7 +149,7 @@ class Train(Device):
         metavar="STEPS|TIME",
     )
     log_every: int = option(
-        20, "steps between two looks at loss and gradients", group="run", metavar="STEPS", at_least=1
+        20, "steps between two readings of loss and gradients", group="run", metavar="STEPS", at_least=1
     )
     workers: int | None = option(
         None,

@@ -36,6 +36,7 @@ from embedding import Preprocessing
 from formats.crop_sets import Crops, describe
 from networks.catalogue import RELEASED, Feeding
 from training.augment import NUMBERS, Augmentation, Augmenter, augment_on_device, pack_colours, uniforms
+from training.torch_internals import end_workers, shared_memory
 from utils import InputError, image_suffix
 
 
@@ -142,8 +143,7 @@ def _empty_images(count: int) -> Tensor:
     shape = (count, CROP_SIZE, CROP_SIZE, 3)
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+    return torch.empty(0, dtype=torch.uint8).set_(shared_memory(math.prod(shape))).view(shape)
 
 
 class CropDataset(torch.utils.data.Dataset):
@@ -383,7 +383,7 @@ def loading(
         yield batches
     finally:
         if workers:
-            batches._shutdown_workers()  # what its destructor does; there is no public name for it
+            end_workers(batches)
 
 
 def normalise(images: Tensor, feeding: Feeding = RELEASED, *, channels_last: bool = True) -> Tensor:

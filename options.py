@@ -145,7 +145,8 @@ def build_parser(
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     groups: dict[str, argparse._ArgumentGroup] = {}
     hints = typing.get_type_hints(stage)
-    for field in dataclasses.fields(stage):
+    # What a stage works on comes before where it runs, though a dataclass has the fields of its base first.
+    for field in sorted(dataclasses.fields(stage), key=lambda field: field.metadata["group"] == "machine"):
         meta = field.metadata
         if meta["group"] not in groups:
             groups[meta["group"]] = parser.add_argument_group(meta["group"])

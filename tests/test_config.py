@@ -80,6 +80,11 @@ def test_help_shows_groups_and_defaults():
     assert "required" in text and "default: 0.1 0.2 0.3" in text
 
 
+def test_help_opens_with_the_data_not_with_the_machine():
+    groups = [group.title for group in build_parser(config.Train)._action_groups if group._group_actions]
+    assert groups[1] == "data" and groups[-1] == "machine"
+
+
 @dataclass
 class Bounded:
     rate: float = option(0.5, "a rate", group="numbers", above=0, below=1)

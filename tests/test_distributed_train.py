@@ -34,6 +34,8 @@ import train
 from formats import crop_sets
 from options import parse
 from training import augment, checkpoints, distributed
+from training.run import Run
+from training.schedules import Schedule
 
 STEPS = 4
 
@@ -52,7 +54,8 @@ def some_steps(line, out, dtype, first, last, small=True):
     with distributed.join("cpu") as world:
         data = crop_sets.open_training_set(settings.data)
         order = data_gen.BatchOrder(len(data), settings.batch_size, 0, world.rank, world.size, settings.accumulate)
-        state = train.build(settings, data.identities, order.steps_per_epoch, world)
+        schedule = Schedule(settings, order.steps_per_epoch)
+        state = train.build(settings, data.identities, schedule, world)
         state.network.to(dtype)
         state.head.to(dtype)
         for module in state.network.modules():
@@ -79,7 +82,8 @@ def some_steps(line, out, dtype, first, last, small=True):
             train.apply_gradients(state, settings, settings.lr)
             state.step += 1
         with distributed.averaged_statistics(state.network, world) as statistics:
-            content = checkpoints.collect(state, settings, order.steps_per_epoch, {}, world, statistics)
+            whole = Run(settings, world, data, {}, order, schedule, [], print)
+            content = checkpoints.collect(whole, state, statistics)
             if world.is_main:
                 torch.save(content | {"losses": losses, "norm": norm}, out / f"{last}.pt")
     return 0

@@ -244,7 +244,7 @@ def test_the_published_recipe_never_waits_inside_a_step(crops, pairs, gpu, start
     settings = {"network": "r18", "epochs": 2, "batch_size": 8, "log_every": 3, "workers": 1, "val_every": 2}
     out = start(crops, "run", small=False, device="cuda", val=pairs, **settings)
     assert len(steps) == 6 and gpu.computed > 1000
-    # Steps 0 and 3 show crops in TensorBoard; the look and the checkpoint after step 2 are noted with step 3, too.
+    # Steps 0 and 3 show crops in TensorBoard; the reading and the checkpoint after step 2 are noted with step 3, too.
     assert [steps[number] for number in (1, 2, 4, 5)] == [[]] * 4
     content = load(out / "checkpoint.pt")
     assert all(value.device.type == "cpu" for value in content["model"].values())

@@ -35,8 +35,10 @@ import utils
 from config import Train
 from formats import crop_sets, recordio, tables, verification_bin
 from options import Interval, parse
-from training import checkpoints, monitor, schedules
+from training import checkpoints, monitor, reporting
 from training.distributed import World
+from training.run import Run
+from training.schedules import Schedule, cost_of_margin
 from utils import InputError
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -68,21 +70,27 @@ def settings(**changes):
     return parse(Train, argv=options("crops", "out", **changes))
 
 
+def build(chosen, identities):
+    """What train.py begins with, in this process."""
+    return train.build(chosen, identities, Schedule(chosen, 1), HERE)
+
+
 # --- schedules -------------------------------------------------------------------------------------------------------
 
 
 def rates(**changes):
     chosen = settings(**changes)
-    return [schedules.learning_rate(step, 10, chosen) for step in range(10 * chosen.epochs)]
+    return [Schedule(chosen, 10).learning_rate(step) for step in range(10 * chosen.epochs)]
 
 
 def test_the_published_rate_is_the_default():
     chosen = parse(Train, argv=["--data", "x", "--out", "y"])
-    rate = [schedules.learning_rate(epoch * 100, 100, chosen) for epoch in range(40)]
+    schedule = Schedule(chosen, 100)
+    rate = [schedule.learning_rate(epoch * 100) for epoch in range(40)]
     expected = [0.1] * 8 + [0.01] * 8 + [1e-3] * 8 + [1e-4] * 8 + [1e-5] * 8
     assert rate == pytest.approx(expected)
-    assert schedules.learning_rate(799, 100, chosen) == 0.1
-    assert schedules.margin_at(0, 100, chosen) == 0.6
+    assert schedule.learning_rate(799) == 0.1
+    assert schedule.margin(0) == schedule.full_margin == 0.6
     assert (chosen.batch_size, chosen.scale, chosen.weight_decay, chosen.grad_clip) == (256, 64.0, 5e-4, 5.0)
     assert (chosen.network, chosen.embedding_size, chosen.momentum, chosen.augment) == ("r101", 512, 0.9, "published")
 
@@ -101,8 +109,8 @@ def test_cosine_and_poly_fall_to_zero():
     assert cosine == pytest.approx(expected)
     assert poly == pytest.approx([0.1 * (1 - step / 80) ** 2 for step in range(80)])
     assert (np.diff(cosine) < 0).all() and (np.diff(poly) < 0).all()
-    assert schedules.learning_rate(80, 10, settings(schedule="cosine", epochs=8)) == pytest.approx(0, abs=1e-12)
-    assert schedules.learning_rate(95, 10, settings(schedule="poly", epochs=8)) == 0
+    assert Schedule(settings(schedule="cosine", epochs=8), 10).learning_rate(80) == pytest.approx(0, abs=1e-12)
+    assert Schedule(settings(schedule="poly", epochs=8), 10).learning_rate(95) == 0
 
 
 def test_milestones_may_be_anywhere():
@@ -111,25 +119,24 @@ def test_milestones_may_be_anywhere():
 
 
 def test_the_margin_grows_to_its_value():
-    chosen = settings(margin=0.4, margin_warmup=2.0)
-    assert [schedules.margin_at(step, 10, chosen) for step in (0, 5, 10, 20, 500)] == pytest.approx(
-        [0, 0.1, 0.2, 0.4, 0.4]
-    )
-    combined = settings(loss="combined", margin=[0.8, 0.3, 0.2], margin_warmup=1.0)
-    assert schedules.margin_at(0, 10, combined) == (1.0, 0.0, 0.0)
-    assert schedules.margin_at(5, 10, combined) == pytest.approx((0.9, 0.15, 0.1))
-    assert schedules.margin_at(10, 10, settings(loss="combined")) == (1.0, 0.3, 0.2)
-    assert schedules.margin_at(0, 10, settings(loss="cosface")) == 0.35
+    schedule = Schedule(settings(margin=0.4, margin_warmup=2.0), 10)
+    assert [schedule.margin(step) for step in (0, 5, 10, 20, 500)] == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
+    combined = Schedule(settings(loss="combined", margin=[0.8, 0.3, 0.2], margin_warmup=1.0), 10)
+    assert combined.margin(0) == (1.0, 0.0, 0.0)
+    assert combined.margin(5) == pytest.approx((0.9, 0.15, 0.1))
+    assert combined.full_margin == (0.8, 0.3, 0.2)
+    assert Schedule(settings(loss="combined"), 10).margin(10) == (1.0, 0.3, 0.2)
+    assert Schedule(settings(loss="cosface"), 10).margin(0) == 0.35
 
 
 def test_cost_of_a_margin_is_what_an_ignorant_network_pays():
     for changes in ({"margin": 0.5}, {"loss": "cosface"}, {"loss": "combined"}):
         chosen = settings(**changes)
-        head = models.MarginHead(64, 50, loss=chosen.loss, margin=schedules.margin_at(0, 1, chosen), scale=16.0)
+        head = models.MarginHead(64, 50, loss=chosen.loss, margin=Schedule(chosen, 1).full_margin, scale=16.0)
         with torch.no_grad():
             head.weight.copy_(torch.eye(64)[:50])
         loss, _ = head(torch.eye(64)[50:62], torch.arange(12))  # at right angles to all centres
-        cost = 16 * schedules.cost_of_margin(chosen.loss, head.margin)
+        cost = 16 * cost_of_margin(chosen.loss, head.margin)
         assert loss.item() == pytest.approx(math.log(1 + 49 * math.exp(cost)), rel=1e-4)
 
 
@@ -177,9 +184,9 @@ def test_options_no_run_can_use(changes, message, tmp_path):
 
 def test_values_of_the_head_are_checked_by_the_head():
     with pytest.raises(InputError, match="margin of arcface"):
-        train.build(settings(margin=4.0), 10, 1, HERE)
+        build(settings(margin=4.0), 10)
     with pytest.raises(InputError, match="margin of arcface"):
-        train.build(settings(margin=4.0, margin_warmup=2.0), 10, 1, HERE)
+        build(settings(margin=4.0, margin_warmup=2.0), 10)
 
 
 def test_a_run_does_not_write_among_its_crops(tmp_path):
@@ -346,11 +353,15 @@ def test_weights_that_are_not_finite_are_not_saved(crops, tmp_path):
 
 
 def test_advice_is_what_can_be_done():
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert train.advice_for_slow_input(settings(), gpu) == "more --workers, or --decode gpu"
-    assert train.advice_for_slow_input(settings(), cpu) == "more --workers"
-    assert train.advice_for_slow_input(settings(augment="strong"), gpu) == "more --workers"
-    assert train.advice_for_slow_input(settings(decode="gpu"), gpu) == "more --workers"
+    def advice(device, **changes):
+        world = World(0, 1, torch.device(device))
+        chosen = settings(**changes)
+        return reporting.advice_for_slow_input(Run(chosen, world, None, {}, None, Schedule(chosen, 1), [], print))
+
+    assert advice("cuda") == "more --workers, or --decode gpu"
+    assert advice("cpu") == "more --workers"
+    assert advice("cuda", augment="strong") == "more --workers"
+    assert advice("cuda", decode="gpu") == "more --workers"
 
 
 def test_the_progress_line_is_sparse_in_a_file(crops, tmp_path):
@@ -476,7 +487,7 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch():
     inputs, labels = torch.randn(12, 3, 112, 112, dtype=torch.float64), torch.arange(12) % 5
     gradients = []
     for parts in (1, 3):
-        state = train.build(settings(embedding_size=8, margin=0.3), 5, 1, HERE)
+        state = build(settings(embedding_size=8, margin=0.3), 5)
         state.network = network
         state.head.double()
         network.zero_grad()
@@ -490,7 +501,7 @@ def test_accumulated_parts_have_the_gradient_of_the_whole_batch():
 
 def test_gradients_are_clipped_and_the_norm_is_of_the_unclipped(crops):
     chosen = settings(grad_clip=1e-3, momentum=0.0, weight_decay=0.0, embedding_size=8)
-    state = train.build(chosen, 5, 1, HERE)
+    state = build(chosen, 5)
     state.network = SmallNetwork(8)
     state.optimizer = torch.optim.SGD([*state.network.parameters(), *state.head.parameters()], lr=1.0)
     before = [p.detach().clone() for p in (*state.network.parameters(), *state.head.parameters())]
@@ -507,42 +518,44 @@ def test_gradients_are_clipped_and_the_norm_is_of_the_unclipped(crops):
         assert new.grad is None
 
 
-def look(losses, top1=0.0, norm=20.0):
-    return monitor.Look(0, losses, [top1] * len(losses), 1.0, 0.0, {}), norm
+def reading(losses, top1=0.0, norm=20.0):
+    return monitor.Reading(0, losses, [top1] * len(losses), 1.0, 0.0, {}), norm
 
 
 def test_warnings_come_once_and_say_what_to_do():
     chance = math.log(1000)
     watch = monitor.Watch(1000, margin_cost=30.0, patience=100)
-    assert watch.warnings(*look([chance] * 60)) == []  # too early to say
-    stuck, no_hit = watch.warnings(*look([chance] * 60))
+    assert watch.warnings(*reading([chance] * 60)) == []  # too early to say
+    stuck, no_hit = watch.warnings(*reading([chance] * 60))
     assert stuck.startswith("stuck: after 120 steps the loss is 6.91, that of guessing") and "--warmup" in stuck
     assert no_hit.startswith("no hit: top-1 is 0 after 120 steps") and "labels" in no_hit
-    assert watch.warnings(*look([chance] * 60)) == []
-    [explosion] = watch.warnings(*look([chance] * 10, norm=20.0 * 21))
+    assert watch.warnings(*reading([chance] * 60)) == []
+    [explosion] = watch.warnings(*reading([chance] * 10, norm=20.0 * 21))
     assert explosion.startswith("explosion: feature norms grew from 20 to 420")
     # A network that knows nothing, but loses the margin on top.
-    [text] = monitor.Watch(1000, 30.0, patience=1).warnings(*look([chance + 30.0], top1=0.001))
+    [text] = monitor.Watch(1000, 30.0, patience=1).warnings(*reading([chance + 30.0], top1=0.001))
     assert text.startswith("stuck")
-    assert monitor.Watch(1000, 30.0, patience=1).warnings(*look([20.0], top1=0.001)) == []
-    assert monitor.Watch(1000, 0.0, patience=1).warnings(*look([chance], top1=0.5)) == []
+    assert monitor.Watch(1000, 30.0, patience=1).warnings(*reading([20.0], top1=0.001)) == []
+    assert monitor.Watch(1000, 0.0, patience=1).warnings(*reading([chance], top1=0.5)) == []
     # Few identities: guessing hits one in ten.
-    assert monitor.Watch(10, 0.0, patience=1).warnings(*look([math.log(10)], top1=0.1))[0].startswith("stuck")
-    assert monitor.Watch(10, 0.0, patience=1).warnings(*look([math.log(10)], top1=0.3)) == []
+    assert monitor.Watch(10, 0.0, patience=1).warnings(*reading([math.log(10)], top1=0.1))[0].startswith("stuck")
+    assert monitor.Watch(10, 0.0, patience=1).warnings(*reading([math.log(10)], top1=0.3)) == []
     # While the rate warms up there is nothing to be seen yet.
     slow = monitor.Watch(1000, 0.0, patience=100)
-    assert slow.warnings(*look([chance] * 150), rate_share=0.5) == []
-    assert len(slow.warnings(*look([chance] * 60), rate_share=0.5)) == 2
-    assert "explosion" in "".join(monitor.Watch(10, 0.0, steps=0, first_norm=1.0).warnings(*look([1.0], 0.5, math.nan)))
+    assert slow.warnings(*reading([chance] * 150), rate_share=0.5) == []
+    assert len(slow.warnings(*reading([chance] * 60), rate_share=0.5)) == 2
+    assert "explosion" in "".join(
+        monitor.Watch(10, 0.0, steps=0, first_norm=1.0).warnings(*reading([1.0], 0.5, math.nan))
+    )
 
 
-def test_a_look_names_the_first_broken_step():
+def test_a_reading_names_the_first_broken_step():
     window = monitor.Window(7)
     for value in (1.0, 2.0, math.inf, math.nan):
         window.add(torch.tensor(value), {"top1": torch.tensor(0.25)})
-    seen = window.look()
+    seen = window.read()
     assert (seen.first, seen.broken_step, seen.top1) == (7, 9, 0.25)
-    assert window.look() is None and window.first == 11
+    assert window.read() is None and window.first == 11
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

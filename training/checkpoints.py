@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import utils
 from config import Train
 from training.distributed import World, restore_statistics
-from training.margin import MarginHead
+from training.run import Run, State, Sums
 from utils import InputError
 
 CHECKPOINT, PREVIOUS, BEST, EMBEDDING = "checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"
@@ -30,40 +30,19 @@ FREE_OPTIONS = frozenset(
 )
 
 
-@dataclasses.dataclass
-class State:
-    """Everything that changes while training."""
-
-    network: nn.Module  # without the wrappers of data-parallel training and compilation
-    head: MarginHead
-    optimizer: torch.optim.SGD
-    step: int = 0  # optimiser steps done
-    # Of loss, top-1, steps, seconds, and seconds of these spent waiting for data.
-    epoch_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 5)
-    look_sums: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 3)  # since the last line in TensorBoard
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # a report for each finished epoch
-    skipped: set[int] = dataclasses.field(default_factory=set)  # unreadable crops that were replaced
-
-
-def collect(
-    state: State,
-    options: Train,
-    steps_per_epoch: int,
-    data: dict[str, Any],
-    world: World,
-    statistics: Tensor | None,
-) -> dict[str, Any] | None:
+def collect(run: Run, state: State, statistics: Tensor | None) -> dict[str, Any] | None:
     """The state as plain tensors that any number of processes can go on from; None but on rank 0. Collective.
 
-    `data` is what the run is trained on, to recognise it by; `statistics` what `distributed.averaged_statistics` gave,
-    inside which this is to be called. There is no generator's state: the random numbers of a
-    step are seeded by (seed, step, rank), those of a crop by (seed, epoch, index), those of the head by (seed, step).
+    `statistics` is what `distributed.averaged_statistics` gave, inside which this is to be called. There is no
+    generator's state: the random numbers of a step are seeded by (seed, step, rank), those of a crop by (seed, epoch,
+    index), those of the head by (seed, step).
     """
+    options, steps_per_epoch = run.options, run.schedule.steps_per_epoch
     head = state.head.full_state()
     head_momentum = None
     if not state.head.sampled and (buffer := _momentum(state, state.head.weight)) is not None:
         head_momentum = state.head.gather_rows(buffer)
-    if not world.is_main:
+    if not run.world.is_main:
         return None
     momentum = {name: _momentum(state, parameter) for name, parameter in state.network.named_parameters()}
     return {
@@ -79,11 +58,11 @@ def collect(
         "epoch": state.step // steps_per_epoch,
         "step": state.step,
         "rng": {"seed": options.seed, "step": state.step},
-        "epoch_sums": list(state.epoch_sums),
-        "look_sums": list(state.look_sums),
+        "epoch_sums": dataclasses.asdict(state.epoch_sums),
+        "shown_sums": dataclasses.asdict(state.shown_sums),
         "history": state.history,
         "skipped": sorted(state.skipped),
-        "data": data,
+        "data": run.data,
         "config": plain_options(options),
     }
 
@@ -98,7 +77,7 @@ def restore(state: State, content: dict[str, Any], path: Path, world: World) -> 
     """
     try:
         state.network.load_state_dict(content["model"])
-        restore_statistics(state.network, content.get("statistics"), world)
+        restore_statistics(state.network, content["statistics"], world)
         state.head.load_full_state(content["head"])
         for name, parameter in state.network.named_parameters():
             if name in content["optimizer"]["momentum"]:
@@ -107,11 +86,11 @@ def restore(state: State, content: dict[str, Any], path: Path, world: World) -> 
         if whole is not None and not state.head.sampled:
             _set_momentum(state, state.head.weight, state.head.own_rows(whole))
         state.step = content["step"]
-        state.epoch_sums[: len(content["epoch_sums"])] = content["epoch_sums"]
-        state.look_sums = list(content.get("look_sums", state.look_sums))
+        state.epoch_sums = Sums(**content["epoch_sums"])
+        state.shown_sums = Sums(**content["shown_sums"])
         state.history = content["history"]
         state.skipped = set(content["skipped"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not fit this run ({str(error).splitlines()[0]})") from error
 
 
@@ -124,9 +103,9 @@ def check_same_run(options: Train, data: dict[str, Any], content: dict[str, Any]
     """Raise `InputError` naming every option that must not change inside a run and did."""
     saved, now = content["config"], plain_options(options)
     free = FREE_OPTIONS | {"epochs"} if options.schedule == "steps" else FREE_OPTIONS  # the other rates depend on it
-    changed = [key for key in now if key not in free and saved.get(key, now[key]) != now[key]]
+    changed = [key for key in now if key not in free and saved.get(key) != now[key]]
     if changed:
-        named = ", ".join(f"--{key.replace('_', '-')} was {saved[key]}, now {now[key]}" for key in changed)
+        named = ", ".join(f"--{key.replace('_', '-')} was {saved.get(key)}, now {now[key]}" for key in changed)
         raise InputError(f"{path}: cannot go on with other options: {named}")
     if content["data"] != data:
         raise InputError(

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 import utils
+from training.torch_internals import BatchNorm
 from utils import InputError
 
 # Rank 0 measures verification sets while the others wait; the default of 10 minutes is short for that.
@@ -244,7 +244,7 @@ def _as_channels(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
-class CrossRankBatchNorm(_BatchNorm):
+class CrossRankBatchNorm(BatchNorm):
     """Batch norm over the batches of all ranks, for CPU, where torch.nn.SyncBatchNorm does not run.
 
     [N, C, ...] -> the same; every rank brings the same N. Two collectives forward, one backward.
@@ -275,7 +275,7 @@ def synchronise_batch_norm(network: nn.Module, world: World) -> nn.Module:
     if world.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for name, module in list(network.named_children()):
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNorm):
             synchronised = CrossRankBatchNorm(module.num_features, module.eps, module.momentum)
             synchronised.weight, synchronised.bias = module.weight, module.bias
             for key, buffer in module.named_buffers():

@@ -1,9 +1,9 @@
 """What people watch while a network trains: TensorBoard, the progress line, the log, and warnings before it is too
 late.
 
-Measurements stay on the device between two looks; a look fetches everything of the steps since the last one in a single
-transfer. The price: a loss that is not finite is noticed up to `--log-every` steps late (the step itself is still
-named).
+Measurements stay on the device between two readings; a reading fetches everything of the steps since the last one in
+a single transfer. The price: a loss that is not finite is noticed up to `--log-every` steps late (the step itself is
+still named).
 """
 
 import fcntl
@@ -36,8 +36,8 @@ NORM_GROWTH = 20.0
 
 
 @dataclass
-class Look:
-    """What one look sees: the steps from `first` to the present one."""
+class Reading:
+    """What was measured in the steps from `first` to the present one."""
 
     first: int
     losses: list[float]
@@ -63,7 +63,7 @@ class Look:
 
 
 class Window:
-    """Collects losses and top-1 on the device until somebody looks."""
+    """Collects losses and top-1 on the device until they are read."""
 
     def __init__(self, step: int) -> None:
         self._begin(step)
@@ -82,15 +82,15 @@ class Window:
         self.top1.append(stats["top1"])
         self.stats = stats
 
-    def look(self) -> Look | None:
-        """Fetch what was collected since the last look and start anew; None when there was no step."""
+    def read(self) -> Reading | None:
+        """Fetch what was collected since the last reading and start anew; None when there was no step."""
         if not self.losses:
             return None
         values = torch.stack([torch.stack(self.losses), torch.stack(self.top1).to(self.losses[0].dtype)]).tolist()
         seconds = time.perf_counter() - self.since
-        look = Look(self.first, *values, seconds, self.waited, self.stats)
+        reading = Reading(self.first, *values, seconds, self.waited, self.stats)
         self._begin(self.first + len(self.losses))
-        return look
+        return reading
 
 
 @dataclass
@@ -106,20 +106,22 @@ class Watch:
     hits: float = 0.0
     first_norm: float | None = None
 
-    def warnings(self, look: Look, norm: float, rate_share: float = 1.0) -> list[str]:
-        """New warnings after a look; `norm` is the mean feature norm of its last step, `rate_share` that step's share
-        of the full learning rate.
+    def warnings(self, reading: Reading, norm: float, rate_share: float = 1.0) -> list[str]:
+        """New warnings after a reading; `norm` is the mean feature norm of its last step, `rate_share` that step's
+        share of the full learning rate.
         """
-        self.steps += len(look.losses)
-        self.effort += len(look.losses) * rate_share
-        self.hits += look.top1
+        self.steps += len(reading.losses)
+        self.effort += len(reading.losses) * rate_share
+        self.hits += reading.top1
         found = []
         chance = math.log(self.identities)
         if self.effort >= self.patience:
-            near_chance = abs(look.loss - chance) < 0.02 * chance or look.loss > 0.98 * (chance + self.margin_cost)
-            if near_chance and look.top1 < max(0.01, 2 / self.identities):
+            near_chance = abs(reading.loss - chance) < 0.02 * chance or reading.loss > 0.98 * (
+                chance + self.margin_cost
+            )
+            if near_chance and reading.top1 < max(0.01, 2 / self.identities):
                 found.append(
-                    f"stuck: after {self.steps} steps the loss is {look.loss:.2f}, that of guessing (log of "
+                    f"stuck: after {self.steps} steps the loss is {reading.loss:.2f}, that of guessing (log of "
                     f"{self.identities:.0f} identities is {chance:.2f}); usually the learning rate is too high or has "
                     "no --warmup, or the margin is too large to begin with (--margin-warmup)"
                 )

@@ -1,0 +1,186 @@
+"""What a run says of itself while it goes on: measurements every few steps, a report for each epoch, its results."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+import utils
+from embedding import Embedder
+from formats import crop_sets
+from training import checkpoints, monitor
+from training.augment import Augmentation
+from training.run import Run, State, Sums
+from training.schedules import cost_of_margin
+from utils import InputError
+from verification import features
+
+HISTOGRAM_READINGS = 10  # distributions go to TensorBoard at every tenth reading
+WAIT_WORTH_A_WORD = 0.1  # share of an epoch's time spent waiting for data
+
+
+class Reporter:
+    """Reads the measurements every few steps: stops the run when a loss is not finite, and shows it on rank 0."""
+
+    def __init__(self, run: Run, state: State) -> None:
+        self.run, self.state = run, state
+        self.window = monitor.Window(state.step)
+        # Each micro-batch draws its own sample of centres.
+        crops = run.options.batch_size // run.options.accumulate
+        self.watch = monitor.Watch(state.head.centres_seen(crops), 0.0)
+        self.board, self.bar = None, None
+        if run.world.is_main:
+            self.board = monitor.Board(run.options.out, state.step + 1 if state.step else 0)
+            self.bar = utils.progress(run.steps, "train", initial=state.step, unit="step")
+
+    def read(self, norm: Tensor | None = None) -> None:
+        """Fetch the measurements since the last reading; with the gradient's `norm`, also write them to TensorBoard.
+
+        Raises `InputError` when a loss was not finite.
+        """
+        reading = self.window.read()
+        if reading is None:
+            return
+        if reading.broken_step is not None:
+            self._stop(reading, reading.broken_step)
+        for measured in zip(reading.losses, reading.hits, strict=True):
+            self.state.epoch_sums.add_step(*measured)
+            self.state.shown_sums.add_step(*measured)
+        self.state.epoch_sums.seconds += reading.seconds
+        self.state.epoch_sums.waited += reading.waited
+        shown = self.state.shown_sums
+        if norm is not None:
+            self.state.shown_sums = Sums()
+        if self.board is None:
+            return
+        options, schedule = self.run.options, self.run.schedule
+        feature_norm = float(reading.stats["feature_norm"].mean())
+        step = self.state.step - 1
+        rate = schedule.learning_rate(step)
+        self.watch.margin_cost = options.scale * cost_of_margin(options.loss, self.state.head.margin)
+        for text in self.watch.warnings(reading, feature_norm, rate / options.lr):
+            self.run.log(f"warning: {text}")
+        values = {
+            "train/loss": shown.loss / shown.steps,
+            "train/top1": shown.top1 / shown.steps,
+            "train/learning_rate": rate,
+            "train/feature_norm": feature_norm,
+            "speed/crops_per_second": len(reading.losses) * options.batch_size / reading.seconds,
+            "speed/data_wait": reading.waited / reading.seconds,
+            "speed/memory_gb": monitor.memory_in_use(self.run.world.device),
+        }
+        self._show(schedule.epoch(step), values)
+        if norm is not None:
+            self.board.scalars(self.state.step, values | {"train/gradient_norm": float(norm)})
+            if self.state.step // options.log_every % HISTOGRAM_READINGS == 1:
+                self.board.distributions(self.state.step, reading.stats)
+
+    def _show(self, epoch: int, values: dict[str, float]) -> None:
+        self.bar.set_postfix_str(
+            f"epoch {epoch}/{self.run.options.epochs}, loss {values['train/loss']:.3f}, "
+            f"top-1 {values['train/top1']:.1%}, rate {values['train/learning_rate']:.3g}, "
+            f"{values['speed/crops_per_second']:.0f} crops/s, waited for data {values['speed/data_wait']:.1%}",
+            refresh=False,  # the update decides whether it is time for a line
+        )
+        self.bar.update(self.state.step - self.bar.n)
+
+    def _stop(self, reading: monitor.Reading, step: int) -> None:
+        rate = self.run.schedule.learning_rate(step)
+        names = [crop_sets.describe(self.run.crops, index) for index in self.run.order.global_batch(step).tolist()]
+        listing = self.run.options.out / f"broken-step-{step}.txt"
+        if self.run.world.is_main:
+            utils.write_text(listing, "".join(f"{name}\n" for name in names))
+        raise InputError(
+            f"step {step}: the loss is {reading.losses[step - reading.first]} at learning rate {rate:g}; its batch is "
+            f"{', '.join(names[:3])}, ... (all {len(names)} in {listing}). Usually the rate is too high; the last "
+            "checkpoint is from before"
+        )
+
+    def end_epoch(self) -> None:
+        """Add the epoch's report to the history; on rank 0, measure the verification sets first if it is their turn."""
+        options, sums = self.run.options, self.state.epoch_sums
+        report: dict[str, Any] = {
+            "epoch": self.run.schedule.epoch(self.state.step - 1),
+            "step": self.state.step,
+            "loss": sums.loss / sums.steps,
+            "top1": sums.top1 / sums.steps,
+            "seconds": sums.seconds,
+            "crops_per_second": sums.steps * options.batch_size / sums.seconds,
+            "data_wait": sums.waited / sums.seconds,
+            "verification": {},
+        }
+        self.state.epoch_sums = Sums()
+        self.state.history.append(report)
+        if self.board is None:
+            return
+        due = report["epoch"] % options.val_every == 0 or report["epoch"] == options.epochs
+        embedder = Embedder.from_network(self.state.network, self.run.world.device, name=options.network)
+        for pairs in self.run.sets if due else []:
+            result = features.verify(embedder, pairs)
+            report["verification"][pairs.name] = {"accuracy": result.accuracy} | result.to_json()
+            self.board.verification(self.state.step, pairs.name, result)
+        figures = "".join(f", {name} {result['accuracy']:.2%}" for name, result in report["verification"].items())
+        self.run.log(
+            f"epoch {report['epoch']}/{options.epochs}: loss {report['loss']:.3f}, top-1 {report['top1']:.1%}, "
+            f"{report['crops_per_second']:.0f} crops/s{figures}"
+        )
+        if report["data_wait"] > WAIT_WORTH_A_WORD:
+            advice = advice_for_slow_input(self.run)
+            self.run.log(f"the step waited for data {report['data_wait']:.0%} of the time: {advice}")
+
+    def show_result(self) -> None:
+        """Write hyper-parameters and what came of them to TensorBoard."""
+        if self.board is None:
+            return
+        best = best_report(self.state)
+        metrics = {f"best/{name}": result["accuracy"] for name, result in best["verification"].items()}
+        metrics["best/loss"] = best["loss"]
+        self.board.result(checkpoints.plain_options(self.run.options), metrics)
+
+    def close(self) -> None:
+        """End the progress line, flush TensorBoard."""
+        if self.board is not None:
+            self.bar.close()
+            self.board.close()
+
+
+def advice_for_slow_input(run: Run) -> str:
+    """What helps against waiting for data here."""
+    options = run.options
+    on_gpu = run.world.device.type == "cuda" and Augmentation.named(options.augment).only_mirror_and_colours
+    return "more --workers, or --decode gpu" if on_gpu and options.decode == "cpu" else "more --workers"
+
+
+def best_report(state: State) -> dict[str, Any]:
+    """The epoch with the best mean accuracy over the verification sets; the last one where none was measured."""
+
+    def score(report: dict[str, Any]) -> tuple[float, int]:
+        accuracies = [result["accuracy"] for result in report["verification"].values()]
+        return (sum(accuracies) / len(accuracies) if accuracies else -1.0), report["epoch"]
+
+    return max(state.history, key=score)
+
+
+def publish(run: Run, state: State) -> None:
+    """After an epoch's checkpoint: best.pt and embedding.pt if it is the best one, and results.json. Idempotent."""
+    out, best = run.options.out, best_report(state)
+    if best["epoch"] == state.history[-1]["epoch"]:
+        checkpoints.write_best(out, state.network)
+    results = {
+        "finished": len(state.history) == run.options.epochs,
+        "epochs": run.options.epochs,
+        "best_epoch": best["epoch"],
+        "best": best,
+        "last": state.history[-1],
+        "history": state.history,
+        "data": run.data,
+        "unreadable_crops": [crop_sets.describe(run.crops, index) for index in sorted(state.skipped)],
+    }
+    utils.write_json(out / checkpoints.RESULTS, results)
+
+
+def note_skipped(skipped: Iterable[int], run: Run, state: State) -> None:
+    """Name crops that were replaced because they cannot be read, each once."""
+    for index in sorted(set(skipped) - state.skipped):
+        state.skipped.add(index)
+        run.log(f"warning: {crop_sets.describe(run.crops, index)}: unreadable, replaced by the next crop")
