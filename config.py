@@ -210,7 +210,7 @@ class FaceSearch(Device):
     )
     shard: str | None = option(
         None,
-        "work on part K of N, such as 3/16; none takes RANK and WORLD_SIZE of torchrun, or does everything",
+        "work on part K of N, such as 3/16; none takes what torchrun or Slurm says, or does everything",
         group="machine",
         metavar="K/N",
     )
@@ -286,7 +286,10 @@ class Synthesize(Device):
     expression: bool = option(True, "expressions and gaze; off: calm faces", group="ingredients")
     occlusion: bool = option(True, "glasses, hats, scarves, hands, objects", group="ingredients")
     shard: str | None = option(
-        None, "part K of N as K/N; none takes torchrun's RANK and WORLD_SIZE", group="machine", metavar="K/N"
+        None,
+        "part K of N as K/N; none takes what torchrun or Slurm says, or does everything",
+        group="machine",
+        metavar="K/N",
     )
     workers: int | None = option(
         None,

@@ -24,12 +24,13 @@ from typing import Any
 
 import config
 import utils
-from cropping.chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
+from cropping.chunks import Chunks, Tally, Work, describe, process, waiting_for
 from cropping.faces import FaceFinder, Photo, detector_settings, encode_jpeg, open_detector, realign
 from cropping.photos import Listing, identity_of, in_order, list_photos
 from formats.crop_sets import CropWriter
 from formats.tables import NO_CROP, FaceRow, FaceTable, escape, row_text, table_text
 from options import parse
+from processes import Shard
 from utils import InputError
 
 OUTPUTS = ("train.rec", "train.idx", "property", "faces.tsv", "identities.tsv")

@@ -23,6 +23,7 @@ import sys
 import config
 import utils
 from options import parse
+from processes import Shard
 from utils import InputError
 
 PACKAGES = {"warp": "warp-lang", "threadpoolctl": "threadpoolctl"}  # by the names of their modules
@@ -43,7 +44,7 @@ def main() -> None:
 
     if options.crops and options.layout != "photos":
         raise InputError(f"--layout {options.layout}: is of photos, --crops writes none")
-    shard = dataset.Shard.parse(options.shard)
+    shard = Shard.parse(options.shard)
     plan = dataset.Plan(
         identities=options.identities,
         images=options.images,

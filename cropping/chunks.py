@@ -17,7 +17,6 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import utils
 from cropping.faces import WINDOW, ordered_map, windows
 from cropping.photos import content_of
 from formats.tables import STATUSES, FaceRow, iterate_faces, parse_table, table_text
+from processes import Shard
 from utils import InputError
 
 PARTS = ".parts"  # folder of the finished chunks, there until they are merged
@@ -33,34 +33,6 @@ CHUNK = 8 * WINDOW  # a multiple, so that no window spans two chunks
 
 # What a window of photo numbers is worked into: a row for each, and the bytes of its crop to keep, if any.
 Work = Callable[[Sequence[int]], list[tuple[FaceRow, bytes | None]]]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of `count` parts of a piece of work; `index` counts from 0."""
-
-    index: int = 0
-    count: int = 1
-
-    @staticmethod
-    def parse(text: str | None = None) -> "Shard":
-        """`"3/16"` is the third of sixteen. Without a text torchrun's RANK and WORLD_SIZE decide, or there is one."""
-        if not text:
-            rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-            if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-                raise InputError(f"RANK={rank} WORLD_SIZE={world}: not a rank within a world size")
-            return Shard(int(rank), int(world))
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-            raise InputError(f"--shard {text}: expected K/N with 1 <= K <= N, such as 3/16")
-        return Shard(int(index) - 1, int(count))
-
-    def owns(self, chunk: int) -> bool:
-        """Whether a chunk is this shard's; neighbours go to different shards, so that all take equally long."""
-        return chunk % self.count == self.index
-
-    def __str__(self) -> str:
-        return f"{self.index + 1}/{self.count}"
 
 
 class Chunks:

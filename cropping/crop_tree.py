@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 import config
 import utils
-from cropping.chunks import Chunks, Shard, Tally, Work, describe, process, waiting_for
+from cropping.chunks import Chunks, Tally, Work, describe, process, waiting_for
 from cropping.faces import FaceFinder, Photo, encode_jpeg
 from cropping.photos import Listing
 from formats.tables import NO_CROP, FaceRow, read_faces, row_text, table_text
+from processes import Shard
 from utils import InputError
 
 JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif")

@@ -30,9 +30,10 @@ from threadpoolctl import threadpool_limits
 
 import utils
 from cropping.align import align_face
-from cropping.chunks import Chunks, Shard
+from cropping.chunks import Chunks
 from formats.crop_sets import CropWriter
 from megaface import facescrub
+from processes import Shard
 from synthetic import kernels
 from synthetic.head import data_folder
 from synthetic.parameters import Identity, Photo, draw_identity, draw_photo

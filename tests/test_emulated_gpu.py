@@ -29,6 +29,7 @@ from embedding import Embedder, load_embedder
 from formats import crop_sets, verification_bin
 from megaface.protocol import identification
 from options import parse
+from processes import Shard
 from retinaface import RetinaFace, engines
 from training import distributed, monitor
 
@@ -523,5 +524,5 @@ def test_the_tracer_is_compiled_before_processes_start(warp_on_gpu, gpu, monkeyp
     monkeypatch.setattr(dataset, "_start_worker", lambda people, device: None)
     monkeypatch.setattr(dataset, "_work", lambda chunk: 1)
     people = dataset.People(tmp_path, dataset.Plan(2, 1, 0, 0, 64, "photos", False, "all", (), 3, 100))
-    dataset.make_people(people, dataset.Shard(), torch.device("cuda", 0), 1)
+    dataset.make_people(people, Shard(), torch.device("cuda", 0), 1)
     assert sorted(compiled) == ["cpu", "cuda:0"]

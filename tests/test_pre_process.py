@@ -20,10 +20,11 @@ from helpers.painted_faces import PaintedFaces, paint, save
 
 import pre_process
 from cropping import chunks, faces, photos
-from cropping.chunks import Chunks, Shard
+from cropping.chunks import Chunks
 from cropping.photos import list_photos
 from formats import crop_sets
 from formats.tables import CROP, NO_CROP, FaceRow, read_faces, write_faces
+from processes import Shard
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

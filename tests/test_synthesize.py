@@ -32,6 +32,7 @@ from cropping.align import align_face
 from cropping.photos import list_photos
 from formats import crop_sets
 from formats.crop_sets import open_crops
+from processes import Shard
 from synthetic import dataset, hair, kernels, parameters, photo, props, render, skin
 from synthetic.head import CAVITY, EYE, LASH, SKIN, TEETH, TONGUE, data_folder, load_head
 from utils import InputError
@@ -336,12 +337,12 @@ def test_a_killed_process_and_a_busy_shard_are_one_line(tmp_path, monkeypatch):
     people = dataset.People(tmp_path / "people", plan)
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", Dead)
     with pytest.raises(InputError, match="a process was killed"):
-        dataset.make_people(people, dataset.Shard(), torch.device("cpu"), 2)
+        dataset.make_people(people, Shard(), torch.device("cpu"), 2)
     with (
-        people.working(dataset.Shard(0, 2)),
+        people.working(Shard(0, 2)),
         pytest.raises(InputError, match="another process is working on shard 1"),
     ):
-        dataset.make_people(people, dataset.Shard(0, 2), torch.device("cpu"), 2)
+        dataset.make_people(people, Shard(0, 2), torch.device("cpu"), 2)
 
 
 def test_as_many_processes_as_a_gpu_holds(monkeypatch):
