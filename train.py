@@ -13,7 +13,7 @@ and colour jitter. It was made for 3.8 million crops of 85 thousand identities; 
 
 The run's folder then holds: checkpoint.pt (the last state, and checkpoint-previous.pt the one before), best.pt (the
 state with the best accuracy on --val), embedding.pt (the embedding network alone, of the best epoch if there is --val,
-else the last), results.json, run.json (configuration, environment, hashes), log.txt, and the TensorBoard files.
+else the last), results.json, run.json (configuration, environment, hashes), log.txt, identities.tsv and tensorboard/.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,17 +139,22 @@ def build(options: Train, identities: int, schedule: Schedule, world: World) -> 
     return State(network, head, build_optimizer(options, network, head))
 
 
-def resume(run: Run, state: State) -> None:
-    """Take over the last checkpoint of the run, if there is one yet. Collective."""
+def resume(run: Run, state: State) -> dict[str, list[Any]]:
+    """Take over the last checkpoint of the run, if there is one yet. Collective.
+
+    Returns the options that are other ones from here on, as {name: [before, now]}.
+    """
+    changes: dict[str, list[Any]] = {}
     options, world = run.options, run.world
     found = checkpoints.load_last(options.out, run.log)
     if found is not None:
-        checkpoints.check_same_run(options, run.data, *found)
+        changes = checkpoints.check_same_run(run, *found)
         checkpoints.restore(state, *found, world)
     if world.largest(state.step) != -world.largest(-state.step):
         raise InputError(f"{options.out}: not all processes find the same checkpoint; the nodes must share this folder")
     if found is not None and world.is_main:
         checkpoints.keep(found[1])
+    return changes
 
 
 def gradient_norm(state: State, world: World) -> Tensor:
@@ -172,7 +178,7 @@ def apply_gradients(state: State, options: Train, rate: float) -> None:
     state.head.zero_grad()
 
 
-def check_finite(state: State, world: World) -> None:
+def check_finite(state: State, options: Train, world: World) -> None:
     """Raise `InputError` if a weight or centre is not finite, which the next loss would be the first to show.
 
     Collective.
@@ -180,8 +186,8 @@ def check_finite(state: State, world: World) -> None:
     sums = torch.stack([values.detach().sum() for values in (*state.network.parameters(), state.head.centres)])
     if world.largest(int(not sums.isfinite().all())):
         raise InputError(
-            f"step {state.step - 1}: it left weights that are not finite. Usually the rate is too high; the last "
-            "checkpoint is from before"
+            f"step {state.step - 1}: it left weights that are not finite. "
+            f"{checkpoints.way_out_of_a_broken_step(options)}"
         )
 
 
@@ -249,8 +255,11 @@ def open_verification_sets(options: Train, world: World) -> list[VerificationSet
     return sets
 
 
-def begin(run: Run, state: State, amp: bool) -> None:
-    """Say what is trained on what, and write what a run's folder holds from its start. Collective."""
+def begin(run: Run, state: State, changes: dict[str, list[Any]], amp: bool) -> None:
+    """Say what is trained on what, and write what a run's folder holds from its start. Collective.
+
+    `changes` is what `resume` gave.
+    """
     options, world, crops, size = run.options, run.world, run.crops, run.options.batch_size
     run.log(
         f"{crops.name}: {len(crops)} crops of {crops.identities} identities, {run.order.steps_per_epoch} steps of "
@@ -260,8 +269,14 @@ def begin(run: Run, state: State, amp: bool) -> None:
     )
     for note in getattr(crops, "notes", []):
         run.log(f"note: {note}")
+    if changes:
+        run.log(f"note: goes on with {checkpoints.describe_changes(changes)}")
+    if state.history and state.history[-1]["sets"] != {pairs.name: pairs.sha256 for pairs in run.sets}:
+        run.log("note: --val changed; which epoch is the best is decided anew among those to come")
+    if advice := monitor.advice_for_few_identities(run):
+        run.log(f"warning: {advice}")
     if world.is_main:
-        monitor.write_run(options.out, checkpoints.plain_options(options), run.data, run.sets, world)
+        monitor.write_run(run, state, changes)
         tables.write_identities(options.out / checkpoints.IDENTITIES, crop_sets.identity_names(crops))
         checkpoints.remove_leftovers(options.out)
     if state.history and state.history[-1]["step"] == state.step:
@@ -273,7 +288,7 @@ def begin(run: Run, state: State, amp: bool) -> None:
 def save(run: Run, state: State, reporter: reporting.Reporter, *, epoch_ends: bool) -> None:
     """Write a checkpoint; at the end of an epoch also its report, and what is published of it. Collective."""
     reporter.read()  # a checkpoint of a broken state must not be written
-    check_finite(state, run.world)
+    check_finite(state, run.options, run.world)
     reporting.note_skipped(run.world.union(state.skipped), run, state)
     with distributed.averaged_statistics(state.network, run.world) as statistics:
         if epoch_ends:
@@ -296,13 +311,12 @@ def train(options: Train, world: World) -> int:
     amp = options.amp if options.amp is not None else world.device.type == "cuda"
     distributed.prepare_device(world.device)
     state = build(options, run.crops.identities, schedule, world)
-    if options.resume:
-        resume(run, state)
+    changes = resume(run, state) if options.resume else {}
     model = distributed.data_parallel(state.network, world)
     if options.compile:
         model = torch.compile(model)
     model.train()
-    begin(run, state, amp)
+    begin(run, state, changes, amp)
     feeding = models.feeding_of(state.network)
 
     recipe, encoded = Augmentation.named(options.augment), options.decode == "gpu"

@@ -1,6 +1,7 @@
 """Runs that are killed, terminated, damaged and resumed."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import time
 import pytest
 from helpers.training import assert_same_state, finish, load, options, record_set, scalars, start, train_main, train_run
 
+import config
 import utils
 from training import checkpoints
 
@@ -135,16 +137,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(crops, unbrok
     assert code == 1 and text.count("error:") == 1 and f"{newest}: not a file of weights, or damaged" in text
 
 
-def test_resume_refuses_other_options_and_other_data(crops, tmp_path):
+def test_resume_refuses_another_run_and_other_data(crops, tmp_path):
     out, output = tmp_path / "run", tmp_path / "output"
     first = {"epochs": 1, "batch_size": 12}
     assert train_run(options(crops, out, **first), output)[0] == 0
     code, text = train_run(options(crops, out, **first), output)
     assert code == 1 and text == f"error: {out}: holds a run; add --resume to go on with it, or choose another --out\n"
-    changed = options(crops, out, **first, resume=True, margin=[0.3], lr=0.5)
+    changed = options(crops, out, **first | {"batch_size": 8, "seed": 3}, resume=True, loss="cosface", lr=0.5)
     code, text = train_run(changed, output)
-    assert code == 1
-    assert "cannot go on with other options: --margin was None, now [0.3], --lr was 0.02, now 0.5" in text
+    assert code == 1 and "give it another --out, or leave the option as it was" in text
+    assert "cannot go on with --loss cosface (was arcface), --batch-size 8 (was 12), --seed 3 (was 0): that is" in text
     other = record_set(tmp_path / "other", seed=1)
     code, text = train_run(options(other, out, **first, resume=True), output)
     assert code == 1 and "was trained on other data than --data" in text
@@ -163,6 +165,36 @@ def test_resume_refuses_other_options_and_other_data(crops, tmp_path):
     assert json.loads((out / "results.json").read_bytes())["finished"]
     code, text = train_run(options(crops, out, **first, resume=True), output)
     assert code == 1 and "--epochs 1, but 3 are done" in text
+
+
+def test_every_option_is_free_or_changeable_or_the_run_itself():
+    names = {field.name for field in dataclasses.fields(config.Train)}
+    assert names >= checkpoints.FREE_OPTIONS | checkpoints.CHANGEABLE_OPTIONS
+    assert not checkpoints.FREE_OPTIONS & checkpoints.CHANGEABLE_OPTIONS
+    fixed = {"network", "use_se", "embedding_size", "loss", "sample_rate", "batch_size", "seed"}
+    assert not fixed & (checkpoints.FREE_OPTIONS | checkpoints.CHANGEABLE_OPTIONS)
+
+
+def test_after_a_broken_step_the_advice_can_be_followed(crops, tmp_path):
+    """A rate beyond float32, then the rate that the message asks for; both are on record."""
+    out, output = tmp_path / "run", tmp_path / "output"
+    line = {"epochs": 1, "batch_size": 12, "save_every": 1}
+    assert train_run(options(crops, out, **line), output)[0] == 0
+    code, text = train_run(options(crops, out, **line | {"epochs": 3, "lr": 3e38}, resume=True), output)
+    assert code == 1 and "left weights that are not finite" in text
+    assert f"{out}/checkpoint.pt is from before: go on from it with --resume and a lower --lr" in text
+    changed = line | {"epochs": 3, "lr": 0.01, "margin": 0.3, "grad_clip": 1, "accumulate": 2}
+    code, text = train_run(options(crops, out, **changed, resume=True), output)
+    assert code == 0, text
+    listed = "--margin 0.3 (was None), --epochs 3 (was 1), --lr 0.01 (was 0.02), --grad-clip 1.0 (was 5.0), "
+    assert f"note: goes on with {listed}--accumulate 2 (was 1)" in text
+    assert listed in (out / "log.txt").read_text()
+    run = json.loads((out / "run.json").read_text())
+    assert run["options"]["lr"] == load(out / "checkpoint.pt")["config"]["lr"] == 0.01
+    assert [(change["step"], change["options"]["lr"]) for change in run["changes"]] == [
+        (2, [0.02, 3e38]),
+        (2, [0.02, 0.01]),
+    ]
 
 
 def test_a_kill_between_checkpoint_and_results_is_made_good(crops, tmp_path):

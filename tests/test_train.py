@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -68,6 +69,13 @@ def wait_for(path):
 
 def settings(**changes):
     return parse(Train, argv=options("crops", "out", **changes))
+
+
+def a_run(device="cpu", identities=1000, **changes):
+    """A run of which only options and schedule are looked at."""
+    chosen = settings(**changes)
+    crops = SimpleNamespace(identities=identities)
+    return Run(chosen, World(0, 1, torch.device(device)), crops, {}, None, Schedule(chosen, 1), [], print)
 
 
 def build(chosen, identities):
@@ -217,7 +225,7 @@ def finished(crops, pairs, tmp_path_factory):
 
 def test_what_a_run_leaves_behind(finished, crops, pairs):
     out, _ = finished
-    files = {path.name for path in out.iterdir() if not path.name.startswith("events.")}
+    files = {path.name for path in out.iterdir() if path.is_file()}
     expected = {"checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"}
     assert files == expected | {"results.json", "run.json", "log.txt", "identities.tsv"}
     content = load(out / "checkpoint.pt")
@@ -269,20 +277,24 @@ def test_the_embedding_network_alone(finished):
 def test_tensorboard_has_what_people_watch(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(finished[0]), size_guidance={"histograms": 0, "images": 0})
+    # The folder's name is what TensorBoard calls the run.
+    board = EventAccumulator(str(finished[0] / "tensorboard" / "mfn"), size_guidance={"histograms": 0, "images": 0})
     board.Reload()
     tags = board.Tags()
-    scalars = "loss top1 learning_rate gradient_norm feature_norm".split()
+    scalars = "loss top1 rate norm_of_gradient norm_of_features".split()
     expected = {f"train/{name}" for name in scalars}
-    expected |= {"speed/crops_per_second", "speed/data_wait", "speed/memory_gb"}
+    expected |= {"train_speed/crops_per_second", "train_speed/data_wait", "train_speed/memory_gb"}
     expected |= {"val/small/accuracy", "val/small/auc", "val/small/eer"}
     assert expected <= set(tags["scalars"])
-    assert {"angle/target", "angle/nearest_other", "feature_norm"} <= set(tags["histograms"])
-    assert {"crops", "roc/small"} <= set(tags["images"])
+    assert {"train_angle/target", "train_angle/nearest_other", "train_norm/features"} <= set(tags["histograms"])
+    assert {"train_crops", "val_roc/small"} <= set(tags["images"])
+    # It sorts by name, and this comes first.
+    everything = [*tags["scalars"], *tags["histograms"], *tags["images"]]
+    assert min(name for name in everything if not name.startswith("_")) == "train/loss"
     assert "_hparams_/experiment" in board.summary_metadata
     assert [event.step for event in board.Scalars("train/loss")] == [2, 4]
-    assert all(0 < event.value < 10_000 for event in board.Scalars("train/gradient_norm"))
-    picture = cv2.imdecode(np.frombuffer(board.Images("crops")[0].encoded_image_string, np.uint8), 1)
+    assert all(0 < event.value < 10_000 for event in board.Scalars("train/norm_of_gradient"))
+    picture = cv2.imdecode(np.frombuffer(board.Images("train_crops")[0].encoded_image_string, np.uint8), 1)
     assert picture.shape[1] == 8 * 114 + 2 and picture.std() > 20
 
 
@@ -348,15 +360,14 @@ def test_weights_that_are_not_finite_are_not_saved(crops, tmp_path):
     """The rate is beyond float32: the first loss is finite, and nothing is after the first step."""
     out = tmp_path / "run"
     code, text = train_run(options(crops, out, lr=3e38, save_every=1), tmp_path / "output")
-    assert code == 1 and text.count("error: step 0: it left weights that are not finite. Usually the rate") == 1
+    assert code == 1 and "error: step 0: it left weights that are not finite. Usually the rate" in text
+    assert "there is no checkpoint yet: begin again with a lower --lr, or with --warmup" in text
     assert not (out / "checkpoint.pt").exists()
 
 
 def test_advice_is_what_can_be_done():
     def advice(device, **changes):
-        world = World(0, 1, torch.device(device))
-        chosen = settings(**changes)
-        return reporting.advice_for_slow_input(Run(chosen, world, None, {}, None, Schedule(chosen, 1), [], print))
+        return reporting.advice_for_slow_input(a_run(device, **changes))
 
     assert advice("cuda") == "more --workers, or --decode gpu"
     assert advice("cpu") == "more --workers"
@@ -547,6 +558,40 @@ def test_warnings_come_once_and_say_what_to_do():
     assert "explosion" in "".join(
         monitor.Watch(10, 0.0, steps=0, first_norm=1.0).warnings(*reading([1.0], 0.5, math.nan))
     )
+
+
+def test_a_small_set_with_the_settings_of_a_large_one_is_worth_a_line():
+    advice = monitor.advice_for_few_identities
+    text = advice(a_run(identities=494, scale=64))
+    assert text.startswith("494 identities, and a margin and a scale for tens of thousands")
+    assert "--margin 0.4 --scale 32 --margin-warmup 4 --warmup 1 --schedule cosine --augment strong" in text
+    assert "--margin" not in advice(a_run(scale=64, loss="cosface")).split("--scale")[0]
+    assert advice(a_run(identities=5000, scale=64)) is None
+    # What it advises is not complained of, nor is who knows of the warm-up.
+    assert advice(a_run(scale=32, margin=0.4, margin_warmup=4.0)) is None
+    assert advice(a_run(scale=64, margin_warmup=4.0)) is None
+    assert advice(a_run(scale=16)) is None
+
+
+def report(epoch, accuracy, **sets):
+    verification = {} if accuracy is None else {name: {"accuracy": accuracy} for name in sets}
+    return {"epoch": epoch, "sets": sets, "verification": verification}
+
+
+def test_the_best_epoch_is_of_the_present_verification_sets():
+    def best(*history):
+        return reporting.best_report(SimpleNamespace(history=list(history)))["epoch"]
+
+    assert best(report(1, 0.9, a="1"), report(2, 0.8, a="1")) == 1
+    assert best(report(1, 0.9, a="1"), report(2, 0.9, a="1")) == 2
+    # Another set, another content of a set of the same name, no set any more: 0.9 was of something else.
+    assert best(report(1, 0.9, a="1"), report(2, 0.7, b="1"), report(3, 0.6, b="1")) == 2
+    assert best(report(1, 0.9, a="1"), report(2, 0.7, a="2")) == 2
+    assert best(report(1, 0.9, a="1"), report(2, None), report(3, None)) == 3
+    # Back again: best.pt was replaced meanwhile.
+    assert best(report(1, 0.9, a="1"), report(2, 0.7, b="1"), report(3, 0.8, a="1")) == 3
+    # Epochs that were not measured count less than those that were.
+    assert best(report(1, None, a="1"), report(2, 0.1, a="1"), report(3, None, a="1")) == 2
 
 
 def test_a_reading_names_the_first_broken_step():

@@ -24,9 +24,15 @@ from utils import InputError
 CHECKPOINT, PREVIOUS, BEST, EMBEDDING = "checkpoint.pt", "checkpoint-previous.pt", "best.pt", "embedding.pt"
 IDENTITIES, RESULTS, RUN = "identities.tsv", "results.json", "run.json"
 
-# Options that may differ when a run goes on: none of them changes what is computed from one step to the next.
+# Options that may differ when a run goes on. The first change nothing of what is computed from one step to the next;
+# the second change how the run goes on, and are written into the log and run.json. All others are the run itself:
+# another network, head, loss, batch or seed is another run.
 FREE_OPTIONS = frozenset(
     "out resume data val val_every workers decode device save_every log_every skip_unreadable".split()
+)
+CHANGEABLE_OPTIONS = frozenset(
+    "augment margin margin_warmup scale focal_gamma epochs lr schedule milestones warmup momentum weight_decay "
+    "grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn".split()
 )
 
 
@@ -99,20 +105,45 @@ def _set_momentum(state: State, parameter: nn.Parameter, values: Tensor) -> None
     state.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(values).detach()
 
 
-def check_same_run(options: Train, data: dict[str, Any], content: dict[str, Any], path: Path) -> None:
-    """Raise `InputError` naming every option that must not change inside a run and did."""
-    saved, now = content["config"], plain_options(options)
-    free = FREE_OPTIONS | {"epochs"} if options.schedule == "steps" else FREE_OPTIONS  # the other rates depend on it
-    changed = [key for key in now if key not in free and saved.get(key) != now[key]]
-    if changed:
-        named = ", ".join(f"--{key.replace('_', '-')} was {saved.get(key)}, now {now[key]}" for key in changed)
-        raise InputError(f"{path}: cannot go on with other options: {named}")
-    if content["data"] != data:
+def check_same_run(run: Run, content: dict[str, Any], path: Path) -> dict[str, list[Any]]:
+    """The options that are other ones from now on, as {name: [before, now]}.
+
+    Raises `InputError` naming every one that must not change inside a run and did, and for other data.
+    """
+    saved, now = content["config"], plain_options(run.options)
+    changed = {key: [saved.get(key), now[key]] for key in now if key not in FREE_OPTIONS and saved.get(key) != now[key]}
+    refused = {key: values for key, values in changed.items() if key not in CHANGEABLE_OPTIONS}
+    if refused:
         raise InputError(
-            f"{path}: was trained on other data than --data: {_data_line(content['data'])}; now {_data_line(data)}"
+            f"{path}: cannot go on with {describe_changes(refused)}: that is another run; give it another --out, or "
+            "leave the option as it was"
         )
-    if content["epoch"] > options.epochs:
-        raise InputError(f"{path}: --epochs {options.epochs}, but {content['epoch']} are done")
+    if content["data"] != run.data:
+        raise InputError(
+            f"{path}: was trained on other data than --data: {_data_line(content['data'])}; now {_data_line(run.data)}"
+        )
+    if content["epoch"] > run.options.epochs:
+        raise InputError(f"{path}: --epochs {run.options.epochs}, but {content['epoch']} are done")
+    return changed
+
+
+def describe_changes(changes: dict[str, list[Any]]) -> str:
+    """As people would type the options: `--lr 0.01 (was 0.1)`."""
+
+    def words(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return ", ".join(
+        f"--{key.replace('_', '-')} {words(now)} (was {words(before)})" for key, (before, now) in changes.items()
+    )
+
+
+def way_out_of_a_broken_step(options: Train) -> str:
+    """What to do about a step that left numbers which are not finite."""
+    path = options.out / CHECKPOINT
+    if path.exists():
+        return f"Usually the rate is too high; {path} is from before: go on from it with --resume and a lower --lr"
+    return "Usually the rate is too high; there is no checkpoint yet: begin again with a lower --lr, or with --warmup"
 
 
 def _data_line(data: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,16 @@ from tqdm import tqdm
 
 import utils
 from training import checkpoints
-from training.distributed import World
+from training.run import Run, State
+from training.schedules import cost_of_margin
 from utils import InputError
 from verification.metrics import VerificationResult, curve
-from verification.sets import VerificationSet
 
 # Steps after which a network that has learnt nothing at all is worth a warning.
 PATIENCE = 1000
+# Below this many identities margin and scale of the published recipe, made for 85 thousand, mostly teach nothing.
+FEW_IDENTITIES = 5000
+LARGE_COST = 20.0  # scale times what the margin takes: 36 for the published recipe, 12 for the one advised
 # How many times its first level the mean feature norm may reach before it is called an explosion.
 NORM_GROWTH = 20.0
 
@@ -142,6 +144,20 @@ class Watch:
         return new
 
 
+def advice_for_few_identities(run: Run) -> str | None:
+    """A warning when margin and scale are those of a large set and the identities are few, with what fits."""
+    options, identities = run.options, run.crops.identities
+    cost = options.scale * cost_of_margin(options.loss, run.schedule.full_margin)
+    if identities >= FEW_IDENTITIES or cost < LARGE_COST or options.margin_warmup > 0:
+        return None
+    margin = "--margin 0.4 " if options.loss == "arcface" else ""
+    strong = "" if options.augment == "strong" else " --augment strong"
+    return (
+        f"{identities} identities, and a margin and a scale for tens of thousands: on few, the loss often stays where "
+        f"it begins. What fits: {margin}--scale 32 --margin-warmup 4 --warmup 1 --schedule cosine{strong}"
+    )
+
+
 class RunLog:
     """Lines to a file, with date and time, and above the progress bar to standard error; silent without a path.
 
@@ -171,8 +187,18 @@ class RunLog:
         os.write(self._file, line.encode("utf-8", "backslashreplace"))
 
 
+def board_folder(out: Path) -> Path:
+    """Where a run's TensorBoard files lie: a folder by the run's name, which is what TensorBoard calls it."""
+    folder = out / "tensorboard"
+    begun = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return begun[0] if begun else folder / (out.resolve().name or "run")
+
+
 class Board:
-    """The run in TensorBoard. `purge_step` drops what an interrupted run wrote after its last checkpoint."""
+    """The run in TensorBoard. `purge_step` drops what an interrupted run wrote after its last checkpoint.
+
+    TensorBoard sorts by name, so the names are such that train/loss comes first.
+    """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # half a second that only rank 0 should pay
@@ -187,9 +213,9 @@ class Board:
     def distributions(self, step: int, stats: dict[str, Tensor]) -> None:
         """Histograms of the angles (degrees) to the own and to the nearest other centre, and of the feature norms."""
         for key, name in (
-            ("target_angle", "angle/target"),
-            ("other_angle", "angle/nearest_other"),
-            ("feature_norm", "feature_norm"),
+            ("target_angle", "train_angle/target"),
+            ("other_angle", "train_angle/nearest_other"),
+            ("feature_norm", "train_norm/features"),
         ):
             values = stats[key].float().flatten()
             values = values[torch.isfinite(values)]
@@ -200,14 +226,14 @@ class Board:
         """A sheet of crops as the network sees them, [N, 3, 112, 112] in [0, 1]."""
         from torchvision.utils import make_grid
 
-        self.writer.add_image("crops", make_grid(pictures[:64].cpu(), nrow=8, padding=2), step)
+        self.writer.add_image("train_crops", make_grid(pictures[:64].cpu(), nrow=8, padding=2), step)
 
     def verification(self, step: int, name: str, result: VerificationResult) -> None:
         """Accuracy, AUC and EER of a verification set, and its ROC as a picture."""
         values = {"accuracy": result.accuracy, "auc": result.auc, "eer": result.eer}
         self.scalars(step, {f"val/{name}/{key}": value for key, value in values.items() if value is not None})
         if result.auc is not None:
-            self.writer.add_figure(f"roc/{name}", _roc(result), step)
+            self.writer.add_figure(f"val_roc/{name}", _roc(result), step)
 
     def result(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """The hyper-parameters with what came of them."""
@@ -245,17 +271,26 @@ def memory_in_use(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
-def write_run(
-    folder: Path, options: dict[str, Any], data: dict[str, Any], sets: Sequence[VerificationSet], world: World
-) -> None:
-    """`run.json`: configuration, data and environment; one environment for each time that the run was started."""
-    path = folder / checkpoints.RUN
+def write_run(run: Run, state: State, changes: dict[str, list[Any]]) -> None:
+    """`run.json`: configuration, data and environment; one environment for each time that the run was started.
+
+    `changes` are the options that are other ones from the present step on (see `checkpoints.check_same_run`).
+    """
+    path = run.options.out / checkpoints.RUN
     try:
-        environments = list(json.loads(path.read_bytes())["environments"]) if path.exists() else []
+        before = json.loads(path.read_bytes()) if path.exists() else {"environments": [], "changes": []}
+        environments, earlier = list(before["environments"]), list(before["changes"])
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not written by train.py, or damaged; choose another --out, or remove it") from error
-    environments.append(utils.environment() | {"device": str(world.device), "processes": world.size})
-    hashes = {pairs.name: pairs.sha256 for pairs in sets}
-    utils.write_json(
-        path, {"options": options, "data": data, "verification_sha256": hashes, "environments": environments}
-    )
+    environments.append(utils.environment() | {"device": str(run.world.device), "processes": run.world.size})
+    change = {"step": state.step, "options": changes}
+    if changes and change not in earlier:  # a run killed before its next checkpoint finds the same change again
+        earlier.append(change)
+    content = {
+        "options": checkpoints.plain_options(run.options),
+        "data": run.data,
+        "verification_sha256": {pairs.name: pairs.sha256 for pairs in run.sets},
+        "changes": earlier,
+        "environments": environments,
+    }
+    utils.write_json(path, content)

@@ -1,5 +1,6 @@
 """What a run says of itself while it goes on: measurements every few steps, a report for each epoch, its results."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,7 @@ class Reporter:
         self.watch = monitor.Watch(state.head.centres_seen(crops), 0.0)
         self.board, self.bar = None, None
         if run.world.is_main:
-            self.board = monitor.Board(run.options.out, state.step + 1 if state.step else 0)
+            self.board = monitor.Board(monitor.board_folder(run.options.out), state.step + 1 if state.step else 0)
             self.bar = utils.progress(run.steps, "train", initial=state.step, unit="step")
 
     def read(self, norm: Tensor | None = None) -> None:
@@ -63,23 +64,24 @@ class Reporter:
         values = {
             "train/loss": shown.loss / shown.steps,
             "train/top1": shown.top1 / shown.steps,
-            "train/learning_rate": rate,
-            "train/feature_norm": feature_norm,
-            "speed/crops_per_second": len(reading.losses) * options.batch_size / reading.seconds,
-            "speed/data_wait": reading.waited / reading.seconds,
-            "speed/memory_gb": monitor.memory_in_use(self.run.world.device),
+            "train/rate": rate,
+            "train/norm_of_features": feature_norm,
+            "train_speed/crops_per_second": len(reading.losses) * options.batch_size / reading.seconds,
+            "train_speed/data_wait": reading.waited / reading.seconds,
+            "train_speed/memory_gb": monitor.memory_in_use(self.run.world.device),
         }
         self._show(schedule.epoch(step), values)
         if norm is not None:
-            self.board.scalars(self.state.step, values | {"train/gradient_norm": float(norm)})
+            self.board.scalars(self.state.step, values | {"train/norm_of_gradient": float(norm)})
             if self.state.step // options.log_every % HISTOGRAM_READINGS == 1:
                 self.board.distributions(self.state.step, reading.stats)
 
     def _show(self, epoch: int, values: dict[str, float]) -> None:
         self.bar.set_postfix_str(
             f"epoch {epoch}/{self.run.options.epochs}, loss {values['train/loss']:.3f}, "
-            f"top-1 {values['train/top1']:.1%}, rate {values['train/learning_rate']:.3g}, "
-            f"{values['speed/crops_per_second']:.0f} crops/s, waited for data {values['speed/data_wait']:.1%}",
+            f"top-1 {values['train/top1']:.1%}, rate {values['train/rate']:.3g}, "
+            f"{values['train_speed/crops_per_second']:.0f} crops/s, "
+            f"waited for data {values['train_speed/data_wait']:.1%}",
             refresh=False,  # the update decides whether it is time for a line
         )
         self.bar.update(self.state.step - self.bar.n)
@@ -92,8 +94,8 @@ class Reporter:
             utils.write_text(listing, "".join(f"{name}\n" for name in names))
         raise InputError(
             f"step {step}: the loss is {reading.losses[step - reading.first]} at learning rate {rate:g}; its batch is "
-            f"{', '.join(names[:3])}, ... (all {len(names)} in {listing}). Usually the rate is too high; the last "
-            "checkpoint is from before"
+            f"{', '.join(names[:3])}, ... (all {len(names)} in {listing}). "
+            f"{checkpoints.way_out_of_a_broken_step(self.run.options)}"
         )
 
     def end_epoch(self) -> None:
@@ -107,6 +109,7 @@ class Reporter:
             "seconds": sums.seconds,
             "crops_per_second": sums.steps * options.batch_size / sums.seconds,
             "data_wait": sums.waited / sums.seconds,
+            "sets": {pairs.name: pairs.sha256 for pairs in self.run.sets},
             "verification": {},
         }
         self.state.epoch_sums = Sums()
@@ -133,8 +136,8 @@ class Reporter:
         if self.board is None:
             return
         best = best_report(self.state)
-        metrics = {f"best/{name}": result["accuracy"] for name, result in best["verification"].items()}
-        metrics["best/loss"] = best["loss"]
+        metrics = {f"val_best/{name}": result["accuracy"] for name, result in best["verification"].items()}
+        metrics["val_best/loss"] = best["loss"]
         self.board.result(checkpoints.plain_options(self.run.options), metrics)
 
     def close(self) -> None:
@@ -152,13 +155,17 @@ def advice_for_slow_input(run: Run) -> str:
 
 
 def best_report(state: State) -> dict[str, Any]:
-    """The epoch with the best mean accuracy over the verification sets; the last one where none was measured."""
+    """The epoch with the best mean accuracy over the verification sets; the last one where none was measured.
+
+    Only epochs since --val last changed are compared: accuracies on other sets say nothing about each other.
+    """
+    same = list(itertools.takewhile(lambda report: report["sets"] == state.history[-1]["sets"], state.history[::-1]))
 
     def score(report: dict[str, Any]) -> tuple[float, int]:
         accuracies = [result["accuracy"] for result in report["verification"].values()]
         return (sum(accuracies) / len(accuracies) if accuracies else -1.0), report["epoch"]
 
-    return max(state.history, key=score)
+    return max(same, key=score)
 
 
 def publish(run: Run, state: State) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 import models
 import train
 from formats import crop_sets
+from training import monitor
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240  # seconds until a run counts as hanging
@@ -200,9 +201,9 @@ def scalars(out):
     """What TensorBoard shows of the training itself (not of speed): [(step, value), ...] by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(out))
+    board = EventAccumulator(str(monitor.board_folder(out)))
     board.Reload()
-    names = [name for name in board.Tags()["scalars"] if not name.startswith("speed/")]
+    names = [name for name in board.Tags()["scalars"] if not name.startswith("train_speed/")]
     return {name: [(event.step, event.value) for event in board.Scalars(name)] for name in names}
 
 
