@@ -32,7 +32,7 @@ FREE_OPTIONS = frozenset(
 )
 CHANGEABLE_OPTIONS = frozenset(
     "augment margin margin_warmup scale focal_gamma epochs lr schedule milestones warmup momentum weight_decay "
-    "grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn".split()
+    "grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn drop_path token_mask".split()
 )
 
 
