@@ -434,7 +434,8 @@ class Extract:
 
     sources: list[Path] = option(
         REQUIRED,
-        "a zip, a tar (gz, bz2, xz, zst), a folder, an MS-Celeb TSV (plain or gz) or RecordIO (.rec or its folder)",
+        "a zip, a tar (gz, bz2, xz, zst; in parts; WebDataset's shards), a folder, an MS-Celeb TSV (plain or gz), "
+        "RecordIO (.rec or its folder), Parquet, or a list of images with labels",
         group="files",
         metavar="SOURCE",
         positional=True,
@@ -446,6 +447,21 @@ class Extract:
         group="reading",
         metavar="N",
         at_least=1,
+    )
+    identity: str | None = option(
+        None,
+        "whose the photos are that lie in no folder; none means the source's own name for a folder, nobody's for an "
+        "archive",
+        group="reading",
+        metavar="NAME",
+    )
+    prefix: list[str] = option(
+        [], "names put before the identities, one for each source: NAME-identity", group="reading", metavar="NAME"
+    )
+    join: bool = option(
+        False,
+        "people of one name are one person, also in sources that are not parts of one set",
+        group="reading",
     )
     max_file_mb: int = option(256, "refuse larger files, in MiB", group="limits", metavar="N", at_least=1)
     max_ratio: float = option(

@@ -3,6 +3,9 @@
     python extract.py photos.zip --out data/raw
     python extract.py MsCelebV1-Faces-Aligned.tsv --out data/raw
     python extract.py part1.tar.gz part2.tar.gz more_photos/ faces_emore/train.rec --out data/raw
+    python extract.py shards/*.tar --out data/raw                    # WebDataset, labels in .cls or .json
+    python extract.py glint360k_00 --out data/raw                    # a split archive: its first part, or its folder
+    python extract.py a/faces b/faces --prefix a b --out data/raw    # two sets whose identities have the same names
 
 Result: `data/raw/<identity>/<name>.<ext>` with the original bytes, `listing.tsv` (source, member, status, reason, path,
 bytes, SHA-256: one row per member of each source) and `listing.json` (the counts). A member ends as
@@ -11,12 +14,17 @@ bytes, SHA-256: one row per member of each source) and `listing.json` (the count
     renamed     extracted under another name: taken already (also by another spelling that a Mac or Windows holds for
                 the same name) or not safe as a file name
     skipped     not a photo (an archive inside an archive is a source of its own)
-    refused     would leave the folder, is a link or a device, too large, encrypted
+    refused     would leave the folder, is a link or a device, too large, encrypted, nobody's
     damaged     its data cannot be had
 
-and the counts add up. Identity: the folder that holds the photo (`--identity-level 2`: the one above); the archive's
-or folder's own name for photos in no folder; the MID in an MS-Celeb TSV; `<set>-<label>` in RecordIO. Aligned RecordIO
-need not be extracted: `train.py --data` reads it as it is.
+and the counts add up. Identity: the folder that holds the photo (`--identity-level 2`: the one above); the folder's
+own name for photos in no folder of a folder; the MID in an MS-Celeb TSV; the label, as `<set>-<label>` where it is a
+number, in RecordIO, WebDataset, Parquet and lists of `path label`. Photos in no folder of an archive are nobody's until
+`--identity NAME` says whose. Aligned RecordIO need not be extracted: `train.py --data` reads it as it is.
+
+Different people never share a folder. Sources that are parts of one set (`part1`, `part2`; numbered shards; chunks)
+have their people in common; people of one name in other sources are kept apart and named, `--prefix` gives them names
+of their own, and `--join` says that they are the same people.
 
 Kill it at any time; the same command goes on. A run on finished sources checks that every file is still there. When a
 source is cut off, members are damaged or not one photo could be had from a source, what is good is kept, the rest is
@@ -25,12 +33,11 @@ named and the exit code is 1.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
-import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +47,7 @@ import config
 import utils
 from formats import archives
 from formats.archives import Broken, Member, NotTaken, Source
+from formats.names import path_parts, printable, safe_name, same_name
 from options import parse
 from utils import InputError
 
@@ -48,12 +56,8 @@ COLUMNS = ("source", "member", "status", "reason", "path", "bytes", "sha256")
 
 _STATE = ".extract"  # hidden folder below the output: journals, state, lock
 _LISTINGS = ("listing.tsv", "listing.json")
-_MAX_NAME = 200  # bytes; file systems hold 255, and room is needed for "~2" and temporary names
 _KNOWN_FOLDERS = 4096  # folders whose file names are kept in memory
 _SHOWN = 20  # refused and damaged members printed; all are in the listing
-# Characters that no file name or table should hold: separators, controls, halves of a surrogate pair.
-_UNSAFE = {ord(c): "_" for c in "/\\"} | dict.fromkeys([*range(32), *range(0x7F, 0xA0), *range(0xD800, 0xE000)], "_")
-_ESCAPED = {ord("\\"): "\\\\"} | {c: f"\\x{c:02x}" for c in [*range(32), *range(0x7F, 0xA0)]}
 
 
 class Row(NamedTuple):
@@ -68,81 +72,134 @@ class Row(NamedTuple):
 
     def to_line(self) -> str:
         """The row as TAB-separated text; what would break the table stands as an escape."""
-        reason, member = (_printable(text) for text in (self.reason, self.member))
+        reason, member = (printable(text) for text in (self.reason, self.member))
         size = str(self.size) if self.path else ""
         return "\t".join([member, self.status, reason, self.path, size, self.sha256])
 
     @staticmethod
     def from_line(line: str) -> "Row":
-        """Read what `to_line` wrote; reason and member stay escaped. `ValueError` if it is not a row."""
+        """Read what `to_line` wrote; reason and member stay escaped. `ValueError` if it is not a row, or one whose
+        path is none that we give."""
         member, status, reason, path, size, sha256 = line.split("\t")
+        if status not in STATUSES or (path and (len(path_parts(path)) != 2 or "\\" in path)):
+            raise ValueError("not a row")
         return Row(status, reason, path, int(size or 0), sha256, member)
 
 
-def _printable(text: str) -> str:
-    return text.translate(_ESCAPED).encode("utf-8", "backslashreplace").decode()
+class Ledger:
+    """Lines that are only ever added, each with a checksum of itself and of all before it.
+
+    A line that was edited, lost or swapped is noticed when the file is read; one torn by a kill at the end of the file
+    is dropped, since what it speaks of was not done yet. A line that does not fit on the disk leaves no trace.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count, self.check = 0, ""
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def lines(self) -> Iterator[str]:
+        """The lines as they were added; `InputError` for a damaged one. To be read once, before anything is added."""
+        end = 0
+        with open(self.path, "rb") as file:
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    break
+                text, _, check = raw[:-1].decode("utf-8", "surrogateescape").rpartition("\t")
+                if check != self._next(text):
+                    raise self.damaged(f"line {self.count + 1} is damaged, or one before it is lost")
+                self.count, self.check = self.count + 1, check
+                end += len(raw)
+                yield text
+        os.ftruncate(self._file, end)
+
+    def damaged(self, what: str) -> InputError:
+        """The error that says what is wrong and what to do."""
+        return InputError(
+            f"{self.path}: {what}; remove {self.path.parent.parent} and start again, or give another --out"
+        )
+
+    def _next(self, text: str) -> str:
+        data = f"{self.check}\n{text}".encode("utf-8", "surrogateescape")
+        return hashlib.blake2b(data, digest_size=6).hexdigest()
+
+    def append(self, text: str) -> None:
+        """Add a line, or, if there is no room for all of it, nothing: OSError."""
+        check = self._next(text)
+        data = f"{text}\t{check}\n".encode("utf-8", "surrogateescape")
+        size = os.fstat(self._file).st_size
+        try:
+            written = 0
+            while written < len(data):  # a nearly full disk takes a part and says so only the next time
+                written += os.write(self._file, data[written:])
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
+        self.count, self.check = self.count + 1, check
+
+    def close(self) -> None:
+        """Close the file; nothing can be added afterwards."""
+        os.close(self._file)
 
 
-def same_name(name: str) -> str:
-    """What names are compared by: some file systems ignore case, some ignore how accents are composed."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def safe_name(name: str) -> str:
-    """`name` as a single, visible file name: no separators, control characters, leading dot or excessive length."""
-    clean = name.translate(_UNSAFE)
-    if clean.startswith("."):
-        clean = "_" + clean[1:]
-    stem, suffix = os.path.splitext(clean)  # noqa: PTH122 - a bare name
-    room = _MAX_NAME - len(suffix.encode())
-    if len(stem.encode()) <= room:
-        return clean
-    if room < 1:
-        return clean.encode()[:_MAX_NAME].decode("utf-8", "ignore")
-    return stem.encode()[:room].decode("utf-8", "ignore") + suffix
+Person = tuple[str, str]  # the space that a name is meant in (formats.archives), and the name
 
 
 class Shelf:
     """Gives every member a folder and a name of its own below `out`.
 
-    Which names are taken is looked up in the folders themselves, those of the latest few thousand being kept in memory,
-    so 8 million files need no table of 8 million names.
+    Whose folder is whose is kept in a ledger, which a folder's name cannot say: `bob~2` may be the second bob, or
+    somebody of that name. Which file names are taken is looked up in the folders themselves, those of the latest few
+    thousand being kept in memory, so 8 million files need no table of 8 million names.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._renames = out / _STATE / "folders.tsv"
-        self._folders: dict[str, str] = {}  # wanted -> used
+        self._ledger = Ledger(out / _STATE / "folders.tsv")
+        self._folders: dict[Person, str] = {}
+        self._owners: dict[str, Person] = {}  # by the folder's name
+        for line in self._ledger.lines():
+            cells = line.split("\t")
+            if len(cells) != 3:
+                raise self._ledger.damaged(f"{line[:60]!r} is no line of it")
+            self._folders[cells[0], cells[1]] = cells[2]
+            self._owners[cells[2]] = (cells[0], cells[1])
         with os.scandir(out) as entries:
-            names = [entry.name for entry in entries]
-        self._taken = {same_name(name) for name in (*names, *_LISTINGS)}
-        self._folders = {name: name for name in names if name not in _LISTINGS and (out / name).is_dir()}
-        if self._renames.exists():
-            for line in self._renames.read_text("utf-8").rstrip("\n").split("\n"):
-                wanted, _, used = line.partition("\t")
-                self._folders[wanted] = used
-                self._taken.add(same_name(used))
-        self._files: OrderedDict[str, set[str]] = OrderedDict()
+            self._others = {entry.name for entry in entries if entry.name not in self._owners}  # the user's own
+        self._taken = _Taken({*self._others, *self._owners, *_LISTINGS, _STATE})
+        self._files: OrderedDict[str, _Taken] = OrderedDict()
         self._reserved: dict[str, set[str]] = {}
 
     def reserve(self, path: str) -> None:
         """Keep the name of a file that is missing and will be extracted again."""
         folder, _, name = path.partition("/")
-        self._reserved.setdefault(folder, set()).add(same_name(name))
+        self._reserved.setdefault(folder, set()).add(name)
 
-    def folder(self, identity: str) -> str:
-        """The folder of an identity, made if need be; another spelling of an existing one gets a folder of its own."""
+    def owns(self, folder: str) -> bool:
+        """Whether a folder is somebody's."""
+        return folder in self._owners
+
+    def folder(self, space: str, identity: str) -> str:
+        """The folder of a person, made if need be. Whoever has the same name in another space, or one that is the same
+        as a file name, gets another."""
+        person = (printable(space), printable(identity))
+        if person in self._folders:
+            return self._folders[person]
         wanted = safe_name(identity)
-        if wanted in self._folders:
-            return self._folders[wanted]
-        used = _free(wanted, self._taken)
-        self._taken.add(same_name(used))
-        self._folders[wanted] = used
-        if used != wanted:
-            with self._renames.open("a", encoding="utf-8") as file:
-                file.write(f"{wanted}\t{used}\n")
+        # A folder that was there before we came is the person's whose name it has.
+        used = wanted if wanted in self._others and wanted == identity else self._taken.free(wanted)
+        self._others.discard(used)
+        self._taken.add(used)
+        self._ledger.append("\t".join((*person, used)))  # before the folder, so that none is without an owner
+        self._folders[person], self._owners[used] = used, person
         (self.out / used).mkdir(exist_ok=True)
         return used
+
+    def namesake(self, space: str, identity: str) -> str:
+        """The space of somebody else who has the folder that this person wanted, "" if there is nobody."""
+        person = (printable(space), printable(identity))
+        owner = self._owners.get(safe_name(identity), person)
+        return owner[0] if owner != person and owner[1] == person[1] else ""
 
     def file(self, folder: str, name: str) -> str:
         """A name in `folder` that is not taken; it counts as taken from now on."""
@@ -150,73 +207,75 @@ class Shelf:
         if names is None:
             (self.out / folder).mkdir(exist_ok=True)
             with os.scandir(self.out / folder) as entries:
-                names = self._files[folder] = {same_name(entry.name) for entry in entries}
-            names |= self._reserved.get(folder, set())
+                there = {entry.name for entry in entries}
+            names = self._files[folder] = _Taken(there | self._reserved.get(folder, set()))
             if len(self._files) > _KNOWN_FOLDERS:
                 self._files.popitem(last=False)
         else:
             self._files.move_to_end(folder)
-        used = _free(safe_name(name), names)
-        names.add(same_name(used))
+        used = names.free(safe_name(name))
+        names.add(used)
         return used
 
-
-def _free(name: str, taken: set[str]) -> str:
-    """`name`, or the first of `name~2.ext`, `name~3.ext` ... that is not taken."""
-    if same_name(name) not in taken:
-        return name
-    stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a bare name
-    number = 2
-    while same_name(candidate := f"{stem}~{number}{suffix}") in taken:
-        number += 1
-    return candidate
+    def close(self) -> None:
+        """Nobody gets a folder any more."""
+        self._ledger.close()
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a journal; `InputError` if one of them is damaged."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield Row.from_line(line.rstrip("\n"))
-            except ValueError as error:
-                raise InputError(
-                    f"{path}: line {number} is damaged; remove {path.parent.parent} and start again"
-                ) from error
+class _Taken:
+    """Names that are taken, as file systems compare them."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = {same_name(name) for name in names}
+        self._next: dict[str, int] = {}  # where to look for the next free number of a name that came often
+
+    def add(self, name: str) -> None:
+        self._names.add(same_name(name))
+
+    def free(self, name: str) -> str:
+        """`name`, or the first of `name~2.ext`, `name~3.ext` ... that is not taken."""
+        plain = same_name(name)
+        if plain not in self._names:
+            return name
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a bare name
+        number = self._next.get(plain, 2)
+        while same_name(candidate := f"{stem}~{number}{suffix}") in self._names:
+            number += 1
+        self._next[plain] = number + 1
+        return candidate
 
 
 class Journal:
     """What became of the members of one source, in their order: the memory of a restart.
 
     A row is written before its file gets its name, so a file with a name always has a row; a row whose file is missing
-    or of another size is done again under the same name. A row torn by a crash is dropped.
+    or of another size is done again under the same name.
     """
 
     def __init__(self, path: Path, out: Path) -> None:
-        self.path, self._out = path, out
-        self.count = 0
+        self._ledger, self._out = Ledger(path), out
         self.missing: dict[int, Row] = {}
-        if path.exists():
-            self._mend()
-        for row in read_rows(path):
+        for number, row in enumerate(self.rows()):
             if row.path and not self._there(row):
-                self.missing[self.count] = row
-            self.count += 1
-        self._file = path.open("ab", buffering=0)
+                self.missing[number] = row
 
-    def _mend(self) -> None:
-        with self.path.open("rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            while end:
-                start = max(0, end - (1 << 16))
-                file.seek(start)
-                newline = file.read(end - start).rfind(b"\n")
-                if newline >= 0:
-                    file.truncate(start + newline + 1)
-                    return
-                end = start
-            file.truncate(0)
+    def rows(self) -> Iterator[Row]:
+        """The rows of an earlier run; `InputError` if one of them is damaged."""
+        for line in self._ledger.lines():
+            try:
+                yield Row.from_line(line)
+            except ValueError as error:
+                raise self._ledger.damaged(f"line {self._ledger.count} is damaged") from error
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self._ledger.count
+
+    @property
+    def check(self) -> str:
+        """The checksum of all rows."""
+        return self._ledger.check
 
     def _there(self, row: Row) -> bool:
         try:
@@ -224,33 +283,46 @@ class Journal:
         except OSError:
             return False
 
+    def expect(self, count: int, check: str) -> None:
+        """`InputError` unless these are the rows of a finished source."""
+        if (count, check) != (self.count, self.check):
+            raise self._ledger.damaged(f"holds {self.count} rows instead of {count}, or others")
+
     def append(self, row: Row) -> None:
         """Add the row of the next member."""
-        self._file.write((row.to_line() + "\n").encode())
-        self.count += 1
+        self._ledger.append(row.to_line())
 
     def close(self) -> None:
         """Close the file; nothing can be added afterwards."""
-        self._file.close()
+        self._ledger.close()
 
 
 class Extraction:
-    """The extraction of one source into `shelf.out`."""
+    """The extraction of one source into `shelf.out`.
 
-    def __init__(self, source: Source, journal: Journal, shelf: Shelf) -> None:
+    `prefix` is put before each identity, `join` makes people of one name one person whatever source they come from.
+    """
+
+    def __init__(self, source: Source, journal: Journal, shelf: Shelf, prefix: str, join: bool) -> None:
         self._source, self._journal, self._shelf = source, journal, shelf
+        self._prefix, self._join = prefix, join
         self._temporary = shelf.out / _STATE / "part"
         self._parents: dict[str, str] = {}
         self._merged: dict[str, tuple[str, str]] = {}  # identities gathered from two folders of the source
+        self._apart: dict[str, tuple[str, str]] = {}  # who has a namesake: where, and the folder given instead
 
     def run(self) -> str:
         """Extract what the journal does not have yet; returns why the source ended early, "" if it did not."""
         bar = utils.progress(self._source.total, self._source.path.name, unit=self._source.unit)
         if self._source.unit == "B":
             bar.unit_scale = True
+        index = -1
         try:
             for index, member in enumerate(self._source.members()):
                 bar.update(member.position - bar.n)
+                if member.identity:
+                    member.identity = self._prefix + member.identity
+                    member.space = "" if self._join else f"{self._source.space}\n{member.space}"
                 self._note_parent(member)
                 if index >= self._journal.count:
                     self._take(member)
@@ -260,26 +332,41 @@ class Extraction:
             return str(error)
         else:
             bar.update(self._source.total - bar.n)
+            if index + 1 < self._journal.count:
+                raise InputError(
+                    f"{self._source.path}: {index + 1} members, but {self._journal.count} in an earlier run"
+                )
         finally:
             bar.close()
         return ""
 
-    def merged_note(self) -> str:
-        """A sentence about identities whose photos lie in several folders of the source, "" if there are none."""
-        if not self._merged:
-            return ""
-        identity, (one, other) = next(iter(self._merged.items()))
-        return (
-            f"{len(self._merged)} identities gather photos from several folders "
-            f"({identity!r} from {one!r} and {other!r}); if these are different people, choose another --identity-level"
-        )
+    def notes(self) -> list[str]:
+        """Sentences about identities whose photos lie in several folders of the source, and about namesakes."""
+        notes = []
+        if self._merged:
+            identity, (one, other) = next(iter(self._merged.items()))
+            notes.append(
+                f"{len(self._merged)} identities gather photos from several folders ({identity!r} from {one!r} and "
+                f"{other!r}); if these are different people, choose another --identity-level"
+            )
+        if self._apart:
+            identity, (elsewhere, folder) = next(iter(self._apart.items()))
+            notes.append(
+                f"{len(self._apart)} identities have the names of others in {elsewhere} and were kept apart "
+                f"({identity!r} became {folder!r}); --prefix gives names of your own, --join says that they are the "
+                "same people"
+            )
+        return notes
 
     def _note_parent(self, member: Member) -> None:
         parent = member.name.rpartition("/")[0]
-        if parent.startswith("__MACOSX/"):  # metadata of the photos
+        if parent.startswith("__MACOSX/") or not member.identity:  # metadata of the photos, or nobody
             return
-        if member.identity and self._parents.setdefault(member.identity, parent) != parent:
-            self._merged.setdefault(member.identity, (self._parents[member.identity], parent))
+        if member.identity.removeprefix(self._prefix) not in parent.split("/"):  # it is a label, not a folder
+            return
+        person = f"{member.space}\n{member.identity}"
+        if self._parents.setdefault(person, parent) != parent:
+            self._merged.setdefault(member.identity, (self._parents[person], parent))
 
     def _take(self, member: Member) -> None:
         try:
@@ -294,7 +381,7 @@ class Extraction:
             file += suffix or ""
         elif suffix is None:
             remarks.append("does not begin as an image does")
-        folder = self._shelf.folder(member.identity)
+        folder = self._folder(member)
         name = self._shelf.file(folder, file)
         wanted = f"{member.identity}/{file}"
         path = f"{folder}/{name}"
@@ -303,6 +390,14 @@ class Extraction:
         status = "extracted" if path == wanted else "renamed"
         row = Row(status, "; ".join(remarks), path, len(data), hashlib.sha256(data).hexdigest(), member.name)
         self._write(row, data, journal=True)
+
+    def _folder(self, member: Member) -> str:
+        folder = self._shelf.folder(member.space, member.identity)
+        if folder != member.identity and member.identity not in self._apart:
+            space = self._shelf.namesake(member.space, member.identity)
+            if space:
+                self._apart[member.identity] = (space.replace("\\x0a", " ").strip(), folder)
+        return folder
 
     def _again(self, member: Member, row: Row) -> None:
         try:
@@ -323,6 +418,20 @@ class Extraction:
         os.replace(self._temporary, self._shelf.out / row.path)
 
 
+# What the state of a source holds.
+_ENTRY = {
+    "path": str,
+    "fingerprint": str,
+    "options": dict,
+    "journal": str,
+    "finished": bool,
+    "broken": str,
+    "notes": list,
+    "rows": int,
+    "check": str,
+}
+
+
 class Workplace:
     """The hidden folder below the output: which sources were begun, and how they ended."""
 
@@ -330,7 +439,25 @@ class Workplace:
         self.out = out
         self.folder = out / _STATE
         self._file = self.folder / "sources.json"
-        self.entries: list[dict[str, Any]] = json.loads(self._file.read_text("utf-8")) if self._file.exists() else []
+        self.entries = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The states as they were written; `InputError` if anything else is found."""
+        journals = {path.name for path in self.folder.glob("[0-9]*.tsv") if path.stat().st_size}
+        try:
+            entries = json.loads(self._file.read_text("utf-8")) if self._file.exists() else []
+            for number, entry in enumerate(entries):
+                if {name: type(entry[name]) for name in _ENTRY} != _ENTRY or entry["journal"] != f"{number:04d}.tsv":
+                    raise ValueError(f"entry {number}")
+                if not self.journal(entry).is_file():
+                    raise ValueError(f"{entry['journal']} is not there")
+            if lost := journals - {entry["journal"] for entry in entries}:
+                raise ValueError(f"it does not speak of {min(lost)}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self._file}: damaged ({error}); remove {self.out} and start again, or give another --out"
+            ) from error
+        return entries
 
     def entry(self, source: Source, options: dict[str, Any]) -> dict[str, Any]:
         """The state of a source, new if it was never begun; `InputError` if the source or an option has changed."""
@@ -359,8 +486,11 @@ class Workplace:
             "journal": f"{len(self.entries):04d}.tsv",
             "finished": False,
             "broken": "",
-            "merged": {},
+            "notes": [],
+            "rows": 0,
+            "check": "",
         }
+        self.journal(entry).touch()  # first, so that a state without its journal is damage
         self.entries.append(entry)
         self.save()
         return entry
@@ -377,12 +507,7 @@ class Workplace:
 @contextlib.contextmanager
 def _only_run(folder: Path) -> Iterator[None]:
     """Two runs into one folder would write one journal."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{folder.parent}: another extract.py is writing there") from error
+    with utils.locked(folder / "lock", f"{folder.parent}: another extract.py is writing there"):
         try:
             yield
         except OSError as error:
@@ -407,30 +532,35 @@ def _check_places(sources: list[Path], out: Path) -> None:
             raise InputError(f"{source}: the output folder {out} lies in it; choose another --out")
 
 
-def _extract(sources: list[Source], options: dict[str, Any], out: Path) -> tuple[Workplace, list[dict[str, Any]]]:
-    """Extract the sources one after another, going on where an earlier run ended; returns their states too."""
+def _extract(sources: list[tuple[Source, dict[str, Any]]], out: Path) -> tuple[Workplace, list[dict[str, Any]]]:
+    """Extract sources, each with its options, one after another, going on where an earlier run ended; returns the
+    states of these too."""
     workplace = Workplace(out)
-    given = [(source, workplace.entry(source, options)) for source in sources]
-    journals = {entry["path"]: Journal(workplace.journal(entry), out) for entry in workplace.entries}
+    given = [(source, chosen, workplace.entry(source, chosen)) for source, chosen in sources]
     shelf = Shelf(out)
+    journals = {entry["path"]: Journal(workplace.journal(entry), out) for entry in workplace.entries}
+    for entry in workplace.entries:
+        if entry["finished"]:
+            journals[entry["path"]].expect(entry["rows"], entry["check"])
     for journal in journals.values():
         for row in journal.missing.values():
             shelf.reserve(row.path)
     for name in _LISTINGS:  # they would not tell the truth while this runs
         (out / name).unlink(missing_ok=True)
-    for source, entry in given:
+    for source, chosen, entry in given:
         journal = journals[entry["path"]]
         if entry["finished"] and not journal.missing:
             print(f"{source.path}: extracted already")
             continue
-        extraction = Extraction(source, journal, shelf)
+        extraction = Extraction(source, journal, shelf, chosen["prefix"], chosen["join"])
         entry["broken"] = extraction.run()
-        entry["finished"] = True
-        entry["merged"] = extraction.merged_note()
+        entry["notes"] = extraction.notes() or entry["notes"]
+        entry |= {"finished": True, "rows": journal.count, "check": journal.check}
         workplace.save()
     for journal in journals.values():
         journal.close()
-    return workplace, [entry for _, entry in given]
+    shelf.close()
+    return workplace, [entry for _, _, entry in given]
 
 
 def _write_listing(workplace: Workplace, given: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -446,20 +576,28 @@ def _write_listing(workplace: Workplace, given: set[str]) -> tuple[list[str], li
         for entry in workplace.entries:
             counts = Counter(dict.fromkeys(STATUSES, 0))
             reasons: Counter[str] = Counter()
-            shown = []
-            for row in read_rows(workplace.journal(entry)):
+            nobodys = 0
+            shown: list[str] = []
+            journal = Ledger(workplace.journal(entry))
+            for row in map(Row.from_line, journal.lines()):
                 counts[row.status] += 1
                 if row.path:
                     identities.add(row.path.partition("/")[0])
                     size += row.size
                 elif row.status == "skipped":
                     reasons[row.reason] += 1
+                elif row.reason == archives.NOBODY:
+                    nobodys += 1
                 elif len(shown) < _SHOWN:
                     shown.append(f"  {row.status}: {row.member}: {row.reason}")
-                columns = (_printable(entry["path"]), row.member, row.status, row.reason, row.path)
+                columns = (printable(entry["path"]), row.member, row.status, row.reason, row.path)
                 listing.write("\t".join((*columns, str(row.size) if row.path else "", row.sha256)).encode() + b"\n")
-            state = {name: entry[name] for name in ("finished", "broken", "merged")}
-            report.append({"source": entry["path"], **state, "members": counts.total(), **counts})
+            journal.close()
+            state = {name: entry[name] for name in ("finished", "broken", "notes")}
+            other = {"nobody": nobodys, "data_sets": reasons[archives.NESTED]}
+            report.append({"source": entry["path"], **state, "members": counts.total(), **counts, **other})
+            if nobodys:
+                shown.append(f"  refused: {nobodys} x {archives.NOBODY}")
             if entry["path"] in given:
                 lines += _describe(report[-1], reasons, shown)
     totals = {name: sum(part[name] for part in report) for name in ("members", *STATUSES)}
@@ -479,26 +617,48 @@ def _describe(part: dict[str, Any], reasons: Counter[str], shown: list[str]) -> 
     lines = [f"{part['source']}: {_sum(part)}"]
     lines += [f"  skipped: {count} x {reason}" for reason, count in reasons.most_common(_SHOWN)]
     lines += shown
-    hidden = part["refused"] + part["damaged"] - len(shown)
+    hidden = part["refused"] + part["damaged"] - len(shown) - max(0, part["nobody"] - 1)
     if hidden:
         lines.append(f"  and {hidden} more refused or damaged; all are in listing.tsv")
-    if part["merged"]:
-        lines.append(f"  note: {part['merged']}")
+    lines += [f"  note: {note}" for note in part["notes"]]
     if part["broken"]:
         lines.append(f"  broken: {part['broken']}")
     return lines
+
+
+def _sources(options: config.Extract) -> list[tuple[Source, dict[str, Any]]]:
+    """The sources that the command line means, each with the options that its result depends on."""
+    limits = archives.Limits(options.max_file_mb << 20, options.max_ratio)
+    if options.prefix and len(options.prefix) != len(options.sources):
+        raise InputError(f"--prefix: {len(options.prefix)} for {len(options.sources)} sources; give one for each")
+    if options.identity and re.search(r"[/\\]|^\.", options.identity):
+        raise InputError(f"--identity {options.identity}: is no name of a folder")
+    paths: list[tuple[Path, str]] = []
+    for path, prefix in zip(options.sources, options.prefix or [""] * len(options.sources), strict=True):
+        found = [path] if path.exists() else sorted(path.parent.glob(path.name)) or [path]
+        paths += [(part, f"{prefix}-" if prefix else "") for one in found for part in archives.expand(one)]
+    parts = {part.resolve() for path, _ in paths if path.is_file() for part in archives.parts_of(path)[1:]}
+    paths = [(path, prefix) for path, prefix in paths if path.resolve() not in parts]
+    _check_places([path for path, _ in paths], options.out)
+    chosen = {
+        name: getattr(options, name) for name in ("identity_level", "max_file_mb", "max_ratio", "identity", "join")
+    }
+    sources = []
+    for path, prefix in paths:
+        source = archives.open_source(path, limits, options.identity_level)
+        if options.identity:
+            source.root = options.identity
+        sources.append((source, {**chosen, "prefix": prefix}))
+    return sources
 
 
 @utils.command
 def main() -> None:
     """Extract the sources named on the command line."""
     options = parse(config.Extract, __doc__)
-    limits = archives.Limits(options.max_file_mb << 20, options.max_ratio)
-    _check_places(options.sources, options.out)
-    sources = [archives.open_source(path, limits, options.identity_level) for path in options.sources]
-    chosen = {name: getattr(options, name) for name in ("identity_level", "max_file_mb", "max_ratio")}
+    sources = _sources(options)
     with _only_run(options.out / _STATE):
-        workplace, entries = _extract(sources, chosen, options.out)
+        workplace, entries = _extract(sources, options.out)
         lines, parts = _write_listing(workplace, {entry["path"] for entry in entries})
     print("\n".join(lines))
     broken = [entry for entry in entries if entry["broken"]]
@@ -510,7 +670,11 @@ def main() -> None:
         raise InputError(f"{options.out}: {damaged} members are damaged; listing.tsv names them")
     for part in parts:
         if not part["extracted"] + part["renamed"]:
-            raise InputError(f"{part['source']}: not one photo could be had from it")
+            reason = f": whose are they? A photo of it {archives.NOBODY}" if part["nobody"] else ""
+            if part["data_sets"]:
+                command = archives.unpack_command(Path(part["source"]))
+                reason = f": it holds a data set; {command} unpacks it, then name what is in FOLDER"
+            raise InputError(f"{part['source']}: not one photo could be had from it{reason}")
 
 
 if __name__ == "__main__":

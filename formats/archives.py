@@ -1,4 +1,5 @@
-"""What a data set can come as, opened as a stream of members: zip, tar (plain or compressed), folder, TSV, RecordIO.
+"""What a data set can come as, opened as a stream of members: zip, tar (plain, compressed, in parts, or shards of
+WebDataset), folder, TSV, RecordIO, a list of labelled files, Parquet.
 
 Nothing here writes. A source yields `Member`s in a fixed order, each with the place that it wants (identity and file
 name) or the reason why it gets none, and hands out its bytes only when asked. Archives are foreign data, so:
@@ -10,6 +11,10 @@ name) or the reason why it gets none, and hands out its bytes only when asked. A
 * a tar is read through a stream that cannot go backwards and refuses absurd reads, which ends every known trick with
   negative sizes, endless loops and giant extended headers.
 
+Whose photos these are: a source says of each photo an `identity`, and by `space` within which set of people that name
+is meant. Sources that are parts of one set (`part1.zip` and `part2.zip`, shards, chunks) have the same space; the
+people of different spaces are different, whatever they are called.
+
 Price: a compressed tar can only be read from its start, so a restart decompresses what it passes over.
 """
 
@@ -19,12 +24,14 @@ import hashlib
 import io
 import lzma
 import os
+import re
+import shlex
 import stat
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -32,7 +39,8 @@ from typing import Any, BinaryIO, Protocol
 import zstandard
 
 import utils
-from formats import msceleb, recordio
+from formats import label_list, msceleb, parquet, recordio, webdataset, zips
+from formats.names import path_parts
 from utils import InputError
 
 _HEAD = 64  # bytes of a member that show whether it is an image
@@ -73,7 +81,8 @@ class Member:
 
     `name` is what the source calls it, `identity` and `file` where it wants to be (not yet safe names). `read` gives
     its bytes or raises `NotTaken`, and must be called before the next member is asked for. `note` is a remark on one
-    that is taken all the same. `position` is how far the source is read, in its own unit.
+    that is taken all the same. `position` is how far the source is read, in its own unit. `space` sets people of one
+    name within the source apart.
     """
 
     name: str
@@ -82,15 +91,22 @@ class Member:
     read: Callable[[], bytes]
     position: int
     note: str = ""
+    space: str = ""
 
 
 class Source(Protocol):
-    """A data set as it came. `total` is in `unit`s, for a progress bar; `fingerprint` tells whether it is the same."""
+    """A data set as it came.
+
+    `total` is in `unit`s, for a progress bar; `fingerprint` tells whether it is the same; `space` is that of its people
+    (see the module's docstring); `root` is whose the photos are that lie in no folder, "" if nobody's.
+    """
 
     path: Path
     total: int
     unit: str
     fingerprint: str
+    space: str
+    root: str
 
     def members(self) -> Iterator[Member]:
         """All members in a fixed order; ends with `Broken` if the source is damaged beyond the last one."""
@@ -110,57 +126,237 @@ def open_source(path: str | Path, limits: Limits, level: int = 1) -> Source:
         return FolderSource(path, limits, level)
     if not path.is_file():
         raise InputError(f"{path}: {'not a file or a folder' if path.exists() else 'no such file or folder'}")
-    with open(path, "rb") as file:
+    files = parts_of(path)
+    with Joined(files) as file:
         head = file.read(_SNIFF)
     if not head:
         raise InputError(f"{path}: is empty")
     if head.startswith(recordio.MAGIC):
         return RecordSource(path, limits)
     if head.startswith(_ZIP_STARTS):
-        return ZipSource(path, limits, level)
+        return ZipSource(files, limits, level)
+    if head.startswith(parquet.MAGIC):
+        return ParquetSource(path, limits)
     packing = _packing(head)
     if packing:
-        head = _first_bytes(path, packing)
+        head = _first_bytes(files, packing)
     if _is_tar(head):
-        return TarSource(path, limits, level, packing)
+        if webdataset.has_labels(head):
+            return ShardSource(files, limits, packing)
+        return TarSource(files, limits, level, packing)
+    first = first_part(path)
+    if first is not None:
+        raise InputError(f"{path}: goes on where another part ends; name the first one, {first}, and all are read")
     if msceleb.looks_like_faces(head):
         return FaceLinesSource(path, limits, packing)
+    if label_list.looks_like_list(path, head):
+        return ListSource(path, limits)
     raise InputError(
-        f"{path}: neither a zip, a tar (plain, gz, bz2, xz, zst), an MS-Celeb TSV (6 or 7 columns) nor RecordIO (.rec)"
+        f"{path}: neither a zip, a tar (plain, gz, bz2, xz, zst), an MS-Celeb TSV (6 or 7 columns), RecordIO (.rec), "
+        "Parquet nor a list of images with labels"
     )
+
+
+def expand(path: Path) -> list[Path]:
+    """The sources that a path means: itself, or what lies in a folder that holds nothing but data sets (shards, chunks
+    of RecordIO, the parts of an archive). Parts of an archive after the first are left out, since that reads them.
+    """
+    if not path.is_dir() or (path / "train.rec").is_file():
+        return [path]
+    entries = sorted(entry.path for entry in os.scandir(path) if not entry.name.startswith("."))
+    files = [Path(entry) for entry in entries if _is_data_set(Path(entry))]
+    others = {Path(entry) for entry in entries} - set(files)
+    parts = {part for file in files for part in parts_of(file)[1:]}
+    beside = {".idx", ".lst", ".json", ".txt", ".md", ".csv"}  # what accompanies data sets
+    if files and all(other in parts or (other.is_file() and _is_companion(other, beside)) for other in others):
+        return [file for file in files if file not in parts]
+    return [path]
+
+
+def _is_companion(path: Path, suffixes: set[str]) -> bool:
+    return path.suffix.lower() in suffixes or path.name == "property" or path.stat().st_size == 0
+
+
+def _is_data_set(path: Path) -> bool:
+    """Whether a file is a data set of its own, by its first bytes."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(_BLOCK)
+    known = (recordio.MAGIC, parquet.MAGIC, *_ZIP_STARTS)
+    return head.startswith(known) or bool(_packing(head)) or (len(head) == _BLOCK and any(head) and _is_tar(head))
+
+
+# ------------------------------------------------------------------------------------------------- parts and sets
+
+# What numbers the parts of a split file: x.tar.00, x.tar.aa, x_00, x.zip.001, x.part2.
+_PART = re.compile(r"(?P<stem>.+?)(?P<mark>[._-](?:part)?)(?P<number>\d{1,4}|[a-z]{2})$")
+# A number in a name that says "one of several": part1, shard-0003, 00012-of-00100, vol 2; or a name that is a number.
+_NUMBERED = re.compile(r"(?i)(?<![a-z])(?:part|shard|split|chunk|vol|volume|disc|train)[ ._-]*(\d+)(?!\d)")
+_NUMBER = re.compile(r"(\d+)$")
+_OF = re.compile(r"(?i)(\d+)[ ._-]*of[ ._-]*\d+")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files that a split archive was cut into, `path` being the first; `[path]` where nothing was split.
+
+    They are numbered without a gap, and none but the first begins as an archive.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    parts, number = [path], match["number"]
+    while True:
+        number = _next_number(number)
+        following = path.with_name(f"{match['stem']}{match['mark']}{number}")
+        if not number or not following.is_file() or (following.stat().st_size and _is_data_set(following)):
+            return parts
+        parts.append(following)
+
+
+def first_part(path: Path) -> Path | None:
+    """The first of the parts that `path` is a later one of, or None."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return None
+    beside = sorted(other for other in path.parent.iterdir() if other.name.startswith(match["stem"] + match["mark"]))
+    return next((other for other in beside if other != path and path in parts_of(other)), None)
+
+
+def unpack_command(path: Path) -> str:
+    """How to unpack an archive by hand into a folder."""
+    files = parts_of(path)
+    with Joined(files) as file:
+        head = file.read(_BLOCK)
+    names = " ".join(shlex.quote(str(part)) for part in files)
+    if head.startswith(_ZIP_STARTS):
+        joined = shlex.quote(f"{path.name}.zip")
+        return f"unzip {names} -d FOLDER" if len(files) == 1 else f"cat {names} > {joined} && unzip {joined} -d FOLDER"
+    tar = {"gz": "tar -xzf", "bz2": "tar -xjf", "xz": "tar -xJf", "zst": "tar --zstd -xf"}.get(
+        _packing(head), "tar -xf"
+    )
+    make = "mkdir -p FOLDER && "
+    return f"{make}{tar} {names} -C FOLDER" if len(files) == 1 else f"{make}cat {names} | {tar} - -C FOLDER"
+
+
+def _next_number(number: str) -> str:
+    """01 after 00, ab after aa; "" after the last."""
+    if number.isdecimal():
+        return str(int(number) + 1).zfill(len(number))
+    first, second = number
+    if second < "z":
+        return first + chr(ord(second) + 1)
+    return chr(ord(first) + 1) + "a" if first < "z" else ""
+
+
+def set_of(path: Path) -> str:
+    """What the files of one set have in common: their path with the number of the part replaced by `#`.
+
+    A number counts as one of a part by the word before it, by `of` behind it, as the whole name, or where it is padded
+    with zeros in this or another file of the folder. `lfw1.zip` and `lfw2.zip` are two sets.
+    """
+    path = path.resolve()
+    name = path.name
+    stem, dot, suffixes = name.partition(".")
+    for found in (_OF.search(stem), _NUMBERED.search(stem), _NUMBER.match(stem)):
+        if found is not None:
+            return str(path.with_name(stem[: found.start(1)] + "#" + stem[found.end(1) :] + dot + suffixes))
+    numbers = list(re.finditer(r"\d+", stem))
+    if not numbers or len(numbers[-1][0]) < 2:
+        return str(path)
+    before, after = name[: numbers[-1].start()], name[numbers[-1].end() :]
+    padded = re.compile(f"{re.escape(before)}0\\d{{{len(numbers[-1][0]) - 1}}}{re.escape(after)}")
+    if any(padded.fullmatch(entry.name) for entry in os.scandir(path.parent)):
+        return str(path.with_name(before + "#" + after))
+    return str(path)
+
+
+class Joined(io.RawIOBase):
+    """Several files, read as one."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files = [open(path, "rb", buffering=0) for path in paths]  # noqa: SIM115 - closed by close()
+        sizes = [os.fstat(file.fileno()).st_size for file in self._files]
+        self._ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._ends[-1]}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        """As much as was asked for, less only at the end."""
+        left = max(0, self._ends[-1] - self._at) if count < 0 else count
+        pieces = []
+        while left:
+            index = next((index for index, end in enumerate(self._ends) if self._at < end), None)
+            if index is None:
+                break
+            file, end = self._files[index], self._ends[index]
+            begin = self._ends[index - 1] if index else 0
+            piece = os.pread(file.fileno(), min(left, end - self._at), self._at - begin)
+            if not piece:
+                break
+            pieces.append(piece)
+            self._at += len(piece)
+            left -= len(piece)
+        return b"".join(pieces)
+
+    def read1(self, count: int = -1) -> bytes:
+        return self.read(count)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()
 
 
 # ---------------------------------------------------------------------------------------------- places of members
 
 
-def split_path(name: str) -> list[str]:
-    """The parts of a member's path, `/` or `\\` between them. Raises `NotTaken` if it does not stay below its root."""
-    path = name.replace("\\", "/")
-    if path.startswith("/") or (len(path) > 1 and path[1] == ":"):
-        raise NotTaken("refused", "an absolute path")
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise NotTaken("refused", "a path with '..'")
-    if not parts:
-        raise NotTaken("refused", "a path without a name")
-    return parts
+# Folders that cut a set into parts and name no set of their own.
+_SPLITS = frozenset("train training val valid validation dev test testing query gallery images imgs data".split())
 
 
-def place(name: str, level: int, root: str) -> tuple[str, str]:
-    """Identity and file name of a member by its path; `root` is the identity of what lies in no folder deep enough."""
-    parts = split_path(name)
+def place(name: str, level: int, root: str) -> tuple[str, str, str]:
+    """Identity, file name and space of a member by its path; `root` is the identity of what lies in no folder deep
+    enough, and "" if that is nobody.
+
+    People whose names are numbers are told apart by the folders above them: `lfw/7` and `casia/7` are two, `train/7`
+    and `val/7` are one.
+    """
+    try:
+        parts = path_parts(name)
+    except ValueError as error:
+        raise NotTaken("refused", str(error)) from error
     if len(parts) <= level:
-        return root, "_".join(parts)
-    return parts[-level - 1], "_".join(parts[-level:])
+        if not root:
+            raise NotTaken("refused", NOBODY)
+        return root, "_".join(parts), ""
+    identity, above = parts[-level - 1], parts[: -level - 1]
+    space = "/".join(part for part in above if part.lower() not in _SPLITS) if identity.isdecimal() else ""
+    return identity, "_".join(parts[-level:]), space
 
 
-def _stem(path: Path) -> str:
-    """The name of an archive without its endings: what photos at its top level are an identity of."""
-    name = path.name
-    for suffix in (".gz", ".bz2", ".xz", ".zst", ".tgz", ".tbz2", ".txz", ".tzst", ".tar", ".zip", ".tsv"):
-        if name.lower().endswith(suffix) and len(name) > len(suffix):
-            name = name[: -len(suffix)]
-    return name
+NESTED = "a data set inside a data set; unpack it and name it as a source of its own"
+
+# Why a photo is nobody's.
+NOBODY = "lies in no folder that names an identity, and has no label; --identity NAME says whose it is"
 
 
 def _is_tar(head: bytes) -> bool:
@@ -187,7 +383,7 @@ def _photo(file: BinaryIO, name: str, declared: int, limits: Limits) -> bytes:
         raise NotTaken("skipped", "a Mac's metadata of another file")
     if utils.image_suffix(head) is None and not is_image_name(name):
         if _is_source(head, name):
-            raise NotTaken("skipped", "a data set inside a data set; unpack it and name it as a source of its own")
+            raise NotTaken("skipped", NESTED)
         raise NotTaken("skipped", "not an image" if head else "an empty file")
     data = head + file.read(limits.member_bytes + 1 - len(head))
     if len(data) > limits.member_bytes:
@@ -263,10 +459,10 @@ def _packing(head: bytes) -> str:
     return next((name for name, (magic, _) in _PACKINGS.items() if head.startswith(magic)), "")
 
 
-def _first_bytes(path: Path, packing: str) -> bytes:
+def _first_bytes(files: Sequence[Path], packing: str) -> bytes:
     """The beginning of what a compressed file holds, as far as it can be had."""
     head = b""
-    with open(path, "rb") as file:
+    with Joined(files) as file:
         stream = _PACKINGS[packing][1](file)
         try:
             # read1, not read: what came before damage is given out before the damage is met.
@@ -274,15 +470,15 @@ def _first_bytes(path: Path, packing: str) -> bytes:
                 head += data
         except _STREAM_ERRORS as error:
             if not head:
-                raise InputError(f"{path}: {packing} data that cannot be decompressed: {error}") from error
+                raise InputError(f"{files[0]}: {packing} data that cannot be decompressed: {error}") from error
     return head
 
 
 class _Forward(io.RawIOBase):
     """A possibly compressed file that is read once, forwards; damage and bombs end it with `Broken`."""
 
-    def __init__(self, path: Path, packing: str, limits: Limits) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+    def __init__(self, files: Sequence[Path], packing: str, limits: Limits) -> None:
+        self._file = io.BufferedReader(Joined(files), 1 << 18)
         self._stream = _PACKINGS[packing][1](self._file) if packing else self._file
         self._ratio = limits.ratio if packing else 0
         self._most = limits.member_bytes + _SNIFF
@@ -348,7 +544,7 @@ class _Forward(io.RawIOBase):
 
 
 class FolderSource:
-    """A folder of photos, by sorted path; links are not followed."""
+    """A folder of photos, by sorted path; links are not followed. What lies in none of its folders is its own."""
 
     unit = "file"
 
@@ -356,30 +552,37 @@ class FolderSource:
         self.path, self._limits, self._level = path, limits, level
         self._entries = sorted(_walk(path))
         self.total = len(self._entries)
+        self.space = str(path.resolve())
+        self.root = path.resolve().name
         digest = hashlib.sha256()
-        for name, size in self._entries:
-            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        for name, *status in self._entries:
+            digest.update(f"{name}\0{status}\0".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
 
     def members(self) -> Iterator[Member]:
         """The files, links and special files below the folder."""
-        root = self.path.resolve().name
-        for position, (name, _) in enumerate(self._entries, 1):
-            yield _placed(name, self._level, root, lambda name=name: self._read(name), position)
+        for position, (name, *_) in enumerate(self._entries, 1):
+            yield _placed(name, self._level, self.root, lambda name=name: self._read(name), position)
 
     def _read(self, name: str) -> bytes:
-        path = self.path / name
-        try:
-            mode = path.lstat().st_mode
-            if not stat.S_ISREG(mode):
-                raise NotTaken("refused", "a link" if stat.S_ISLNK(mode) else "not a regular file")
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-                return _photo(file, name, os.fstat(file.fileno()).st_size, self._limits)
-        except OSError as error:
-            raise NotTaken("damaged", f"cannot be read: {error.strerror}") from error
+        return _read_file(self.path, name, self._limits)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
+def _read_file(folder: Path, name: str, limits: Limits) -> bytes:
+    """A photo below a folder; links, devices and pipes are refused without being opened or waited for."""
+    path = folder / name
+    try:
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            raise NotTaken("refused", "a link" if stat.S_ISLNK(mode) else "not a regular file")
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            return _photo(file, name, os.fstat(file.fileno()).st_size, limits)
+    except OSError as error:
+        raise NotTaken("damaged", f"cannot be read: {error.strerror}") from error
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
+    """Relative path, size and time of change (mtime, ns) of all that is no folder."""
     waiting = [(str(root), "")]
     while waiting:
         folder, prefix = waiting.pop()
@@ -388,44 +591,55 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, f"{prefix}{entry.name}/"))
                 else:
-                    yield f"{prefix}{entry.name}", entry.stat(follow_symlinks=False).st_size
+                    status = entry.stat(follow_symlinks=False)
+                    yield f"{prefix}{entry.name}", status.st_size, status.st_mtime_ns
 
 
 def _placed(name: str, level: int, root: str, read: Callable[[], bytes], position: int) -> Member:
     """A member at the place that its path gives, or one whose `read` says why it has none."""
     try:
-        identity, file = place(name, level, root)
+        identity, file, space = place(name, level, root)
     except NotTaken as refusal:
-        return _refusal(name, refusal, position)
-    return Member(name, identity, file, read, position)
+        return _refusal(name, refusal, position, read)
+    return Member(name, identity, file, read, position, space=space)
 
 
-def _refusal(name: str, refusal: NotTaken, position: int) -> Member:
+def _refusal(name: str, refusal: NotTaken, position: int, attempt: Callable[[], bytes] | None = None) -> Member:
+    """A member that is not taken; with `attempt`, only if that gives a photo, for which there is no place."""
+
     def read() -> bytes:
+        if attempt is not None and str(refusal) == NOBODY:
+            attempt()
         raise refusal
 
     return Member(name, "", "", read, position)
 
 
 class TarSource:
-    """A tar, plain or compressed with gzip, bzip2, xz or Zstandard."""
+    """A tar, plain or compressed with gzip, bzip2, xz or Zstandard, in one file or in parts."""
 
     unit = "B"
 
-    def __init__(self, path: Path, limits: Limits, level: int, packing: str) -> None:
-        self.path, self._limits, self._level, self._packing = path, limits, level, packing
-        self.total = path.stat().st_size
-        self.fingerprint = _fingerprint(path)
+    def __init__(self, files: Sequence[Path], limits: Limits, level: int, packing: str) -> None:
+        self.path, self._files, self._limits, self._level, self._packing = files[0], files, limits, level, packing
+        self.total = sum(path.stat().st_size for path in files)
+        self.fingerprint = _fingerprint(*files)
+        self.space = set_of(files[0]) if len(files) == 1 else str(files[0].resolve())
+        self.root = ""
 
     def members(self) -> Iterator[Member]:
         """The files, links and devices of the archive, in its order; folders are only part of their paths."""
-        root = _stem(self.path)
-        with _Forward(self.path, self._packing, self._limits) as stream:
-            yield from self._one(stream, root)
-            while self._another(stream):
-                yield from self._one(stream, root)
+        for name, read, position in self._entries():
+            yield _placed(name, self._level, self.root, read, position)
 
-    def _one(self, stream: _Forward, root: str) -> Iterator[Member]:
+    def _entries(self) -> Iterator[tuple[str, Callable[[], bytes], int]]:
+        """Name, reader and position of all members."""
+        with _Forward(self._files, self._packing, self._limits) as stream:
+            yield from self._one(stream)
+            while self._another(stream):
+                yield from self._one(stream)
+
+    def _one(self, stream: _Forward) -> Iterator[tuple[str, Callable[[], bytes], int]]:
         """The members of the tar that begins here, up to its end mark."""
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -433,7 +647,7 @@ class TarSource:
                     tar.members.clear()  # it would keep every header
                     if not info.isdir():
                         read = lambda info=info, tar=tar: self._read(tar, info)  # noqa: E731
-                        yield _placed(info.name, self._level, root, read, stream.consumed())
+                        yield info.name, read, stream.consumed()
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise Broken(f"cut off or corrupt: {error}") from error  # extended headers in a row are a recursion
         if stream.last != bytes(_BLOCK):
@@ -460,9 +674,71 @@ class TarSource:
         file = tar.extractfile(info)
         assert file is not None  # regular files have contents
         try:
-            return _photo(file, info.name, info.size, self._limits)
+            return self._bytes_of(file, info)
         except tarfile.TarError as error:
             raise Broken(f"cut off inside {info.name!r}") from error
+
+    def _bytes_of(self, file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+        return _photo(file, info.name, info.size, self._limits)
+
+
+class ShardSource(TarSource):
+    """A shard of WebDataset: the label of `KEY.jpg` stands in `KEY.cls` or `KEY.json` beside it.
+
+    Whole numbers become `<set>-<label>`, the set being the folder of the shards; any other label is a name. What
+    belongs to one key is kept in memory until the next one begins.
+    """
+
+    def __init__(self, files: Sequence[Path], limits: Limits, packing: str) -> None:
+        super().__init__(files, limits, 1, packing)
+        self.space = set_of(files[0])
+
+    def members(self) -> Iterator[Member]:
+        """The members in their order, each with the label of its key."""
+        group: list[tuple[str, bytes | NotTaken, int]] = []
+        key = ""
+        for name, read, position in self._entries():
+            if group and webdataset.key_of(name) != key:
+                yield from self._labelled(group)
+                group = []
+            key = webdataset.key_of(name)
+            data: bytes | NotTaken
+            try:
+                data = read()
+            except NotTaken as outcome:
+                data = outcome
+            if len(group) == webdataset.MAX_GROUP:
+                raise Broken(f"more than {webdataset.MAX_GROUP} members of the key {key!r}")
+            group.append((name, data, position))
+        yield from self._labelled(group)
+
+    def _bytes_of(self, file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+        if webdataset.is_label(info.name):
+            return file.read(webdataset.MAX_LABEL)
+        return super()._bytes_of(file, info)
+
+    def _labelled(self, group: list[tuple[str, bytes | NotTaken, int]]) -> Iterator[Member]:
+        sidecars = {name: data for name, data, _ in group if webdataset.is_label(name) and isinstance(data, bytes)}
+        try:
+            label, problem = webdataset.label_of(sidecars), None
+        except ValueError as error:
+            label, problem = "", NotTaken("damaged", str(error))
+        for name, data, position in group:
+            if isinstance(data, NotTaken):
+                yield _refusal(name, data, position)
+            elif name in sidecars:
+                yield _refusal(name, NotTaken("skipped", "what is said of a photo"), position)
+            elif problem is not None:
+                yield _refusal(name, problem, position)
+            else:
+                identity = labelled(self.path, label)
+                file = name.replace("\\", "/").rpartition("/")[2]
+                yield Member(name, identity, file, lambda data=data: data, position)
+
+
+def labelled(path: Path, label: str) -> str:
+    """The identity of a label: `<folder>-<number>` for a whole number, otherwise the label itself."""
+    return f"{path.resolve().parent.name}-{int(label):07d}" if label.isdecimal() and len(label) < 20 else label
 
 
 class ZipSource:
@@ -470,32 +746,38 @@ class ZipSource:
 
     unit = "file"
 
-    def __init__(self, path: Path, limits: Limits, level: int) -> None:
-        self.path, self._limits, self._level = path, limits, level
-        self.fingerprint = _fingerprint(path)
-        self._zip: zipfile.ZipFile | None = None
+    def __init__(self, files: Sequence[Path], limits: Limits, level: int) -> None:
+        self.path, self._limits, self._level = files[0], limits, level
+        self.fingerprint = _fingerprint(*files)
+        self.space = set_of(files[0]) if len(files) == 1 else str(files[0].resolve())
+        self.root = ""
+        self._size = sum(path.stat().st_size for path in files)
+        self._file = io.BufferedReader(Joined(files), 1 << 18)
+        self._directory: zips.Directory | None = None
         self._why = ""
         try:
-            self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, NotImplementedError, EOFError) as error:
+            self._directory = zips.find_directory(self._file)
+        except (zipfile.BadZipFile, struct.error) as error:
             self._why = str(error)
-        self.total = len(self._zip.infolist()) if self._zip else 0
+        self.total = self._directory.count if self._directory else 0
 
     def members(self) -> Iterator[Member]:
         """The files and links of the archive, in the order of its directory."""
-        root = _stem(self.path)
-        if self._zip is None:
-            yield from self._salvaged(root)
+        if self._directory is None:
+            yield from self._salvaged()
             raise Broken(f"cut off or corrupt ({self._why}); its files were searched one after another")
-        read_bytes = 0
-        for position, info in enumerate(self._zip.infolist(), 1):
-            if info.filename.endswith("/"):
-                continue
-            read_bytes += 0 if self._is_absurd(info) else info.file_size
-            if read_bytes > max(_RATIO_FROM, self._limits.ratio * self.path.stat().st_size):
-                raise Broken(f"expands to more than {self._limits.ratio:g} times its size; no photos do")
-            yield _placed(info.filename, self._level, root, lambda info=info: self._read(info), position)
-        begins = min((info.header_offset for info in self._zip.infolist()), default=self._zip.start_dir)
+        read_bytes, begins = 0, self._directory.start
+        try:
+            for position, info in enumerate(zips.entries(self._file, self._directory), 1):
+                begins = min(begins, info.header_offset)
+                if info.filename.endswith("/"):
+                    continue
+                read_bytes += 0 if self._is_absurd(info) else info.file_size
+                if read_bytes > max(_RATIO_FROM, self._limits.ratio * self._size):
+                    raise Broken(f"expands to more than {self._limits.ratio:g} times its size; no photos do")
+                yield _placed(info.filename, self._level, self.root, lambda info=info: self._read(info), position)
+        except zipfile.BadZipFile as error:
+            raise Broken(f"corrupt: {error}") from error
         if begins > _SPLIT_MARK:
             raise Broken(f"{begins} bytes in front of its first file are in no directory (several zips in one file?)")
 
@@ -510,20 +792,19 @@ class ZipSource:
             raise NotTaken("refused", "encrypted")
         if self._is_absurd(info):
             raise NotTaken("refused", f"{info.file_size} bytes out of {info.compress_size}; no photo expands so far")
-        assert self._zip is not None
         try:
-            with self._zip.open(info) as file:
+            with zips.open_entry(self._file, info) as file:
                 return _photo(file, info.filename, info.file_size, self._limits)
         except (zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error) as error:
             raise NotTaken("damaged", f"corrupt: {error}") from error
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise NotTaken("refused", f"cannot be read: {error}") from error
 
-    def _salvaged(self, root: str) -> Iterator[Member]:
-        with open(self.path, "rb") as file:
-            for number, (name, read) in enumerate(_local_entries(file, self._limits), 1):
-                if not name.endswith("/"):
-                    yield _placed(name, self._level, root, read, number)
+    def _salvaged(self) -> Iterator[Member]:
+        self._file.seek(0)
+        for number, (name, read) in enumerate(_local_entries(self._file, self._limits), 1):
+            if not name.endswith("/"):
+                yield _placed(name, self._level, self.root, read, number)
 
 
 def _local_entries(file: BinaryIO, limits: Limits) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -562,15 +843,17 @@ class FaceLinesSource:
     """An MS-Celeb-1M TSV, plain or compressed. The identity is the MID, the file `<rank>-<face id>.<ext>`."""
 
     unit = "B"
+    root = ""
 
     def __init__(self, path: Path, limits: Limits, packing: str) -> None:
         self.path, self._limits, self._packing = path, limits, packing
         self.total = path.stat().st_size
         self.fingerprint = _fingerprint(path)
+        self.space = "MID"  # Freebase's: one person, whatever the file
 
     def members(self) -> Iterator[Member]:
         """The rows, by their line number."""
-        with _Forward(self.path, self._packing, self._limits) as stream:
+        with _Forward([self.path], self._packing, self._limits) as stream:
             for number, line in msceleb.read_lines(io.BufferedReader(stream, 1 << 18)):
                 yield self._member(number, line, stream.consumed())
 
@@ -612,18 +895,19 @@ class RecordSource:
     """A RecordIO pair. The identity is `<set>-<label>`, the file `<key>.<ext>`: labels of two sets are other people."""
 
     unit = "record"
+    root = ""
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path, self._limits = path, limits
         self._reader = recordio.RecordReader(path)
         self.total = len(self._reader)
         self.fingerprint = _fingerprint(*[p for p in (path, self._reader.idx_path) if p])
+        self.space = set_of(path)
 
     def members(self) -> Iterator[Member]:
         """The records by key; header and identity records, which hold no image, are skipped."""
-        name = self.path.resolve().parent.name
         for position, key in enumerate(self._reader.keys.tolist(), 1):
-            yield self._member(key, name, position)
+            yield self._member(key, position)
         try:
             self._reader.check_index()
         except InputError as error:
@@ -631,7 +915,7 @@ class RecordSource:
         if self._reader.unlisted:
             raise Broken(f"{self._reader.unlisted} records follow the last one of {self._reader.idx_path}")
 
-    def _member(self, key: int, name: str, position: int) -> Member:
+    def _member(self, key: int, position: int) -> Member:
         try:
             header, payload = recordio.unpack(self._reader.read(key))
         except (InputError, ValueError) as error:
@@ -646,4 +930,58 @@ class RecordSource:
         if utils.image_suffix(payload) is None:
             return _refusal(f"record {key}", NotTaken("damaged", f"{len(payload)} bytes that are no image"), position)
         read = lambda: _photo(io.BytesIO(payload), "", len(payload), self._limits)  # noqa: E731
-        return Member(f"record {key}", f"{name}-{int(label):07d}", f"{key:08d}", read, position)
+        return Member(f"record {key}", labelled(self.path, str(int(label))), f"{key:08d}", read, position)
+
+
+class ListSource:
+    """A text list of images with the label of each; the images lie below the list's folder."""
+
+    unit = "line"
+    root = ""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path, self._limits = path, limits
+        with open(path, "rb") as file:
+            self.total = sum(1 for _ in file)
+        self.fingerprint = utils.sha256_of(path)
+        self.space = str(path.resolve())
+
+    def members(self) -> Iterator[Member]:
+        """The lines, in their order."""
+        for number, line in label_list.read_lines(self.path):
+            name = f"line {number}"
+            try:
+                file, label = label_list.parse_line(line)
+            except ValueError as error:
+                yield _refusal(name, NotTaken("damaged" if line.strip() else "skipped", str(error)), number)
+                continue
+            read = lambda file=file: _read_file(self.path.parent, file, self._limits)  # noqa: E731
+            yield Member(f"{name}: {file}", labelled(self.path, label), file.replace("/", "_"), read, number)
+
+
+class ParquetSource:
+    """A Parquet file as Hugging Face's hub writes it. A label becomes the name that the file gives it, if any."""
+
+    unit = "row"
+    root = ""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path, self._limits = path, limits
+        self._table = parquet.open_table(path)
+        self.total = self._table.rows
+        self.fingerprint = _fingerprint(path)
+        self.space = set_of(path)
+
+    def members(self) -> Iterator[Member]:
+        """The rows, in their order."""
+        try:
+            for number, row in enumerate(self._table.read(), 1):
+                name = f"row {number}"
+                if row.data is None or row.label is None:
+                    what = "image" if row.data is None else "label"
+                    yield _refusal(name, NotTaken("damaged", f"no {what}"), number)
+                    continue
+                read = lambda data=row.data: _photo(io.BytesIO(data), "", len(data), self._limits)  # noqa: E731
+                yield Member(name, labelled(self.path, row.label), row.file or f"{number:08d}", read, number)
+        except ValueError as error:
+            raise Broken(str(error)) from error

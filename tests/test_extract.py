@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import extract
-from formats import archives, crop_sets, recordio
+from formats import archives, crop_sets, names, recordio
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = archives.Limits(1 << 20, 200.0)
@@ -174,14 +174,25 @@ def test_the_identity_can_be_a_folder_further_up(tmp_path, capsys):
     assert run(tmp_path / "bad", source, options=["--identity-level", "0"]) == 1
 
 
-def test_photos_in_no_folder_are_an_identity_of_their_source(tmp_path):
-    source = make_zip(tmp_path / "Carol Jones.zip", {"1.jpg": photo(1), "./2.jpg": photo(2)})
-    folder = tmp_path / "Dan"
-    folder.mkdir()
-    (folder / "x.jpg").write_bytes(photo(3))
-    (tmp_path / "Eve.tar.gz").write_bytes(gzip.compress(tar_bytes([("y.jpg", photo(4))])))
-    assert run(tmp_path / "raw", source, folder, tmp_path / "Eve.tar.gz") == 0
-    assert set(tree(tmp_path / "raw")) == {"Carol Jones/1.jpg", "Carol Jones/2.jpg", "Dan/x.jpg", "Eve/y.jpg"}
+def test_photos_in_no_folder_of_an_archive_are_a_question(tmp_path, capsys):
+    source = make_zip(tmp_path / "Carol Jones.zip", {"1.jpg": photo(1), "./2.jpg": photo(2), "readme.txt": b"hello"})
+    (tmp_path / "Eve.tar.gz").write_bytes(gzip.compress(tar_bytes([("y.jpg", photo(4)), ("A/1.jpg", photo(5))])))
+    assert run(tmp_path / "raw", source) == 1
+    text = capsys.readouterr()
+    assert "whose are they?" in text.err and "--identity NAME" in text.err
+    assert "2 x lies in no folder" in text.out and "1 x not an image" in text.out
+    assert run(tmp_path / "two", tmp_path / "Eve.tar.gz") == 0  # others have a folder
+    assert set(tree(tmp_path / "two")) == {"A/1.jpg"}
+    assert run(tmp_path / "named", source, options=["--identity", "Carol"]) == 0
+    assert set(tree(tmp_path / "named")) == {"Carol/1.jpg", "Carol/2.jpg"}
+    assert run(tmp_path / "bad", source, options=["--identity", "../Carol"]) == 1
+
+
+def test_photos_in_no_folder_of_a_folder_are_its_own(tmp_path):
+    (tmp_path / "Dan").mkdir()
+    (tmp_path / "Dan" / "x.jpg").write_bytes(photo(3))
+    assert run(tmp_path / "raw", tmp_path / "Dan") == 0
+    assert set(tree(tmp_path / "raw")) == {"Dan/x.jpg"}
 
 
 def test_what_is_no_photo_is_skipped_and_counted(tmp_path):
@@ -456,10 +467,10 @@ def test_colliding_names_are_renamed_and_reported(tmp_path):
     assert len(plain) == len(names)
 
 
-def test_a_name_twice_in_one_archive_and_in_two(tmp_path):
-    (tmp_path / "one.tar").write_bytes(tar_bytes([("A/1.jpg", photo(1)), ("A/1.jpg", photo(2))]))
-    make_zip(tmp_path / "two.zip", {"A/1.jpg": photo(3)})
-    assert run(tmp_path / "raw", tmp_path / "one.tar", tmp_path / "two.zip") == 0
+def test_a_name_twice_in_one_archive_and_in_two_parts(tmp_path):
+    (tmp_path / "part1.tar").write_bytes(tar_bytes([("A/1.jpg", photo(1)), ("A/1.jpg", photo(2))]))
+    (tmp_path / "part2.tar").write_bytes(tar_bytes([("A/1.jpg", photo(3))]))
+    assert run(tmp_path / "raw", tmp_path / "part1.tar", tmp_path / "part2.tar") == 0
     assert tree(tmp_path / "raw") == {"A/1.jpg": photo(1), "A/1~2.jpg": photo(2), "A/1~3.jpg": photo(3)}
     assert [row["status"] for row in check_listing(tmp_path / "raw")] == ["extracted", "renamed", "renamed"]
 
@@ -486,20 +497,20 @@ def test_unsafe_characters_lengths_and_our_own_names(tmp_path):
 @given(st.text(min_size=1, max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_every_name_becomes_a_safe_one(name):
-    safe = extract.safe_name(name)
-    assert 0 < len(safe.encode()) <= extract._MAX_NAME
+    safe = names.safe_name(name)
+    assert 0 < len(safe.encode()) <= names.MAX_NAME
     assert "/" not in safe and "\\" not in safe and "\0" not in safe and not safe.startswith(".")
-    assert extract.safe_name(safe) == safe
+    assert names.safe_name(safe) == safe
 
 
 @given(st.lists(st.sampled_from("abAB\u00e9\u00df/.\\"), min_size=1, max_size=12).map("".join))
 @settings(max_examples=150, deadline=None)
 def test_no_path_leads_out(name):
     try:
-        identity, file = archives.place(name, 1, "root")
+        identity, file, _ = archives.place(name, 1, "root")
     except archives.NotTaken:
         return
-    inside = Path("/out") / extract.safe_name(identity) / extract.safe_name(file)
+    inside = Path("/out") / names.safe_name(identity) / names.safe_name(file)
     assert Path(os.path.normpath(inside)).parent.parent == Path("/out")
 
 

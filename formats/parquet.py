@@ -1,0 +1,85 @@
+"""Parquet as Hugging Face's hub writes image data sets: a column `image` (encoded bytes and a path) and a `label`.
+
+pyarrow reads it, which is not required otherwise: `pip install pyarrow`. The names of the labels, where there are some,
+stand in the schema's metadata under `huggingface` (the datasets library, `features.ClassLabel`).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils import InputError
+
+MAGIC = b"PAR1"
+IMAGE_COLUMNS = ("image", "img", "jpg")
+LABEL_COLUMNS = ("label", "identity", "class", "fine_label", "id")
+_BATCH = 32  # rows in memory at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: its encoded bytes, its label as text, its file name; None or "" for what a row lacks."""
+
+    data: bytes | None
+    label: str | None
+    file: str
+
+
+class Table:
+    """An open file; `rows` is their number."""
+
+    def __init__(self, path: Path, file: Any, image: str, label: str, names: list[str]) -> None:
+        self.path, self.rows = path, file.metadata.num_rows
+        self._file, self._image, self._label, self._names = file, image, label, names
+
+    def read(self) -> Iterator[Row]:
+        """The rows in their order; `ValueError` where the file is damaged."""
+        import pyarrow
+
+        try:
+            for batch in self._file.iter_batches(_BATCH, columns=[self._image, self._label]):
+                images, labels = batch.column(self._image).to_pylist(), batch.column(self._label).to_pylist()
+                for image, label in zip(images, labels, strict=True):
+                    yield self._row(image, label)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"damaged: {str(error).splitlines()[0]}") from error
+
+    def _row(self, image: Any, label: Any) -> Row:
+        data = image.get("bytes") if isinstance(image, dict) else image
+        file = image.get("path") if isinstance(image, dict) else ""
+        text = None if label is None else str(label).strip()
+        if isinstance(label, int) and 0 <= label < len(self._names):
+            text = self._names[label]
+        name = Path(str(file or "").replace("\\", "/")).name
+        return Row(data if isinstance(data, bytes) else None, text or None, name)
+
+
+def open_table(path: Path) -> Table:
+    """Open a file; `InputError` without pyarrow, for damage, and for a table without images or labels."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged Parquet: {str(error).splitlines()[0]}") from error
+    columns = file.schema_arrow.names
+    image = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    label = next((name for name in LABEL_COLUMNS if name in columns), None)
+    if image is None or label is None:
+        what = "images (image)" if image is None else "labels (label)"
+        raise InputError(f"{path}: no column of {what}; it has {', '.join(columns)[:200]}")
+    return Table(path, file, image, label, _label_names(file.schema_arrow.metadata, label))
+
+
+def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[column]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []

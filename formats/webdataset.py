@@ -1,0 +1,170 @@
+"""WebDataset's shards: tars in which files of one key belong together (`000017.jpg`, `000017.cls`, `000017.json`).
+
+The layout is that of the webdataset library and of img2dataset: the key is a member's path up to the first dot of its
+file name, and the members of a key follow one another. The label of a photo is the text of `.cls`, or `label`,
+`identity` or `class` in the object in `.json`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+MAX_LABEL = 1 << 20  # bytes of a .cls or .json that are read
+MAX_GROUP = 64  # members of one key
+LABEL_KEYS = ("label", "identity", "class")  # in the .json, the first that is there
+
+_BLOCK = 512
+_NUMBER = re.compile(r"[+-]?\d+(?:\.0*)?")
+
+
+def key_of(name: str) -> str:
+    """The key of a member: its path up to the first dot of its file name."""
+    folder, slash, file = name.replace("\\", "/").removeprefix("./").rpartition("/")
+    return folder + slash + file.split(".", 1)[0]
+
+
+def is_label(name: str) -> bool:
+    """Whether a member says something of the photo of its key."""
+    return name.lower().endswith((".cls", ".json"))
+
+
+def label_of(sidecars: Mapping[str, bytes]) -> str:
+    """The label that the `.cls` and `.json` of one key give it, a whole number in its shortest form.
+
+    Raises `ValueError` if there is none, it is no text or number, or the two contradict each other.
+    """
+    found: dict[str, str] = {}
+    for name, data in sidecars.items():
+        label = _from_json(data) if name.lower().endswith(".json") else data.decode("utf-8", "surrogateescape").strip()
+        if label:
+            found[name] = str(int(float(label))) if _NUMBER.fullmatch(label) and len(label) < 16 else label
+    labels = set(found.values())
+    if not labels:
+        raise ValueError("no label: neither a .cls nor label, identity or class in a .json of this key")
+    if len(labels) > 1:
+        raise ValueError(f"two labels: {' and '.join(f'{label} in {name}' for name, label in found.items())}")
+    return labels.pop()
+
+
+def _from_json(data: bytes) -> str:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(value, dict):
+        return ""
+    label = next((value[key] for key in LABEL_KEYS if value.get(key) is not None), "")
+    return str(label).strip() if isinstance(label, str | int | float) and not isinstance(label, bool) else ""
+
+
+def has_labels(head: bytes) -> bool:
+    """Whether a tar that begins with these bytes (some hundred kB, to hold a few photos) is a shard: one of its first
+    keys has a photo's file and a label's."""
+    keys: dict[str, set[bool]] = {}
+    labels: dict[str, dict[str, bytes]] = {}
+    for entry in _entries_in(head):
+        key = key_of(entry.name)
+        keys.setdefault(key, set()).add(is_label(entry.name))
+        if is_label(entry.name):
+            labels.setdefault(key, {})[entry.name] = head[entry.offset : entry.offset + min(entry.size, MAX_LABEL)]
+    for key in (key for key, kinds in keys.items() if len(kinds) == 2):
+        try:
+            label_of(labels[key])
+        except ValueError as error:
+            if "two labels" not in str(error):
+                continue
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A regular file in a tar: its name, where its bytes begin, and how many they are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def _entries_in(head: bytes) -> Iterator[Entry]:
+    at = 0
+    long_name = ""
+    while at + _BLOCK <= len(head):
+        block = head[at : at + _BLOCK]
+        try:
+            name, size, kind = _header(block)
+        except ValueError:
+            return
+        if kind in b"Lx":
+            long_name = _long_name(kind, head[at + _BLOCK : at + _BLOCK + min(size, 1 << 16)]) or long_name
+        elif kind in b"0\0":
+            yield Entry(long_name or name, at + _BLOCK, size)
+            long_name = ""
+        at += _BLOCK + size + -size % _BLOCK
+
+
+def index(file: BinaryIO, size: int) -> Iterator[Entry]:
+    """The regular files of a plain tar of `size` bytes, in their order, by one read of its headers.
+
+    Raises `ValueError` with the offset where it is damaged or cut off, and for a member that is a link: what it leads
+    to is not in the shard.
+    """
+    at, zeros = 0, 0
+    long_name = ""
+    while at + _BLOCK <= size and zeros < 2:
+        file.seek(at)
+        block = file.read(_BLOCK)
+        if not any(block):
+            zeros += 1
+            at += _BLOCK
+            continue
+        zeros = 0
+        try:
+            name, length, kind = _header(block)
+        except ValueError as error:
+            raise ValueError(f"offset {at}: {error}") from error
+        if at + _BLOCK + length > size:
+            raise ValueError(f"offset {at}: {name!r} is cut off")
+        if kind in b"Lx":
+            if length > MAX_LABEL:
+                raise ValueError(f"offset {at}: a name of {length} bytes")
+            long_name = _long_name(kind, file.read(length)) or long_name
+        elif kind in b"0\0":
+            yield Entry(long_name or name, at + _BLOCK, length)
+            long_name = ""
+        at += _BLOCK + length + -length % _BLOCK
+    if not zeros:
+        raise ValueError(f"cut off at {size}: no end-of-archive mark")
+
+
+def _header(block: bytes) -> tuple[str, int, bytes]:
+    """Name, size and type of a header (POSIX ustar, and GNU's numbers in base 256); `ValueError` if it is none."""
+    checksum = _octal(block[148:156])
+    if checksum != sum(block) - sum(block[148:156]) + 8 * 32:
+        raise ValueError("no tar header (its checksum is wrong)")
+    name = block[:100].split(b"\0", 1)[0]
+    prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
+    full = prefix + b"/" + name if prefix else name
+    size = _octal(block[124:136])
+    if size < 0:
+        raise ValueError("a negative size")
+    return full.decode("utf-8", "surrogateescape"), size, block[156:157]
+
+
+def _octal(field: bytes) -> int:
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    text = field.split(b"\0", 1)[0].strip()
+    if text and not all(48 <= digit < 56 for digit in text):
+        raise ValueError("no tar header (a number that is none)")
+    return int(text or b"0", 8)
+
+
+def _long_name(kind: bytes, data: bytes) -> str:
+    """The name that GNU's `L` member or the `path` of a POSIX extended header gives the next member."""
+    if kind == b"L":
+        return data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    match = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", data)
+    return match[1].decode("utf-8", "surrogateescape") if match else ""

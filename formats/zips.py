@@ -1,0 +1,129 @@
+"""The directory of a zip, entry by entry: 8 million members cost no memory, where `zipfile` keeps 550 bytes of each.
+
+The layout is that of PKWARE's APPNOTE 6.3 (4.3.7 local header, 4.3.12 directory, 4.3.14 to 4.3.16 its ends). Members
+are unpacked by `zipfile.ZipExtFile`, which checks their CRC.
+"""
+
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, BinaryIO
+from zipfile import BadZipFile
+
+_END = struct.Struct("<4s4H2IH")  # 4.3.16
+_LOCATOR = struct.Struct("<4sIQI")  # 4.3.15
+_END64 = struct.Struct("<4sQ2H2I4Q")  # 4.3.14
+_ENTRY = struct.Struct("<4s6H3I5H2I")  # 4.3.12
+_LOCAL = struct.Struct("<4s5H3I2H")  # 4.3.7
+_UTF8, _PATCHED, _STRONG_ENCRYPTION = 0x800, 0x20, 0x40
+_FULL = 0xFFFFFFFF  # the number stands in the zip64 field instead
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Directory:
+    """Where the directory of a zip lies: `count` entries in `size` bytes from `start`. `prefix` bytes stand in front of
+    the zip (a program that unpacks itself); offsets do not count them."""
+
+    count: int
+    start: int
+    size: int
+    prefix: int
+
+
+def find_directory(file: BinaryIO) -> Directory:
+    """Look for the directory at the end of a file; `BadZipFile` if there is none."""
+    length = file.seek(0, 2)
+    file.seek(max(0, length - _END.size - 0xFFFF))
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or at + _END.size > len(tail):
+        raise BadZipFile("no directory at the end")
+    end = length - len(tail) + at
+    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    file.seek(max(0, end - _LOCATOR.size))
+    locator = file.read(_LOCATOR.size)
+    if len(locator) == _LOCATOR.size and locator.startswith(b"PK\6\7"):
+        start64 = end - _LOCATOR.size - _END64.size
+        file.seek(max(0, start64))
+        record = file.read(_END64.size)
+        if len(record) < _END64.size or not record.startswith(b"PK\6\6"):
+            raise BadZipFile("the end of the zip64 directory is not where it should be")
+        _, _, _, _, _, _, _, count, size, offset = _END64.unpack(record)
+        end = start64
+    start = end - size
+    if start < 0 or start < offset:
+        raise BadZipFile("the directory lies outside of the file")
+    return Directory(count, start, size, start - offset)
+
+
+def entries(file: BinaryIO, directory: Directory) -> Iterator[zipfile.ZipInfo]:
+    """The entries of a directory in their order; `BadZipFile` where it is damaged. `header_offset` counts from the
+    beginning of the file. The file may be read elsewhere in between."""
+    at, left, ready = directory.start, directory.size, b""
+
+    def take(count: int) -> bytes:
+        nonlocal at, left, ready
+        if len(ready) < count:
+            file.seek(at)
+            more = file.read(min(max(_BLOCK, count), left))
+            at, left, ready = at + len(more), left - len(more), ready + more
+        taken, ready = ready[:count], ready[count:]
+        if len(taken) < count:
+            raise BadZipFile("the directory is cut off")
+        return taken
+
+    seen = 0
+    while left or ready:
+        fields = _ENTRY.unpack(take(_ENTRY.size))
+        if fields[0] != b"PK\1\2":
+            raise BadZipFile("a damaged entry in the directory")
+        name, extra, _ = take(fields[10]), take(fields[11]), take(fields[12])
+        yield _entry(fields, name, extra, directory.prefix)
+        seen += 1
+    if seen != directory.count and directory.count != 0xFFFF:
+        raise BadZipFile(f"the directory holds {seen} entries instead of {directory.count}")
+
+
+def _entry(fields: tuple, name: bytes, extra: bytes, prefix: int) -> zipfile.ZipInfo:
+    _, made, _, flags, method, _, _, crc, packed, size, _, _, _, _, _, attributes, offset = fields
+    text = name.decode("utf-8", "surrogateescape") if flags & _UTF8 else name.decode("cp437")
+    numbers = _zip64(extra)
+    size, packed, offset = (next(numbers, _FULL) if value == _FULL else value for value in (size, packed, offset))
+    info = zipfile.ZipInfo(text)
+    info.orig_filename = text
+    info.create_system = made >> 8
+    info.flag_bits, info.compress_type, info.CRC = flags, method, crc
+    info.compress_size, info.file_size = packed, size
+    info.external_attr, info.header_offset = attributes, offset + prefix
+    return info
+
+
+def _zip64(extra: bytes) -> Iterator[int]:
+    """The 64-bit numbers of the extra field 1 (4.5.3)."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            field = extra[at + 4 : at + 4 + length // 8 * 8]
+            yield from struct.unpack(f"<{len(field) // 8}Q", field)
+            return
+        at += 4 + length
+
+
+def open_entry(file: BinaryIO, info: zipfile.ZipInfo) -> IO[bytes]:
+    """The unpacked bytes of an entry, as a file. `BadZipFile` and `NotImplementedError` as by `ZipFile.open`."""
+    file.seek(info.header_offset)
+    local = file.read(_LOCAL.size)
+    if len(local) < _LOCAL.size or not local.startswith(b"PK\3\4"):
+        raise BadZipFile("no file where the directory says")
+    flags, name_length, extra_length = _LOCAL.unpack(local)[2], *_LOCAL.unpack(local)[-2:]
+    name = file.read(name_length)
+    if (info.flag_bits | flags) & (_PATCHED | _STRONG_ENCRYPTION):
+        raise NotImplementedError("compressed patched data or strong encryption")
+    text = name.decode("utf-8", "surrogateescape") if flags & _UTF8 else name.decode("cp437")
+    if text != info.orig_filename:
+        raise BadZipFile(f"another name than in the directory: {text!r}")
+    file.seek(extra_length, 1)
+    return zipfile.ZipExtFile(file, "r", info)
