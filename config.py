@@ -412,6 +412,60 @@ class LfwEval(Model, PhotoFaces):
 
 
 @dataclass
+class Identification(Model, PhotoFaces):
+    """identification.py: a folder of people."""
+
+    checkpoint: str | None = option(
+        None,
+        "the model: a training checkpoint, a state_dict under the released key names, an .onnx embedding model, an "
+        "address, or released for the published network",
+        group="model",
+        metavar="FILE",
+    )
+    photos: Path | None = option(
+        None, "a folder for each person, photos of any name in it", group="data", metavar="DIR"
+    )
+    gallery: Path | None = option(
+        None, "instead of --photos: the people who are known, a folder each", group="data", metavar="DIR"
+    )
+    probes: Path | None = option(
+        None, "with --gallery: photos to name, a folder for each person, known or not", group="data", metavar="DIR"
+    )
+    far: list[float] = option(
+        [1e-2, 1e-3, 1e-4, 1e-5, 1e-6], "false accept rates of the thresholds", group="protocol", above=0, below=1
+    )
+    fpir: list[float] = option(
+        [1e-1, 1e-2, 1e-3], "false positive identification rates (open set)", group="protocol", above=0, below=1
+    )
+    splits: int = option(
+        10, "random splits into gallery, mated and non-mated probes", group="protocol", metavar="N", at_least=1
+    )
+    gallery_photos: int = option(
+        1, "photos of each person in the gallery of a split", group="protocol", metavar="N", at_least=1
+    )
+    seed: int = option(0, "decides the splits, the replicates of intervals, and who is held out", group="protocol")
+    scores: Path | None = option(
+        None,
+        "write the cosines of all pairs: .tsv (first, second, same, cosine) or .npy (float32, in the order of "
+        "photos.tsv, as scipy's pdist; with --gallery a matrix)",
+        group="results",
+        metavar="FILE",
+    )
+    out: Path = option(REQUIRED, "folder of results.json and the pictures", group="results", metavar="DIR")
+    sheet: int = option(
+        12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N", at_least=1
+    )
+    hold_out: int | None = option(
+        None,
+        "measure nothing: set this many people of --photos (photos, crops or RecordIO) aside, OUT/held-out, and leave "
+        "the others to train on, OUT/train",
+        group="hold out",
+        metavar="N",
+        at_least=2,
+    )
+
+
+@dataclass
 class MakeBin(PhotoFaces):
     """make_bin.py: photos and pairs to a .bin."""
 

@@ -63,12 +63,12 @@ def _features(embedder: Embedder, pairs: VerificationSet, present: np.ndarray, c
     with utils.progress(len(present), f"{pairs.name}: features", unit="crop") as bar:
         # One thread decodes ahead of the network, two chunks at most.
         for crops in faces.ordered_map(lambda part: pairs.crops[part], parts, 1):
-            chunks.append(_cached_features(embedder, crops, cache_dir))
+            chunks.append(cached_features(embedder, crops, cache_dir))
             bar.update(len(crops))
     return np.concatenate(chunks)
 
 
-def _cached_features(embedder: Embedder, crops: np.ndarray, cache_dir: Path | None) -> np.ndarray:
+def cached_features(embedder: Embedder, crops: np.ndarray, cache_dir: Path | None) -> np.ndarray:
     """Features float32 [n, D] of crops, from the cache where they are there unharmed and of this very model."""
     fingerprint = embedder.fingerprint
     if cache_dir is None or fingerprint is None:

@@ -355,13 +355,30 @@ class _Bootstrap:
 
 def _intervals(statistic: Statistic, people: _People, replicates: int, seed: int) -> list[Interval]:
     bootstrap = _Bootstrap(statistic, people, replicates, seed)
-    intervals = []
-    for row, value in enumerate(bootstrap.values.tolist()):
-        low, high = _rate_bounds(value, float(np.nanvar(bootstrap.replicas[row])), people.count)
-        inner, outer = bootstrap.percentiles(row)
-        low, high = max(min(low, inner, value), 0.0), min(max(high, outer, value), 1.0)
-        intervals.append(Interval(value, low, high, people.count, replicates))
-    return intervals
+    return [
+        _rate_interval(
+            value, float(np.nanvar(bootstrap.replicas[row])), bootstrap.percentiles(row), people.count, replicates
+        )
+        for row, value in enumerate(bootstrap.values.tolist())
+    ]
+
+
+def from_replicates(value: float, replicas: Floats, people: int) -> Interval:
+    """The interval of a rate from its replicates [b] in draws of `people` people, where everybody meets everybody.
+
+    A replicate is NaN where its draw had nothing to count.
+    """
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(replicas, [tail, 1 - tail])
+    return _rate_interval(value, float(np.nanvar(replicas)), (float(low), float(high)), people, len(replicas))
+
+
+def _rate_interval(
+    value: float, variance: float, percentiles: tuple[float, float], people: int, replicates: int
+) -> Interval:
+    low, high = _rate_bounds(value, variance, people)
+    low, high = min(low, percentiles[0], value), max(high, percentiles[1], value)
+    return Interval(value, max(low, 0.0), min(high, 1.0), people, replicates)
 
 
 def _rate_bounds(value: float, variance: float, people: int) -> tuple[float, float]:
