@@ -69,11 +69,10 @@ class Train(Device):
         below=1,
     )
     embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D", at_least=1)
-    loss: str = option("arcface", "the margin", group="loss", choices=("arcface", "cosface", "combined", "adaface"))
+    loss: str = option("arcface", "the margin loss", group="loss", choices="training.losses:MEANINGS")
     margin: list[float] | None = option(
         None,
-        "margin; three numbers m1 m2 m3 for combined; none means arcface 0.6 (as published), cosface 0.35, "
-        "combined 1 0.3 0.2, adaface 0.4",
+        "margin, as many numbers as the loss takes; none means the loss's own (see --loss)",
         group="loss",
         metavar="M",
     )
@@ -87,6 +86,22 @@ class Train(Device):
     scale: float = option(64.0, "factor on the cosines", group="loss", metavar="S", above=0)
     focal_gamma: float = option(
         0.0, "focal loss exponent, per crop; 0 is plain cross-entropy", group="loss", at_least=0
+    )
+    filter: float = option(
+        0.0,
+        "leave other identities whose cosine is above this out of the soft-max, for noisy labels (0.4); 0 leaves none",
+        group="loss",
+        metavar="COSINE",
+        at_least=0,
+        at_most=1,
+    )
+    sub_centres: int = option(
+        1,
+        "centres of each identity, of which the nearest counts, for noisy labels (3)",
+        group="loss",
+        metavar="K",
+        at_least=1,
+        at_most=256,
     )
     sample_rate: float = option(
         1.0,

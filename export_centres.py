@@ -3,9 +3,9 @@
     python export_centres.py --checkpoint runs/NAME/best.pt --out exports/NAME
 
 Writes embedding.pt (plain state_dict under the released key names, float32), centres.npy (float32 [identities, D], row
-i the L2-normalised centre of the identity with label i, comparable with embeddings by cosine) and identities.tsv
-(label, identity; from the run's folder). Which identities look alike, or stand twice in the data, shows in the
-centres' cosines.
+i the L2-normalised centre of the identity with label i, comparable with embeddings by cosine; of a head with K
+sub-centres [identities, K, D]) and identities.tsv (label, identity; from the run's folder). Which identities look
+alike, or stand twice in the data, shows in the centres' cosines.
 """
 
 import sys
@@ -30,7 +30,9 @@ def main() -> None:
         raise InputError(f"{options.checkpoint}: weights alone; the centres are in a training checkpoint (best.pt)")
     if options.out.resolve() == options.checkpoint.resolve().parent:
         raise InputError(f"--out {options.out}: the folder of the run, whose {checkpoints.EMBEDDING} would be replaced")
-    centres = torch.nn.functional.normalize(content["head"]["centres"].float())
+    centres = torch.nn.functional.normalize(content["head"]["centres"].float(), dim=-1)
+    if len(centres) == 0:
+        raise InputError(f"{options.checkpoint}: trained without labels (--loss none), so there are no centres")
     table = options.checkpoint.with_name(checkpoints.IDENTITIES)
     names = tables.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]
     if len(names) != len(centres):
@@ -39,7 +41,10 @@ def main() -> None:
     with utils.atomic_path(options.out / "centres.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, centres.numpy())
     tables.write_identities(options.out / checkpoints.IDENTITIES, names)
-    print(f"{options.out}: network of step {content['step']}, {len(centres)} centres of {centres.shape[1]} dimensions")
+    print(
+        f"{options.out}: network of step {content['step']}, {' x '.join(map(str, centres.shape[:-1]))} centres of {centres.shape[-1]} "
+        "dimensions"
+    )
 
 
 if __name__ == "__main__":

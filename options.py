@@ -8,6 +8,7 @@ with the nearest name. Nothing else in the repository calls argparse for a stage
 import argparse
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import operator
@@ -33,7 +34,7 @@ def option(
     help: str,
     *,
     group: str = "options",
-    choices: Sequence[str] | None = None,
+    choices: Sequence[str] | str | None = None,
     metavar: str | None = None,
     positional: bool = False,
     at_least: float | None = None,
@@ -46,6 +47,9 @@ def option(
     `default` is `REQUIRED` for an option without one. Lists and tuples may be given directly as defaults. The
     annotation of the field decides the type: `str`, `int`, `float`, `bool` (becomes `--flag/--no-flag`), `Path`,
     any callable class, `X | None`, `list[X]` (one or more values) or `tuple[X, X, X]` (exactly that many).
+
+    `choices` may be a text `module:NAME`, a list or a dictionary (name -> what it means, shown by `--help`) that belongs
+    to a module above this one; it is looked up when a command line is read.
 
     `at_least`, `above`, `at_most` and `below` bound a number, or each number of a list; a bounded number is finite.
     """
@@ -97,6 +101,15 @@ def _value_type(annotation: Any) -> tuple[Any, int | str | None]:
     if origin is tuple:
         return typing.get_args(annotation)[0], len(typing.get_args(annotation))
     return annotation, None
+
+
+def _choices(field: dataclasses.Field) -> Sequence[str] | Mapping[str, str] | None:
+    """What an option can be; see `option`."""
+    choices = field.metadata["choices"]
+    if not isinstance(choices, str):
+        return choices
+    module, _, name = choices.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 _INSIDE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
@@ -153,12 +166,15 @@ def build_parser(
         group = groups[meta["group"]]
         default = configured.get(field.name, _default_of(field))
         convert, nargs = _value_type(hints[field.name])
+        choices, text = _choices(field), meta["help"]
+        if isinstance(choices, Mapping):
+            text += ": " + "; ".join(f"{name} {meaning}" for name, meaning in choices.items())
         # argparse reads % as a format; the texts here are plain.
-        settings: dict[str, Any] = {"help": f"{meta['help']} ({_describe(default)})".replace("%", "%%")}
+        settings: dict[str, Any] = {"help": f"{text} ({_describe(default)})".replace("%", "%%")}
         if convert is bool:
             group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, default=default, **settings)
             continue
-        settings |= {"type": convert, "metavar": meta["metavar"], "choices": meta["choices"]}
+        settings |= {"type": convert, "metavar": meta["metavar"], "choices": choices and list(choices)}
         if nargs is not None:
             settings["nargs"] = nargs
         if meta["positional"]:
@@ -204,14 +220,16 @@ def _convert(field: dataclasses.Field, annotation: Any, value: Any) -> Any:
         raise ValueError(f"{value!r} is no value of this option")
     if len(values) != (nargs if isinstance(nargs, int) else max(1, len(values)) if nargs else 1):
         raise ValueError(f"{len(values)} values instead of {nargs or 1}")
-    choices = field.metadata["choices"]
+    choices = _choices(field)
     try:
         converted = [convert(str(item)) for item in values]
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{value!r} is no value of this option") from error
     for item in converted:
         if choices is not None and item not in choices:
-            raise ValueError(f"{item!r} is not one of {', '.join(map(str, choices))}{_nearest(str(item), choices)}")
+            raise ValueError(
+                f"{item!r} is not one of {', '.join(map(str, choices))}{_nearest(str(item), list(choices))}"
+            )
     return converted if nargs else converted[0]
 
 

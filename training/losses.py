@@ -114,7 +114,7 @@ class Loss(nn.Module):
     def check(self, margin: Margin) -> None:
         """Raise ValueError for a margin that is out of range."""
         if not all(0 <= value < math.pi for value in margin):
-            raise ValueError(f"the margin of {self.name()} is in [0, pi), not {_text(margin)}")
+            raise ValueError(f"the margin of {self.name()} is in [0, pi), not {text_of(margin)}")
 
     @classmethod
     def name(cls) -> str:
@@ -127,7 +127,9 @@ class Loss(nn.Module):
         wanted = len(cls.default_margin)
         if margin and len(margin) != wanted:
             numbers = "one number" if wanted == 1 else f"{wanted} numbers"
-            raise ValueError(f"{cls.name()} takes {numbers}, such as {_text(cls.default_margin)}, not {_text(margin)}")
+            raise ValueError(
+                f"{cls.name()} takes {numbers}, such as {text_of(cls.default_margin)}, not {text_of(margin)}"
+            )
         return tuple(map(float, margin or cls.default_margin))
 
     @classmethod
@@ -143,12 +145,16 @@ class Loss(nn.Module):
         return taken
 
 
-def _text(margin: Margin) -> str:
+def text_of(margin: Margin) -> str:
+    """A margin as the command line takes it."""
     return " ".join(f"{value:g}" for value in margin)
 
 
 class ArcFace(Loss):
-    """cos(theta + m). Deng et al., CVPR 2019; the published model has m = 0.6, the paper 0.5."""
+    """cos(theta + m).
+
+    Deng et al., CVPR 2019; the published model has m = 0.6, the paper 0.5.
+    """
 
     default_margin = (0.6,)
 
@@ -158,7 +164,10 @@ class ArcFace(Loss):
 
 
 class CosFace(Loss):
-    """cos(theta) - m. Wang et al., CVPR 2018, section 4.1."""
+    """cos(theta) - m.
+
+    Wang et al., CVPR 2018, section 4.1.
+    """
 
     default_margin = (0.35,)
 
@@ -168,7 +177,10 @@ class CosFace(Loss):
 
 
 class Combined(Loss):
-    """cos(m1 theta + m2) - m3. Deng et al., CVPR 2019, section 2.1; the default is CM1 of its table 2."""
+    """cos(m1 theta + m2) - m3.
+
+    Deng et al., CVPR 2019, section 2.1; the default is CM1 of its table 2.
+    """
 
     default_margin = (1.0, 0.3, 0.2)
     no_margin = (1.0, 0.0, 0.0)
@@ -180,11 +192,11 @@ class Combined(Loss):
     def check(self, margin: Margin) -> None:
         """Raise ValueError unless m1 > 0 and the others are not negative."""
         if not (0 < margin[0] < math.inf and all(0 <= value < math.inf for value in margin[1:])):
-            raise ValueError(f"the combined margin needs m1 > 0 and m2, m3 >= 0, not {_text(margin)}")
+            raise ValueError(f"the combined margin needs m1 > 0 and m2, m3 >= 0, not {text_of(margin)}")
 
 
 class AdaFace(Loss):
-    """cos(theta - m z) - m (1 + z), where z in [-1, 1] says how the feature's norm stands among those of late.
+    """cos(theta - m z) - m (1 + z), z in [-1, 1] from the feature's norm among those of late.
 
     Kim et al., CVPR 2022, section 4.1, and the official `head.py`: concentration h = 0.333, statistics that move by
     0.01 a batch from 20 and 100, norms clamped to [0.001, 100]. No gradient flows through the norm.
@@ -212,7 +224,7 @@ class AdaFace(Loss):
 
 
 class CurricularFace(Loss):
-    """cos(theta + m) for the own identity; c (t + c) for every other whose cosine c is above that, else c.
+    """cos(theta + m), and c (t + c) for others whose cosine c is above that.
 
     Huang et al., CVPR 2020, section 3, and the official `head/metrics.py`: t is the running mean of the cosines
     to the own centre, from 0, moving by 0.01 a batch and updated before it is used. So what is hard counts little in
@@ -244,7 +256,7 @@ class CurricularFace(Loss):
 
 
 class MagFace(Loss):
-    """cos(theta + m(a)) and a penalty g(a) on the feature's norm a, which so becomes the crop's quality.
+    """cos(theta + m(a)), and a penalty g(a) on the feature's norm a, which becomes the crop's quality.
 
     Meng et al., CVPR 2021, section 3.2, and the official `models/magface.py`, `run/run.sh`: a is clamped to [10, 110],
     m(a) goes linearly from 0.45 to 0.8, 35 g(a) = 35 (a / 110^2 + 1 / a). Gradients flow through the norm, inside
@@ -271,4 +283,9 @@ class MagFace(Loss):
 
 LOSSES: dict[str, type[Loss]] = {
     loss.name(): loss for loss in (ArcFace, CosFace, Combined, AdaFace, CurricularFace, MagFace)
+}
+# For the command line: each one's formula and margin.
+MEANINGS = {
+    name: f"{(loss.__doc__ or '').splitlines()[0].rstrip('.')} (margin {text_of(loss.default_margin)})"
+    for name, loss in LOSSES.items()
 }
