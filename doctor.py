@@ -133,12 +133,12 @@ class _InTrainingMode(nn.Module):
 
 
 class _Logits(nn.Module):
-    """The head's cosines [N, identities], to the first `HEAD_IDENTITIES` at most, in place of the feature."""
+    """The head's cosines [N, centres], to the first `HEAD_IDENTITIES` at most, in place of the feature."""
 
     def __init__(self, network: nn.Module, centres: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("centres", nn.functional.normalize(centres[:HEAD_IDENTITIES].float()))
+        self.register_buffer("centres", nn.functional.normalize(centres.flatten(0, -2)[:HEAD_IDENTITIES].float()))
 
     def forward(self, crops: Tensor) -> Tensor:
         return nn.functional.normalize(self.network(crops)) @ self.centres.T
@@ -153,7 +153,7 @@ def inner_mistakes(embedder: Embedder, checkpoint: Path) -> Iterator[tuple[str, 
     way = embedder.preprocessing
     yield "training mode", Embedder.from_network(_InTrainingMode(network), device, preprocessing=way)
     content = utils.load_checkpoint(checkpoint, mmap=True)
-    if "format" in content:
+    if "format" in content and len(content["head"]["centres"]):
         logits = _Logits(network, content["head"]["centres"]).to(device)
         yield "head instead of embedding", Embedder.from_network(logits, device, preprocessing=way)
 

@@ -41,10 +41,9 @@ def main() -> None:
     with utils.atomic_path(options.out / "centres.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, centres.numpy())
     tables.write_identities(options.out / checkpoints.IDENTITIES, names)
-    print(
-        f"{options.out}: network of step {content['step']}, {' x '.join(map(str, centres.shape[:-1]))} centres of {centres.shape[-1]} "
-        "dimensions"
-    )
+    *count, dimensions = centres.shape
+    count = " x ".join(map(str, count))
+    print(f"{options.out}: network of step {content['step']}, {count} centres of {dimensions} dimensions")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def option(
     annotation of the field decides the type: `str`, `int`, `float`, `bool` (becomes `--flag/--no-flag`), `Path`,
     any callable class, `X | None`, `list[X]` (one or more values) or `tuple[X, X, X]` (exactly that many).
 
-    `choices` may be a text `module:NAME`, a list or a dictionary (name -> what it means, shown by `--help`) that belongs
-    to a module above this one; it is looked up when a command line is read.
+    `choices` may be a text `module:NAME`: a list, or a dictionary of names and what they mean, for `--help`. It belongs
+    to a module above this one and is looked up when a command line is read.
 
     `at_least`, `above`, `at_most` and `below` bound a number, or each number of a list; a bounded number is finite.
     """
