@@ -109,6 +109,8 @@ def build_head(options: Train, identities: int, schedule: Schedule, world: World
             loss=options.loss,
             margin=schedule.full_margin,  # so that it is checked
             scale=options.scale,
+            sub_centres=options.sub_centres,
+            filter=options.filter,
             sample_rate=options.sample_rate,
             focal_gamma=options.focal_gamma,
             rank=world.rank,

@@ -31,7 +31,7 @@ FREE_OPTIONS = frozenset(
     "out resume data val val_every workers decode device save_every log_every skip_unreadable".split()
 )
 CHANGEABLE_OPTIONS = frozenset(
-    "augment margin margin_warmup scale focal_gamma epochs lr schedule milestones warmup momentum weight_decay "
+    "augment margin margin_warmup scale focal_gamma filter epochs lr schedule milestones warmup momentum weight_decay "
     "grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn drop_path token_mask".split()
 )
 

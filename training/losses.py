@@ -111,6 +111,17 @@ class Loss(nn.Module):
     def observe(self, cosine: Tensor, norm: Tensor) -> None:
         """Update the running numbers; called once for each batch in training, before `target`, without gradient."""
 
+    @torch.no_grad()
+    def cost(self, margin: Margin, norm: float = 20.0) -> float:
+        """What the margin takes from the cosine of a crop, of this norm, at right angles to all centres.
+
+        Times the scale, it is what a network that knows nothing loses on top of log(identities).
+        """
+        device = next((value.device for value in self.buffers()), None)
+        cosine, length = torch.tensor([[0.0], [norm]], dtype=torch.float64, device=device)
+        target = self.target(cosine, length, margin)
+        return float(self.others(cosine[:, None], target[:, None]) - target)
+
     def check(self, margin: Margin) -> None:
         """Raise ValueError for a margin that is out of range."""
         if not all(0 <= value < math.pi for value in margin):

@@ -128,9 +128,9 @@ class MarginHead(nn.Module):
         _draw_centres(self.centres, self.first, seed)
 
     @property
-    def margin(self) -> float | Margin:
-        """The present margin: a number, or as many as the loss takes."""
-        return self._margin[0] if len(self._margin) == 1 else self._margin
+    def margin(self) -> Margin:
+        """The present margin: as many numbers as the loss takes. One number may be assigned as it is."""
+        return self._margin
 
     @margin.setter
     def margin(self, value: float | Sequence[float] | None) -> None:
@@ -215,14 +215,10 @@ class MarginHead(nn.Module):
     def cost_of_margin(self, norm: float) -> float:
         """What scale, present margin and penalty add to the loss of a network that knows nothing.
 
-        Its crops, whose features have this norm, are at right angles to all centres; the loss is then log(identities)
-        and this.
+        Its features have this norm. Without margin and penalty its loss is log(identities).
         """
-        cosine, length = torch.tensor([[0.0], [norm]], dtype=torch.float64, device=self.centres.device)
-        target = self.loss.target(cosine, length, self._margin)
-        cost = self.scale * (self.loss.others(cosine[:, None], target[:, None])[:, 0] - target)
-        penalty = self.loss.penalty(length)
-        return float(cost if penalty is None else cost + penalty)
+        penalty = self.loss.penalty(torch.tensor([norm]))
+        return self.scale * self.loss.cost(self.margin, norm) + (0.0 if penalty is None else float(penalty))
 
     @torch.no_grad()
     def step(self, lr: float, *, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True) -> None:
@@ -363,7 +359,7 @@ class _MarginSoftmax(torch.autograd.Function):
         target = _all_gather(target[None], head.group, head.world_size).amax(0)
         if head.training:
             loss.observe(target, norm)
-        value, slope, norm_slope, penalty, penalty_slope = _evaluated(loss, target, norm, head._margin)
+        value, slope, norm_slope, penalty, penalty_slope = _evaluated(loss, target, norm, head.margin)
         value = torch.where(target.isinf(), -math.inf, value).to(unit.dtype)  # clamped away in `margin_cosine`
 
         low = unit.to(product_dtype)

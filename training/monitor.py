@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import utils
 from training import checkpoints
+from training.losses import LOSSES
 from training.run import Run, State
-from training.schedules import cost_of_margin
 from utils import InputError
 from verification.metrics import VerificationResult, curve
 
@@ -147,7 +147,7 @@ class Watch:
 def advice_for_few_identities(run: Run) -> str | None:
     """A warning when margin and scale are those of a large set and the identities are few, with what fits."""
     options, identities = run.options, run.crops.identities
-    cost = options.scale * cost_of_margin(options.loss, run.schedule.full_margin)
+    cost = options.scale * LOSSES[options.loss]().cost(run.schedule.full_margin)
     if identities >= FEW_IDENTITIES or cost < LARGE_COST or options.margin_warmup > 0:
         return None
     margin = "--margin 0.4 " if options.loss == "arcface" else ""

@@ -12,7 +12,6 @@ from formats import crop_sets
 from training import checkpoints, monitor
 from training.augment import Augmentation
 from training.run import Run, State, Sums
-from training.schedules import cost_of_margin
 from utils import InputError
 from verification import features
 
@@ -58,7 +57,7 @@ class Reporter:
         feature_norm = float(reading.stats["feature_norm"].mean())
         step = self.state.step - 1
         rate = schedule.learning_rate(step)
-        self.watch.margin_cost = options.scale * cost_of_margin(options.loss, self.state.head.margin)
+        self.watch.margin_cost = self.state.head.cost_of_margin(feature_norm)
         for text in self.watch.warnings(reading, feature_norm, rate / options.lr):
             self.run.log(f"warning: {text}")
         values = {

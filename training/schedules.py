@@ -4,12 +4,8 @@ import math
 from dataclasses import dataclass
 
 from config import Train
-from training.losses import LOSSES
+from training.losses import LOSSES, Margin
 from utils import InputError
-
-DEFAULT_MARGINS = {name: loss.default_margin for name, loss in LOSSES.items()}
-
-Margin = float | tuple[float, ...]  # a number, or (m1, m2, m3) for the combined loss
 
 
 @dataclass(frozen=True)
@@ -20,7 +16,7 @@ class Schedule:
     steps_per_epoch: int
 
     def __post_init__(self) -> None:
-        self._numbers()
+        self.margin(0)
 
     def epoch(self, step: int) -> int:
         """The epoch that a step belongs to, from 1."""
@@ -50,35 +46,15 @@ class Schedule:
 
     def margin(self, step: int) -> Margin:
         """The margin of a step: grows linearly from nothing over `--margin-warmup` epochs."""
-        options, full = self.options, self._numbers()
-        if options.margin_warmup > 0:
-            share = min(1.0, step / (options.margin_warmup * self.steps_per_epoch))
-        else:
-            share = 1.0
-        if options.loss == "combined":
-            return 1 + (full[0] - 1) * share, full[1] * share, full[2] * share
-        return full[0] * share
+        options, full = self.options, self.full_margin
+        if options.margin_warmup == 0:
+            return full
+        return LOSSES[options.loss].grown(full, min(1.0, step / (options.margin_warmup * self.steps_per_epoch)))
 
     @property
     def full_margin(self) -> Margin:
         """What the margin grows to: `--margin`, or the default of the loss."""
-        full = self._numbers()
-        return full if self.options.loss == "combined" else full[0]
-
-    def _numbers(self) -> tuple[float, ...]:
-        options = self.options
-        margin = tuple(options.margin) if options.margin else DEFAULT_MARGINS[options.loss]
-        wanted = len(DEFAULT_MARGINS[options.loss])
-        if len(margin) != wanted:
-            raise InputError(f"--margin {' '.join(map(str, margin))}: {options.loss} takes {wanted} number(s)")
-        return margin
-
-
-def cost_of_margin(loss: str, margin: Margin) -> float:
-    """What a margin takes from the cosine of a crop at a right angle to its centre.
-
-    Times the scale, it is what a network that knows nothing loses on top of log(identities).
-    """
-    if isinstance(margin, tuple):
-        return margin[2] - math.cos(margin[0] * math.pi / 2 + margin[1])
-    return math.sin(margin) if loss == "arcface" else margin
+        try:
+            return LOSSES[self.options.loss].numbers(tuple(self.options.margin or ()))
+        except ValueError as error:
+            raise InputError(f"--margin: {error}") from error

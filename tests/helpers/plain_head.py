@@ -16,24 +16,24 @@ def angular(cosine, m1, m2, m3):
 
 
 def adaface(head, cosine, norm):
-    loss, (m,) = head.loss, head._margin
+    loss, (m,) = head.loss, head.margin
     quality = ((norm.clamp(1e-3, 100) - loss.norm_mean) / (loss.norm_std + 1e-3) * 0.333).clamp(-1, 1)
     return angular(cosine, 1.0, -m * quality, m * (1 + quality))
 
 
 def magface(head, cosine, norm):
-    lower, upper = head._margin
+    lower, upper = head.margin
     norm = norm.clamp(10, 110)
     return angular(cosine, 1.0, (upper - lower) / (110 - 10) * (norm - 10) + lower, 0.0)
 
 
 # By the papers. A loss that is not here is taken at its own word for the values, and its derivatives are checked.
 TARGETS = {
-    "arcface": lambda head, cosine, norm: angular(cosine, 1.0, head._margin[0], 0.0),
-    "cosface": lambda head, cosine, norm: cosine - head._margin[0],
-    "combined": lambda head, cosine, norm: angular(cosine, *head._margin),
+    "arcface": lambda head, cosine, norm: angular(cosine, 1.0, head.margin[0], 0.0),
+    "cosface": lambda head, cosine, norm: cosine - head.margin[0],
+    "combined": lambda head, cosine, norm: angular(cosine, *head.margin),
     "adaface": adaface,
-    "curricularface": lambda head, cosine, norm: angular(cosine, 1.0, head._margin[0], 0.0),
+    "curricularface": lambda head, cosine, norm: angular(cosine, 1.0, head.margin[0], 0.0),
     "magface": magface,
 }
 OTHERS = {
@@ -52,7 +52,7 @@ def plain_loss(head, features, labels, weight):
     cosine = cosine.unflatten(1, (len(weight), -1)).amax(2)
     name = head.loss.name()
     target = cosine.gather(1, labels[:, None])[:, 0]
-    own = TARGETS[name](head, target, norm) if name in TARGETS else head.loss.target(target, norm, head._margin)
+    own = TARGETS[name](head, target, norm) if name in TARGETS else head.loss.target(target, norm, head.margin)
     limit = own.detach()[:, None]
     others = OTHERS[name](head, cosine, limit) if name in OTHERS else head.loss.others(cosine.clone(), limit)
     if head.filter:
