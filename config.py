@@ -347,7 +347,9 @@ class Model(Device):
         choices=(1, 255),
     )
     mirror: bool | None = option(
-        None, "add the features of the mirror image; none means as the file says, else yes", group="model"
+        None,
+        "add the features of the mirror image; none means as the file says; an .onnx that says nothing is fed without",
+        group="model",
     )
     batch_size: int | None = option(
         None,
@@ -641,6 +643,14 @@ class Demo(Device):
         group="model",
         at_least=0,
         at_most=180,
+    )
+    far: float | None = option(
+        None,
+        "false accept rate whose measured threshold is taken; none takes 0.001, else the next higher one that was "
+        "measured, else best accuracy",
+        group="model",
+        above=0,
+        below=1,
     )
     nearest: int = option(5, "people of the gallery listed for each face", group="output", metavar="N", at_least=1)
     out: Path = option(Path("results/demo"), "folder for the pictures", group="output", metavar="DIR")

@@ -177,7 +177,7 @@ def compare(looks: list[Look], embedder: Embedder, decision: Decision, out: Path
     for look in looks:
         if len(look.faces) > 1:
             print(f"{look.path}: {len(look.faces)} faces, the one nearest to the centre is compared")
-    print(f"{verdict}: {detail}\nnetwork {embedder.name}, threshold from {decision.source}")
+    print(f"{verdict}: {detail}\nnetwork {embedder.name}, threshold {decision.source}")
     picture = draw_pair(looks, verdict, detail, plotting.GREEN if same else plotting.RED)
     save(picture, out, f"{looks[0].path.stem}-{looks[1].path.stem}")
 
@@ -226,7 +226,7 @@ def identify(
         labels.append(f"{names[nearest[0]]} {angle:.0f}°" if known else "unknown")
         listing = ", ".join(f"{names[person]} {row[person]:.1f}°" for person in nearest)
         print(f"  {index + 1}: {names[nearest[0]] if known else 'nobody of the gallery'} ({listing})")
-    print(f"network {embedder.name}, threshold {decision.threshold:.1f}° from {decision.source}")
+    print(f"network {embedder.name}, threshold {decision.threshold:.1f}° {decision.source}")
     save(draw_faces(look, labels), options.out, f"{look.path.stem}-named")
 
 
@@ -260,7 +260,7 @@ def main() -> None:
         return
     checkpoint = choose_checkpoint(options.checkpoint)
     embedder = load_embedder(checkpoint, device)
-    decision = find_decision(embedder, checkpoint, options.figures, options.threshold)
+    decision = find_decision(embedder, checkpoint, options.figures, options.threshold, options.far)
     if options.gallery is None:
         compare(looks, embedder, decision, options.out)
         return

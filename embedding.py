@@ -248,6 +248,8 @@ class Embedder:
         way = self.preprocessing
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (way.mean, way.std))
         mirror = "with mirror image" if way.mirror else "without mirror image"
+        if not way.mirror and not self.metadata and "onnx" in self.engine:
+            mirror += " (the file says nothing of itself; --mirror adds it)"
         if self.metadata.get("mirror") == "graph":
             mirror = "mirror image inside the graph"
         return f"{way.channels} 0..{way.pixel_range:g}, mean {mean}, std {std}, {mirror}"

@@ -61,8 +61,10 @@ def _check(options: config.LfwEval) -> None:
     if options.lfw is not None and not options.lfw.is_dir():
         raise InputError(f"--lfw {options.lfw}: no such folder")
     for path in options.bin:
+        if path.is_dir():
+            raise InputError(f"--bin {path}: a folder; photos with a list of pairs are --lfw DIR --pairs FILE")
         if not path.is_file():
-            raise InputError(f"--bin {path}: no such file")
+            raise InputError(f"--bin {path}: {'not a plain file' if path.exists() else 'no such file'}")
     for name, folder in (("out", options.out), ("cache", options.cache)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"--{name} {folder}: is a file, not a folder")

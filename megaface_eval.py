@@ -61,6 +61,7 @@ def main() -> None:
         _write_devkit(out / "devkit", name, sides, stores, _sizes(options, len(sides[1])))
     outcomes = _compete(options, out, name, sides, stores, noise, device)
     _write_report(options, out, name, embedder, sides, stores, outcomes)
+    print(f"{embedder.name}: fed with {embedder.feeding}\n")
     print(table(outcomes, sides, options.far))
     print(f"\n{out / 'results.json'}; curves, misses and the devkit's files beside it")
 

@@ -392,6 +392,12 @@ def test_two_bins_and_a_folder_in_one_report(tmp_path, capsys, monkeypatch, fake
     embedder = load_embedder(checkpoint)
     result = features.verify(embedder, sets.open_set(tmp_path / "a" / "set.bin"))
     assert first["accuracy_kfold_mean"] == result.kfold_mean and first["auc"] == result.auc
+    # What a deployment needs stands in the table: the threshold at each rate, and how sure that rate is.
+    point = features.verify(embedder, sets.open_set(tmp_path / "a" / "set.bin"), far_levels=[0.25]).points[0]
+    low, high = point.far_interval
+    rows = [row for row in text.splitlines() if row.startswith(("  threshold  ", "  FAR there, 95 % interval"))]
+    assert any(f"cosine {point.threshold:.4f}, {metrics.to_angle(point.threshold):.2f}°" in row for row in rows)
+    assert any(f"{100 * low:.2g} % to {100 * high:.2g} %" in row for row in rows)
 
 
 def test_model_that_knows_its_threshold_is_judged_by_it(tmp_path, capsys, monkeypatch):

@@ -417,6 +417,26 @@ def test_cached_arrays_come_back_as_they_were(tmp_path_factory, arrays):
     assert cached.read(path, "other key") is None
 
 
+def test_folds_of_one_kind_give_no_accuracy_over_folds():
+    """A list whose genuine pairs come first: nine of ten folds hold none."""
+    rng = np.random.default_rng(0)
+    same = np.arange(100) < 10
+    cosines = np.where(same, 0.6, 0.1) + rng.normal(0, 0.1, 100)
+    result = evaluate(cosines, same, np.repeat(np.arange(10), 10))
+    assert result.kfold_mean is None and result.accuracy == result.best_accuracy
+    assert any("10 of 10 folds hold pairs of one kind only: no accuracy" in note for note in result.notes)
+    few = evaluate(cosines, same, np.where(np.arange(100) < 95, np.arange(100) % 5, 9))
+    assert few.kfold_mean is not None
+    assert any("1 of 6 folds hold pairs of one kind only: their" in note for note in few.notes)
+
+
+def test_a_constant_network_is_told():
+    same = np.arange(40) % 4 < 2
+    folds = np.arange(40) // 4
+    assert any("one feature for every crop" in note for note in evaluate(np.full(40, 0.3), same, folds).notes)
+    assert not any("one feature" in note for note in evaluate(np.linspace(0, 0.1, 40), same, folds).notes)
+
+
 def test_keys_tell_values_types_and_shapes_apart():
     array = np.arange(6, dtype=np.int32)
     parts = [array, array.reshape(2, 3), array.astype(np.int64), array.tobytes(), b"", "", None, 1, "1", ["a", "b"]]

@@ -177,6 +177,7 @@ def publish(run: Run, state: State) -> None:
         "epochs": run.options.epochs,
         "best_epoch": best["epoch"],
         "best": best,
+        "embedding_sha256": utils.sha256_of(out / checkpoints.EMBEDDING),  # whose figures "best" are
         "last": state.history[-1],
         "history": state.history,
         "data": run.data,

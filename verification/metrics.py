@@ -25,6 +25,8 @@ CONFIDENCE = 0.95
 # Cosines end at 1: from here on nothing is accepted.
 ACCEPT_NOTHING = float(np.nextafter(1.0, 2.0))
 ACCEPT_ALL = -1.0
+# Cosines that differ by less over all pairs are the rounding of one: a network that looks at its input spreads them.
+SAME_COSINE = 1e-5
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -257,6 +259,13 @@ def k_fold(cosines: np.ndarray, same: np.ndarray, fold_of: np.ndarray) -> list[F
     return folds
 
 
+def _folds_of_one_kind(same: np.ndarray, fold_of: np.ndarray) -> tuple[int, int]:
+    """How many folds hold pairs of one kind only, and how many folds there are."""
+    _, position = np.unique(fold_of, return_inverse=True)
+    sizes, genuine = np.bincount(position), np.bincount(position[same], minlength=position.max() + 1)
+    return int(((genuine == 0) | (genuine == sizes)).sum()), len(sizes)
+
+
 def area_under_curve(counts: Curve) -> float:
     """Area under the ROC: the probability that a genuine pair has the larger cosine, ties counting half."""
     far, tar = _whole_curve(counts)
@@ -320,13 +329,23 @@ def evaluate(
     notes = []
     both_kinds = bool(same.any()) and not same.all()
     counts = curve(cosines, same)
-    folds = k_fold(cosines, same, fold_of) if both_kinds else []
+    one_kind, numbers = _folds_of_one_kind(same, fold_of)
+    mixed = both_kinds and 2 * one_kind <= numbers
+    folds = k_fold(cosines, same, fold_of) if mixed else []
     best, correct = best_threshold(cosines, same)
     if not both_kinds:
         kind = "one person" if same.all() else "two persons"
         notes.append(f"all {len(same)} pairs are of {kind}: no accuracy, AUC, EER or TAR can be had from them")
-    elif not folds:
+    elif numbers < 2:
         notes.append("one fold only: there are no other folds to choose a threshold on")
+    elif one_kind:
+        what = "their accuracies are counted, but say little" if folds else "no accuracy over folds is given"
+        notes.append(f"{one_kind} of {numbers} folds hold pairs of one kind only: {what}")
+    if np.ptp(cosines[~np.isnan(cosines)]) < SAME_COSINE:
+        notes.append(
+            "all pairs have one and the same cosine: the model gives one feature for every crop (a training that "
+            "collapsed, or input in a range it was not made for; see doctor.py)"
+        )
     points = [operating_point(counts, far) for far in far_levels] if both_kinds else []
     notes += [_unresolved(point) for point in points if not point.resolved]
     accuracies = [fold.accuracy for fold in folds]

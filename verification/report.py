@@ -125,14 +125,9 @@ def table(embedder: Embedder, results: Sequence[VerificationResult]) -> str:
 
 
 def _model_line(embedder: Embedder) -> str:
-    way = embedder.preprocessing
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (way.mean, way.std))
-    mirror = "with mirror image" if way.mirror else "without mirror image"
-    if embedder.metadata.get("mirror") == "graph":
-        mirror = "mirror image inside the graph"
     return (
         f"{embedder.name}: {embedder.dim} dimensions, sha256 {embedder.sha256}\n"
-        f"fed with {way.channels} 0..{way.pixel_range:g}, mean {mean}, std {std}, {mirror}; {embedder.engine}"
+        f"fed with {embedder.feeding}; {embedder.engine}"
     )
 
 
@@ -149,7 +144,12 @@ def _table_rows(embedder: Embedder, results: Sequence[VerificationResult]) -> li
     ]
     levels = next((result.points for result in results if result.points), [])
     for index, point in enumerate(levels):
-        rows.append((f"TAR at FAR {point.far:g}", lambda r, i=index: _point_cell(r.points[i]) if r.points else "-"))
+        for label, cell in (
+            (f"TAR at FAR {point.far:g}", _point_cell),
+            ("  threshold", lambda p: _threshold_cell(p.threshold)),
+            ("  FAR there, 95 % interval", _interval_cell),
+        ):
+            rows.append((label, lambda r, i=index, cell=cell: cell(r.points[i]) if r.points else "-"))
     own = own_threshold(embedder)
     if own is not None:
         rows.append((f"at the model's own cosine {own:.4f}", lambda r: _rates_cell(own, r)))
@@ -174,6 +174,10 @@ def _point_cell(point: OperatingPoint) -> str:
     if not point.resolved:
         return f"not resolved by {point.impostors} pairs"
     return f"{_percent(point.tar)} ({point.false_accepts} of {point.impostors} accepted)"
+
+
+def _interval_cell(point: OperatingPoint) -> str:
+    return "-" if point.far_interval is None else " to ".join(f"{100 * end:.2g} %" for end in point.far_interval)
 
 
 def _rates_cell(threshold: float, result: VerificationResult) -> str:
