@@ -9,8 +9,10 @@ Embeddings of probes and distractors are stored packed in OUT/features; a killed
 1 runs on the raw lists and once more with the noise lists applied. OUT gets results.json, the devkit's cmc_*.json and
 matches_*.json (with the lists their numbers refer to) for each treatment, CMC and ROC, and a sheet of the worst misses.
 
-A photo without a feature is an error. With --allow-missing a missing probe fails in every pair (last rank, lowest
-score) and a missing distractor matches nothing but still counts; OUT/missing.tsv names them all.
+The photos of a list may lie in a folder inside of the tree, such as FlickrFinal2; it is found and named. A photo
+without a feature is an error. With --allow-missing a missing probe fails in every pair (last rank, lowest score) and a
+missing distractor matches nothing but still counts; OUT/missing.tsv names them all. Where more than half of the probes
+or of the distractors are missing, no figure is given.
 """
 
 import hashlib
@@ -27,6 +29,7 @@ import config
 import plotting
 import utils
 from embedding import Embedder, open_embedder
+from formats.names import path_parts
 from formats.tables import escape
 from megaface import curves
 from megaface.devkit_json import cmc_text, matches_text
@@ -41,6 +44,10 @@ from options import parse
 from utils import InputError
 
 PROBES, DISTRACTORS = "facescrub", "megaface"  # as the devkit's files are called
+LIST_SIZE = re.compile(r"_([0-9]{1,18})_[0-9]+$")  # megaface_features_list.json_SIZE_SET
+MOST_MISSING = (
+    0.5  # of a side: a missing distractor matches nothing, so the fewer there are the better the figures look
+)
 
 
 @utils.command
@@ -92,6 +99,12 @@ def _open_sides(options: config.MegafaceEval) -> tuple[Side, Side]:
     )
     probes = open_side(options.facescrub, "probes", lists[0], with_ids=True)
     distractors = open_side(options.megaface, "distractors", lists[1], with_ids=False)
+    for side in (probes, distractors):
+        if side.below:
+            print(f"{side.folder}: the photos of the list lie in {side.below}", file=sys.stderr)
+    named = None if options.distractor_list is None else LIST_SIZE.search(options.distractor_list.name)
+    if named and int(named[1]) != len(distractors):
+        print(f"{options.distractor_list}: {len(distractors):,} distractors, not {int(named[1]):,}", file=sys.stderr)
     if len(set(probes.ids)) == len(probes):
         raise InputError(f"{options.probe_list or options.facescrub}: no identity has two probes")
     if options.sizes and max(options.sizes) > len(distractors):
@@ -130,8 +143,12 @@ def _report_missing(out: Path, sides: tuple[Side, Side], reasons: list[dict[int,
         return
     lines = ["side\tname\treason", *("\t".join(map(escape, row)) for row in missing)]
     utils.write_bytes(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
-    side, name, reason = missing[0]
-    said = f"{len(missing)} photos have no feature, first {name} ({side}): {reason}; all are named in {path}"
+    first, name, reason = missing[0]
+    said = f"{len(missing)} photos have no feature, first {name} ({first}): {reason}; all are named in {path}"
+    for what, side, found in zip(("probes", "distractors"), sides, reasons, strict=True):
+        if len(found) > MOST_MISSING * len(side):
+            shares = f"{len(found):,} of {len(side):,} {what} are missing in {side.folder}"
+            raise InputError(f"{said}; {shares}: no figure of the rest would mean anything. Is it the right folder?")
     if not allow:
         raise InputError(f"{said}; --allow-missing counts them as failures")
     print(said, file=sys.stderr)
@@ -150,6 +167,12 @@ def _write_devkit(
     folder: Path, name: str, sides: tuple[Side, Side], stores: tuple[Store, Store], sizes: list[int]
 ) -> None:
     """Features and lists as the devkit's script reads them; missing features have no file, as with any other tool."""
+    for side in sides:
+        for photo in side.names:
+            try:
+                path_parts(photo)
+            except ValueError as error:
+                raise InputError(f"--write-bin: {photo!r} of {side.folder} or its list is {error}") from None
     for side, store, what in zip(sides, stores, (PROBES, DISTRACTORS), strict=True):
         rows = [row for row in range(len(side)) if row not in store.problems]
         with utils.progress(len(rows), f"writing {what} .bin", unit="file") as bar:
@@ -203,13 +226,20 @@ def _compete(
             noisy_distractors=marks[1],
         )
         sizes = _sizes(options, len(distractors))
-        results = _identify(entrants, sizes, device)
-        for result in results:
+        results = []
+        for result in _identify(entrants, sizes, device):
             used = entrants.distractor_rows[: result.distractors]
+            if gone[1][used].sum() > MOST_MISSING * len(used):
+                said = f"most of the first {len(used):,} distractors are missing"
+                print(f"{said}: no figure of the rest would mean anything", file=sys.stderr)
+                continue
+            results.append(result)
             passed = np.append(entrants.distractor_rows, len(distractors))[result.distractors]
             noisy = int(marks[0].sum()), int(marks[1][:passed].sum())
             outcomes.append(Outcome(entrants, result, *noisy, int(gone[1][used].sum())))
         _write_results(out / treatment, name, entrants, results, sides)
+    if not outcomes:
+        raise InputError(f"{options.megaface}: most distractors of every size are missing")
     return outcomes
 
 

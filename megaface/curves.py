@@ -43,6 +43,7 @@ class Curves:
     identification: np.ndarray  # share of pairs found at that rank or better
     false_accepts: np.ndarray  # rates, ascending
     verification: np.ndarray
+    finest: float = 0.0  # the rate of a single impostor; 0 where that is not known
 
     @property
     def rank_1(self) -> float:
@@ -55,7 +56,10 @@ def from_result(result: Identification, label: str) -> Curves:
     rises = np.flatnonzero(np.diff(result.cmc, prepend=np.float32(-1)) > 0)
     ranks, rates = rises + 1, result.cmc[rises]
     accepts = result.roc.accepts / result.roc.impostors
-    return Curves(label, np.append(ranks, len(result.cmc)), np.append(rates, rates[-1]), accepts, result.roc.rates)
+    finest = 1 / result.roc.impostors
+    return Curves(
+        label, np.append(ranks, len(result.cmc)), np.append(rates, rates[-1]), accepts, result.roc.rates, finest
+    )
 
 
 def read_curves(path: Path, label: str) -> Curves:
@@ -99,19 +103,22 @@ def _draw_cmc(path: Path, curves: Sequence[Curves], subject: str) -> None:
 
 
 def _draw_roc(path: Path, curves: Sequence[Curves], subject: str) -> None:
-    smallest = min(_finest(curve) for curve in curves)
+    smallest = min(curve.finest or _smallest(curve) for curve in curves)
     lowest = min(max(10 ** np.floor(np.log10(smallest)), LOWEST_FAR), 0.1)
     with plotting.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
         axes = figure.add_subplot(xlabel="false accept rate", ylabel="verification rate (%)")
         for number, curve in enumerate(curves):
             _stairs(axes, curve.false_accepts, curve.verification, _label(curve.label), number, left=lowest, right=1.0)
         plotting.log_rate_axis(axes, lowest)
+        unresolved = min(curve.finest for curve in curves)
+        if unresolved > lowest * 1.001:
+            axes.axvspan(lowest, unresolved, color="#eeeeee", label="finer than these impostors can tell")
         _finish(axes, [curve.verification[curve.false_accepts >= lowest] for curve in curves])
         plotting.title(axes, subject, "genuine pairs accepted; impostors: distractors of up to 100 probes")
         _legend(figure, axes)
 
 
-def _finest(curve: Curves) -> float:
+def _smallest(curve: Curves) -> float:
     """The smallest false accept rate above zero that a curve speaks of."""
     positive = curve.false_accepts[curve.false_accepts > 0]
     return float(positive[0]) if len(positive) else 1.0
@@ -131,7 +138,7 @@ def _finish(axes: Axes, rates: Sequence[np.ndarray]) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """All curves below the axes, also those whose labels begin with an underscore, which matplotlib would leave out."""
-    lines = axes.get_lines()
+    lines = [*axes.get_lines(), *axes.patches]
     figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=1)
 
 

@@ -2,9 +2,14 @@
 
 Crops are read and decoded by threads, a few batches ahead of the network, so that neither waits for the other; memory
 is bounded by those batches. A crop that cannot be read, has another size, or for which the network gives nothing finite
-has a row of NaN and a reason; the next run looks at it again, in case somebody has brought it back.
+has a row of NaN and a reason; the next run looks at it again, in case somebody has brought it back. So it does with
+crops that were changed since: a crop is recognised by its name, size and times of change, in nanoseconds.
 """
 
+import contextlib
+import hashlib
+import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +21,7 @@ import utils
 from config import CROP_SIZE
 from cropping.photos import PhotoError, read_photo
 from embedding import Embedder, normalise
-from megaface.features import Store, StoreWriter
+from megaface.features import CHUNK, Store, StoreWriter
 from megaface.participants import Side
 
 AHEAD = 3  # batches that are decoded before they are needed
@@ -27,8 +32,8 @@ Decoded = tuple[np.ndarray, dict[int, str]]
 def embed(side: Side, folder: Path, embedder: Embedder, what: str, workers: int) -> Store:
     """Embeddings of all crops of a side, in its order; what is there already from an earlier run is kept."""
     settings = {"model": embedder.fingerprint, "crops": side.fingerprint}
-    with StoreWriter(folder, side.names, embedder.dim, settings) as writer:
-        _look_again(side, writer, embedder)
+    with StoreWriter(folder, side.names, embedder.dim, settings, origins(side)) as writer:
+        _look_again(side, writer, embedder, what)
         with utils.progress(len(side), f"embedding {what}", initial=writer.done, unit="crop") as bar:
             for crops, problems in _read_ahead(side, writer.done, embedder.batch_size, workers):
                 rows = _embeddings(embedder, crops, problems)
@@ -37,17 +42,43 @@ def embed(side: Side, folder: Path, embedder: Embedder, what: str, workers: int)
         return writer.finish()
 
 
-def _look_again(side: Side, writer: StoreWriter, embedder: Embedder) -> None:
-    """Embed what could not be embedded in an earlier run and can be now."""
-    rows = [row for row in sorted(writer.problems) if side.files[row] is not None]
-    features: dict[int, np.ndarray] = {}
-    for start in range(0, len(rows), embedder.batch_size):
-        part = rows[start : start + embedder.batch_size]
-        crops, problems = _stack([_read(side, row) for row in part])
-        for row, feature in zip(part, _embeddings(embedder, crops, problems), strict=True):
-            features[row] = feature
-        writer.problems |= {part[number]: reason for number, reason in problems.items()}
-    writer.repair({row: feature for row, feature in features.items() if np.isfinite(feature).all()})
+def origins(side: Side) -> np.ndarray:
+    """uint64 [n]: what each crop is recognised by, 0 where there is none. A file of the same name, size and times of
+    change (of its contents, which tools can set, and of its status, which the system keeps) counts as the same."""
+    found = np.zeros(len(side), np.uint64)
+    for row, file in enumerate(side.files):
+        if file is None:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(side.folder / file)  # noqa: PTH116 - a million of them
+            text = f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
+            digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            found[row] = int.from_bytes(digest, "little")
+    return found
+
+
+def _look_again(side: Side, writer: StoreWriter, embedder: Embedder, what: str) -> None:
+    """Embed what changed or was damaged since an earlier run, and what could not be embedded then and can be now."""
+    if writer.damaged:
+        print(
+            f"{writer.folder}: {writer.damaged} stored features are damaged; they are computed again", file=sys.stderr
+        )
+    stale = set(writer.stale)
+    rows = sorted(stale | {row for row in writer.problems if side.files[row] is not None})
+    if not rows:
+        return
+    together = max(CHUNK, embedder.batch_size)
+    with utils.progress(len(rows), f"embedding {what} again", unit="crop") as bar:
+        for start in range(0, len(rows), together):
+            part = rows[start : start + together]
+            crops, problems = _stack([_read(side, row) for row in part])
+            features = _embeddings(embedder, crops, problems)
+            reasons = {part[number]: reason for number, reason in problems.items()}
+            # A row that still has its problem is only said to have it, lest a finished store be opened for it.
+            wanted = {row: features[number] for number, row in enumerate(part) if row in stale or row not in reasons}
+            writer.problems |= reasons
+            writer.replace(wanted, {row: reason for row, reason in reasons.items() if row in wanted})
+            bar.update(len(part))
 
 
 def _embeddings(embedder: Embedder, crops: np.ndarray, problems: dict[int, str]) -> np.ndarray:

@@ -135,7 +135,8 @@ def _percent(rate: float) -> str:
 
 # ---------------------------------------------------------------------------------------------- misses
 
-_CELL, _GAP, _MARGIN, _TEXT, _HEAD = 112, 6, 22, 46, 84  # pixels
+_CELL, _GAP, _MARGIN, _HEAD = 112, 6, 22, 84  # pixels
+_SIZE, _LINE = 11, 15  # of the names below the crops
 
 
 @dataclass(frozen=True)
@@ -151,17 +152,19 @@ class Miss:
 
 
 def worst_misses(result: Identification, most: int) -> list[Miss]:
-    """The pairs that lose by most to the best distractor, worst first; no probe and no mate is shown twice."""
+    """The pairs that lose by most to the best distractor, worst first; no probe, no mate and no pair is shown twice."""
     probe, mate = result.pairs.T
     lost = np.flatnonzero((result.ranks > 0) & np.isfinite(result.scores))
     margin = result.best_score[probe[lost], 0].astype(np.float64) - result.scores[lost]
     misses: list[Miss] = []
     probes, mates = set(), set()
+    pairs: set[frozenset[int]] = set()
     for k in lost[np.argsort(-margin, kind="stable")]:
         a, b = int(probe[k]), int(mate[k])
-        if len(misses) < most and a not in probes and b not in mates:
+        if len(misses) < most and a not in probes and b not in mates and frozenset((a, b)) not in pairs:
             scores = float(result.scores[k]), float(result.best_score[a, 0])
             misses.append(Miss(a, b, int(result.best_index[a, 0]), int(result.ranks[k]), *scores))
+            pairs.add(frozenset((a, b)))
             probes.add(a)
             mates.add(b)
     return misses
@@ -172,39 +175,70 @@ def misses_sheet(outcome: Outcome, probes: Side, distractors: Side, model: str, 
     misses = worst_misses(outcome.result, most)
     across = 2 if len(misses) > 3 else 1
     tile = 3 * _CELL + 2 * _GAP
-    rows = max(1, -(-len(misses) // across))
-    size = across * (tile + _MARGIN) + _MARGIN, _HEAD + rows * (_CELL + _TEXT) + _MARGIN
-    sheet = Image.new("RGB", (max(size[0], 560), size[1]), "white")
+    captions = [_captions(miss, outcome.entrants, probes, distractors, tile) for miss in misses]
+    lines = [sum(len(text) for text, _ in some) for some in captions]
+    heights = [_CELL + _LINE * (max(lines[start : start + across]) + 1) + 20 for start in range(0, len(misses), across)]
+    width = max(across * (tile + _MARGIN) + _MARGIN, 560)
+    sheet = Image.new("RGB", (width, _HEAD + max(sum(heights), _CELL) + _MARGIN), "white")
     lost = int((outcome.result.ranks > 0).sum())
     width = sheet.width - 2 * _MARGIN
     plotting.draw_text(sheet, (_MARGIN, 12), f"{model}: {outcome.name}", size=17, bold=True, width=width)
     said = f"{lost:,} of {len(outcome.result.pairs):,} pairs are missed at rank 1"
-    said += f"; the worst {len(misses)}: probe, mate, winner" if misses else ""
-    plotting.draw_text(sheet, (_MARGIN, 42), said, size=14, width=width)
+    plotting.draw_text(sheet, (_MARGIN, 40), said, size=14, width=width)
+    if misses:
+        said = f"the worst {len(misses)}: probe, mate, winner; numbers are cosines to the probe"
+        plotting.draw_text(sheet, (_MARGIN, 60), said, size=13, width=width)
     for number, miss in enumerate(misses):
         x = _MARGIN + number % across * (tile + _MARGIN)
-        y = _HEAD + number // across * (_CELL + _TEXT)
+        y = _HEAD + sum(heights[: number // across])
         _paste_miss(sheet, (x, y), miss, outcome.entrants, probes, distractors)
+        below = y + _CELL + _LINE + 3
+        for text, colour in captions[number]:
+            for line in text:
+                plotting.draw_text(sheet, (x, below), line, size=_SIZE, colour=colour)
+                below += _LINE
     return sheet
+
+
+_Place = tuple[Side, int, str]  # a side, one of its rows, and the colour in which it is spoken of
+
+
+def _places(miss: Miss, entrants: Entrants, probes: Side, distractors: Side) -> list[_Place]:
+    return [
+        (probes, int(entrants.probe_rows[miss.probe]), "black"),
+        (probes, int(entrants.probe_rows[miss.mate]), plotting.BLUE),
+        (distractors, int(entrants.distractor_rows[miss.winner]), plotting.RED),
+    ]
+
+
+def _captions(
+    miss: Miss, entrants: Entrants, probes: Side, distractors: Side, width: int
+) -> list[tuple[list[str], str]]:
+    """The whole names of probe, mate and winner in lines of `width` pixels, and their colours."""
+    places = _places(miss, entrants, probes, distractors)
+    return [(_wrapped(side.names[row], width), colour) for side, row, colour in places]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """A text in lines of at most `width` pixels, broken anywhere: names of files have no better places."""
+    font, lines = plotting.font(_SIZE), [""]
+    for character in " ".join(text.split()):
+        if lines[-1] and font.getlength(lines[-1] + character) > width:
+            lines.append("")
+        lines[-1] += character
+    return lines
 
 
 def _paste_miss(
     sheet: Image.Image, xy: tuple[int, int], miss: Miss, entrants: Entrants, probes: Side, distractors: Side
 ) -> None:
     x, y = xy
-    places = [
-        (probes, entrants.probe_rows[miss.probe], "black"),
-        (probes, entrants.probe_rows[miss.mate], plotting.BLUE),
-        (distractors, entrants.distractor_rows[miss.winner], plotting.RED),
-    ]
     texts = ["", f"{_cosine(miss.score):.3f}, rank {miss.rank + 1:,}", f"{_cosine(miss.winning_score):.3f}"]
+    places = _places(miss, entrants, probes, distractors)
     for column, ((side, row, colour), text) in enumerate(zip(places, texts, strict=True)):
         left = x + column * (_CELL + _GAP)
-        sheet.paste(_crop(side, int(row)), (left, y))
-        name = "/".join(side.names[int(row)].split("/")[-2:])  # distractors of one name lie in many folders
-        # The end tells photos of a person apart.
-        plotting.draw_text(sheet, (left, y + _CELL + 3), name, size=11, width=_CELL, colour=colour, keep_end=True)
-        plotting.draw_text(sheet, (left, y + _CELL + 18), text, size=11, width=_CELL, colour=colour)
+        sheet.paste(_crop(side, row), (left, y))
+        plotting.draw_text(sheet, (left, y + _CELL + 3), text, size=_SIZE, width=_CELL, colour=colour)
 
 
 def _cosine(score: float) -> float:
@@ -212,9 +246,10 @@ def _cosine(score: float) -> float:
 
 
 def _crop(side: Side, row: int) -> Image.Image:
+    file = side.files[row]
     try:
-        if side.files[row] is not None:
-            return plotting.fit(read_photo(side.folder / side.files[row], orient=False)[..., ::-1], _CELL)
+        if file is not None:
+            return plotting.fit(read_photo(side.folder / file, orient=False)[..., ::-1], _CELL)
     except PhotoError:  # it was readable a moment ago
         pass
     return Image.new("RGB", (_CELL, _CELL), "#eeeeee")  # a noisy probe that became a mean has no crop of its own

@@ -40,6 +40,7 @@ SIZES = (10, 100, 1000, 10000, 100000, 1000000)
 PROBE_LIST = "facescrub_features_list.json"
 DISTRACTOR_LIST = "megaface_features_list.json"
 MATRIX_ROWS = 64
+LENGTH_ERROR = 1e-3  # from which on a feature counts as one that is not of length 1
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,8 +99,12 @@ class Run:
 
     def distractors(self) -> TemplateList:
         """Read the list: the distractors' paths extended to their features, 150 MB a million, so nobody keeps it."""
-        path = self.experiment.list_folder / f"{DISTRACTOR_LIST}_{self.size}_{self.number}"
-        return self.experiment.extended(read_template_list(path), self.experiment.distractor_features)
+        return self.experiment.extended(read_template_list(self.distractor_list), self.experiment.distractor_features)
+
+    @property
+    def distractor_list(self) -> Path:
+        """The list of distractors as the devkit has it."""
+        return self.experiment.list_folder / f"{DISTRACTOR_LIST}_{self.size}_{self.number}"
 
 
 class Experiment:
@@ -186,6 +191,18 @@ def load(features: TemplateList, what: str, dimensions: int | None = None) -> np
         return read_bins(features.paths, dimensions=dimensions, advance=bar.update)
 
 
+def warn_of_lengths(features: np.ndarray, what: str) -> None:
+    """Say so when features are not of length 1: neither the devkit nor this program makes them so."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", features, features))
+    least, most = float(lengths.min()), float(lengths.max())
+    if most - 1 > LENGTH_ERROR or 1 - least > LENGTH_ERROR:
+        print(
+            f"the {what}' features have lengths of {least:.3g} to {most:.3g}, not 1. The devkit compares distances and "
+            "does not normalise, nor does this program: a model whose similarity is the cosine scores worse like this",
+            file=sys.stderr,
+        )
+
+
 def matrix_rows(left: np.ndarray, right: np.ndarray, what: str) -> Iterator[np.ndarray]:
     """The devkit's score matrix [n, m] in blocks of rows, exact to the bit."""
     tensors = torch.from_numpy(left), torch.from_numpy(right)
@@ -253,6 +270,7 @@ def main() -> int:
     device = utils.choose_device(options.device)
     prepare(experiment)
     probes = load(experiment.probes, "probes")
+    warn_of_lengths(probes, "probes")
     if len(probes) < IMPOSTOR_PROBES:
         print(f"{len(probes)} probes, fewer than {IMPOSTOR_PROBES}: the ROC's impostors are the scores of all of them")
     if experiment.devkit is not None:
@@ -264,7 +282,10 @@ def main() -> int:
     for run in experiment.runs:
         print(f"Running test with size {run.size} images for set {run.number}")
         listed = run.distractors()
+        if len(listed) < run.size:
+            print(f"{run.distractor_list}: only {len(listed)} distractors, not {run.size}", file=sys.stderr)
         distractors = load(listed, "distractors", probes.shape[1])
+        warn_of_lengths(distractors, "distractors")
         result = compute(run, probes, distractors, listed.paths, device)
         texts = (cmc_text(result).encode(), matches_text(result).encode())
         if experiment.devkit is not None:
@@ -274,6 +295,8 @@ def main() -> int:
             blocks = matrix_rows(probes, distractors, "distractor scores")
             write_matrix(run.matrix, len(probes), len(distractors), blocks)
         finished += zip(run.results, texts, strict=True)
+        counts = len(result.ids), result.distractors, len(result.pairs)
+        print("{:,} probes, {:,} distractors, {:,} genuine pairs".format(*counts))
         print(f"Rank 1: {result.cmc[0]:f}", flush=True)
     if experiment.devkit is None and experiment.write_matrices:  # now that all features are known to be usable
         write_matrix(experiment.probe_matrix, len(probes), len(probes), matrix_rows(probes, probes, "probe scores"))

@@ -295,6 +295,97 @@ def test_an_alignment_that_has_not_finished_is_no_smaller_challenge(run, trees, 
     assert code == 1 and f"{copy}: stage 5 has not finished here" in error_of(err)
 
 
+def test_photos_in_a_folder_between_the_tree_and_the_list(run, trees, tmp_path):
+    """MegaFace unpacked with its folder FlickrFinal2: found, named, and the same figures."""
+    lists = template_lists(tmp_path)
+    arguments = ["--noise", "raw", "--probe-list", lists[0], "--distractor-list", lists[1]]
+    assert run(*arguments, out=tmp_path / "plain")[0] == 0
+    between = tmp_path / "deep" / "a" / "FlickrFinal2"
+    for name in ("0", "1", "2"):
+        shutil.copytree(trees / "distractors" / name, between / name)
+    code, _, err = run(*arguments, megaface=tmp_path / "deep")
+    assert code == 0 and "deep: the photos of the list lie in a/FlickrFinal2" in err
+    for name in ("cmc_facescrub_megaface_run-toy_40_1.json", "matches_facescrub_megaface_run-toy_40_1.json"):
+        assert (tmp_path / "out" / "raw" / name).read_bytes() == (tmp_path / "plain" / "raw" / name).read_bytes()
+
+
+def test_no_figure_where_most_distractors_are_missing(run, trees, tmp_path):
+    """A missing distractor beats nobody: with nearly all of them missing any model would have rank-1 100 %."""
+    lists = template_lists(tmp_path)
+    wrong = tmp_path / "wrong"
+    shutil.copytree(trees / "distractors" / "1", wrong / "somewhere" / "else")
+    arguments = ["--noise", "raw", "--distractor-list", lists[1], "--allow-missing"]
+    code, out, err = run(*arguments, megaface=wrong)
+    assert code == 1 and not out and "40 of 40 distractors are missing" in error_of(err) and str(wrong) in err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_no_figure_of_a_size_whose_distractors_are_missing(run, tmp_path):
+    lists = template_lists(tmp_path)
+    content = json.loads(lists[1].read_text())
+    content["path"] = [f"9/{number}@N99/{number}_9.jpg" for number in range(12)] + content["path"]
+    lists[1].write_text(json.dumps(content))
+    arguments = ["--noise", "raw", "--distractor-list", lists[1], "--allow-missing", "--sizes", "10", "30", "52"]
+    code, out, err = run(*arguments)
+    assert code == 0 and "most of the first 10 distractors are missing" in err
+    assert [entry["size"] for entry in results(tmp_path)["results"]] == [30, 52]
+    code, out, err = run(*arguments[:-2])
+    assert code == 1 and not out and "most distractors of every size are missing" in error_of(err)
+
+
+def test_a_list_that_is_shorter_than_its_name_says(run, tmp_path):
+    lists = template_lists(tmp_path)
+    named = lists[1].rename(tmp_path / "megaface_features_list.json_1000_1")
+    code, _, err = run("--noise", "raw", "--distractor-list", named)
+    assert code == 0 and f"{named}: 40 distractors, not 1,000" in err
+
+
+@pytest.mark.parametrize("evil", ["/etc/evil.jpg", "../../evil.jpg", "a/../../evil.jpg", "C:\\evil.jpg"])
+def test_nothing_is_written_outside(run, tmp_path, evil):
+    """Names of a list become names of files with --write-bin."""
+    evil = evil.replace("/etc", str(tmp_path / "outside"))
+    lists = template_lists(tmp_path)
+    content = json.loads(lists[1].read_text())
+    content["path"][3] = evil
+    lists[1].write_text(json.dumps(content))
+    code, _, err = run("--noise", "raw", "--distractor-list", lists[1], "--allow-missing", "--write-bin")
+    assert code == 1 and repr(evil) in error_of(err)
+    assert not list(tmp_path.rglob("*_run-toy.bin")) and not (tmp_path / "outside").exists()
+
+
+def test_other_crops_under_the_same_names_are_embedded_again(run, network, trees, tmp_path):
+    """Of the same sizes, too: nothing but their contents and times of change tells them apart."""
+    copy = tmp_path / "probes"
+    shutil.copytree(trees / "probes", copy)
+    assert run("--noise", "raw", facescrub=copy)[0] == 0
+    one, other = (copy / f"Some Body{k}" / f"Some Body{k}_{10 * k}.png" for k in (1, 2))
+    data = [path.read_bytes().ljust(60_000, b"\0") for path in (one, other)]
+    for path, content in zip((one, other), data, strict=True):
+        path.write_bytes(content)
+    assert run("--noise", "raw", facescrub=copy)[0] == 0
+    for path, content in zip((one, other), data[::-1], strict=True):
+        path.write_bytes(content)
+    network.crops = 0
+    assert run("--noise", "raw", facescrub=copy)[0] == 0
+    assert network.crops == 2 + 2 * 2  # the question for the dimension, and two crops with their mirror images
+    assert run("--noise", "raw", facescrub=copy, out=tmp_path / "fresh")[0] == 0
+    stores = [open_store(tmp_path / name / "features" / "facescrub") for name in ("out", "fresh")]
+    np.testing.assert_allclose(stores[0].features, stores[1].features, atol=1e-6)
+
+
+def test_features_that_were_tampered_with_are_computed_again(run, network, tmp_path):
+    assert run("--noise", "raw")[0] == 0
+    before = results(tmp_path)["results"]
+    path = tmp_path / "out" / "features" / "megaface" / "features.npy"
+    array = np.load(path)
+    array[5:9] = np.load(tmp_path / "out" / "features" / "facescrub" / "features.npy")[:4]
+    np.save(path, array)
+    network.crops = 0
+    code, _, err = run("--noise", "raw")
+    assert code == 0 and "40 stored features are damaged; they are computed again" in err
+    assert network.crops == 2 + 2 * 40 and results(tmp_path)["results"] == before
+
+
 # ---------------------------------------------------------------------------------------------- restart
 
 
@@ -458,6 +549,13 @@ def test_the_devkits_reading_of_a_rate_is_never_above_the_full_curve():
     for far in (1e-6, 0.01, 0.1, 0.5):
         point = outcome.at_far(far)
         assert 0 <= point["rate"] - point["as_the_devkit_writes_it"] <= 0.0101
+
+
+def test_each_pair_of_misses_is_shown_once():
+    """Two photos of one person that both miss each other."""
+    result = identify(some_entrants("raw", seed=3)[0])[-1]
+    misses = worst_misses(result, 100)
+    assert len({frozenset((miss.probe, miss.mate)) for miss in misses}) == len(misses) > 3
 
 
 def test_the_worst_misses_lose_by_most():

@@ -227,6 +227,125 @@ def test_damage_to_a_finished_store_is_named(tmp_path):
     assert fill(tmp_path, names, np.ones((2, 3), np.float32))[0] == 0
 
 
+def spoil(path, change):
+    """Replace a JSON file by what `change` makes of it."""
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            lambda info, key=key: {k: v for k, v in info.items() if k != key}
+            for key in ("rows", "dimensions", "settings")
+        ),
+        *(lambda info, key=key: info | {key: "x"} for key in ("rows", "dimensions", "settings", "checksums")),
+        lambda info: info | {"checksums": info["checksums"][1:]},
+        lambda info: info | {"checksums": [1] * len(info["checksums"])},
+        lambda info: info | {"rows": -1},
+        lambda info: {"format": info["format"]},
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_damaged_words_about_a_store_are_no_traceback(tmp_path, change, finished):
+    """Named when the store is read, and a reason to begin anew when it is written."""
+    matrix = RNG.standard_normal((300, 3)).astype(np.float32)
+    names = [str(number) for number in range(300)]
+    fill(tmp_path, names, matrix, stop=None if finished else 290)
+    spoil(tmp_path / ("info.json" if finished else "progress.json"), change)
+    if finished:
+        with pytest.raises(InputError, match=r"(info\.json|names\.jsonl|features\.npy): "):
+            open_store(tmp_path)
+    _, store = fill(tmp_path, names, matrix)
+    assert np.array_equal(store.features, matrix) and np.array_equal(open_store(tmp_path).features, matrix)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.float32(1),
+        np.ones(4, np.float32),
+        np.ones((2, 3, 1), np.float32),
+        np.ones((2, 3)),
+        np.ones((0, 3), np.float32),
+    ],
+)
+def test_arrays_of_odd_shapes_are_no_traceback(tmp_path, array):
+    fill(tmp_path, ["a", "b"], np.ones((2, 3), np.float32))
+    np.save(tmp_path / "features.npy", array)
+    with pytest.raises(InputError, match=r"features\.npy: "):
+        open_store(tmp_path)
+    started, store = fill(tmp_path, ["a", "b"], np.ones((2, 3), np.float32))
+    assert started == 0 and store.features.shape == (2, 3)
+
+
+def flip_a_bit(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flip", "rows of another model"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_flipped_bits_and_rows_of_others_are_not_given_out(tmp_path, finished, damage):
+    """What does not fit its checksum is an error for a reader; a writer asks for those rows again and no others."""
+    names = [str(number) for number in range(3 * features.CHUNK + 10)]
+    matrix = RNG.standard_normal((len(names), 4)).astype(np.float32)
+    stop = None if finished else len(names) - 5
+    fill(tmp_path, names, matrix, stop=stop)
+    path = tmp_path / ("features.npy" if finished else "features.partial")
+    if damage == "flip":
+        flip_a_bit(path, path.stat().st_size - 2 - 16 * features.CHUNK)
+    else:
+        data = bytearray(path.read_bytes())
+        data[-16 * features.CHUNK :] = RNG.standard_normal(4 * features.CHUNK).astype("<f4").tobytes()
+        path.write_bytes(data)
+    if finished:
+        with pytest.raises(InputError, match=r"features\.npy: damaged from row \d+ on"):
+            open_store(tmp_path)
+    with StoreWriter(tmp_path, names, 4, {"model": "a"}) as writer:
+        assert 0 < writer.damaged == len(writer.stale) <= 2 * features.CHUNK
+        with pytest.raises(ValueError, match="stale"):
+            writer.finish()
+        stale = list(writer.stale)
+        writer.replace({row: matrix[row] for row in stale[::2]})
+    with StoreWriter(tmp_path, names, 4, {"model": "a"}) as writer:  # half of them, and killed
+        assert set(writer.stale) <= set(stale)
+        writer.replace({row: matrix[row] for row in writer.stale})
+        writer.append(matrix[writer.done :])
+        writer.finish()
+    assert np.array_equal(open_store(tmp_path).features, matrix)
+
+
+def test_rows_made_from_something_else_are_stale(tmp_path):
+    names = [str(number) for number in range(700)]
+    matrix, origins = RNG.standard_normal((700, 4)).astype(np.float32), np.arange(700)
+    for stop in (650, 700):
+        with StoreWriter(tmp_path, names, 4, {}, origins) as writer:
+            writer.append(matrix[writer.done : stop])
+    changed = origins.copy()
+    changed[[3, 300, 699]] += 10**9
+    with StoreWriter(tmp_path, names, 4, {}, changed) as writer:
+        assert (writer.done, writer.stale, writer.damaged) == (700, [3, 300, 699], 0)
+        writer.replace({row: -matrix[row] for row in writer.stale}, {300: "gone"})
+        store = writer.finish()
+    assert np.array_equal(store.features[[3, 300, 699]], -matrix[[3, 300, 699]]) and store.problems == {300: "gone"}
+    assert np.array_equal(store.features[4:300], matrix[4:300])
+    with StoreWriter(tmp_path, names, 4, {}, changed) as writer:
+        assert (writer.done, writer.stale) == (700, [])
+    with StoreWriter(tmp_path, names, 4, {}, origins) as writer:
+        assert writer.stale == [3, 300, 699]
+
+
+def test_a_pipe_is_no_feature_file(tmp_path):
+    """Nobody writes into it: whoever opens it to read would wait for ever."""
+    os.mkfifo(tmp_path / "a.bin")
+    for read in (read_bin, lambda path: read_bins([str(path)])):
+        with pytest.raises(InputError, match="not a file"):
+            read(tmp_path / "a.bin")
+
+
 def test_two_writers_do_not_mix(tmp_path):
     with StoreWriter(tmp_path, ["a"], 3, {}), pytest.raises(InputError, match="another process"):
         StoreWriter(tmp_path, ["a"], 3, {}).__enter__()

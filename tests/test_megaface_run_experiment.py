@@ -281,6 +281,32 @@ def test_folders_and_lists_that_are_not_there(tmp_path, run):
     assert code == 1 and "say where they are with -p FILE and -dlp DIR" in error
 
 
+def told(lab, monkeypatch, capsys, *more):
+    monkeypatch.setattr(sys, "argv", ["run_experiment.py", *lab.arguments(*more)])
+    assert run_experiment.main() == 0
+    return capsys.readouterr()
+
+
+def test_counts_and_lists_that_are_too_short_are_told(tmp_path, monkeypatch, capsys):
+    lab, _ = small_lab(tmp_path)
+    shorter = tmp_path / "lists" / "megaface_features_list.json_1000_1"
+    shorter.write_bytes((tmp_path / "lists" / "megaface_features_list.json_40_1").read_bytes())
+    said = told(lab, monkeypatch, capsys, "-s", "1000")
+    assert "30 probes, 40 distractors, 150 genuine pairs" in said.out
+    assert f"{shorter}: only 40 distractors, not 1000" in said.err
+
+
+def test_features_that_are_not_normalised_are_told(tmp_path, monkeypatch, capsys):
+    """The devkit takes distances as they are; the figures stay what it computes."""
+    lab, _ = small_lab(tmp_path)
+    said = told(lab, monkeypatch, capsys)
+    assert "the probes' features have lengths of" in said.err and "the distractors' features" in said.err
+    for path in tmp_path.rglob("*.bin"):
+        feature = read_bin(path)
+        write_bin(path, feature / np.linalg.norm(feature))
+    assert "lengths" not in told(lab, monkeypatch, capsys).err
+
+
 def test_one_distractor_is_enough(tmp_path, run):
     lab, ids = small_lab(tmp_path)
     lab.write_lists(ids, distractors=lab.distractors[:1])
