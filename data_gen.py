@@ -33,7 +33,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from config import CROP_SIZE
 from cropping import photos
 from embedding import Preprocessing
-from formats.crop_sets import Crops, describe
+from formats.crop_sets import Crops
 from networks.catalogue import RELEASED, Feeding
 from training.augment import NUMBERS, Augmentation, Augmenter, augment_on_device, pack_colours, uniforms
 from training.torch_internals import end_workers, shared_memory
@@ -220,7 +220,7 @@ class CropDataset(torch.utils.data.Dataset):
             except (ValueError, OSError, InputError) as error:
                 if not self.skip_unreadable:
                     reason = (
-                        str(error) if isinstance(error, InputError) else f"{describe(self.crops, candidate)}: {error}"
+                        str(error) if isinstance(error, InputError) else f"{self.crops.describe(candidate)}: {error}"
                     )
                     raise InputError(f"{reason} (--skip-unreadable replaces such crops and counts them)") from error
                 skipped.append(candidate % total)

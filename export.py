@@ -172,7 +172,7 @@ def _decode(crops: crop_sets.Crops, index: int) -> np.ndarray:
     payload, _ = crops.read(index)
     rgb = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_COLOR_RGB)
     if rgb is None or rgb.shape != (CROP_SIZE, CROP_SIZE, 3):
-        raise InputError(f"{crop_sets.describe(crops, index)}: not a {CROP_SIZE}x{CROP_SIZE} crop")
+        raise InputError(f"{crops.describe(index)}: not a {CROP_SIZE}x{CROP_SIZE} crop")
     return rgb
 
 

@@ -28,7 +28,7 @@ from cropping.chunks import Chunks, Tally, Work, describe, process, waiting_for
 from cropping.faces import FaceFinder, Photo, detector_settings, encode_jpeg, open_detector, realign
 from cropping.photos import Listing, identity_of, in_order, list_photos
 from formats.crop_sets import CropWriter
-from formats.tables import NO_CROP, FaceRow, FaceTable, escape, row_text, table_text
+from formats.tables import NO_CROP, FaceRow, FaceTable, row_text, table_text, write_identities
 from options import parse
 from processes import Shard
 from utils import InputError
@@ -154,9 +154,7 @@ def merge(chunks: Chunks, out: Path, companions: dict[str, int]) -> dict[str, An
                 f"{out / 'faces.tsv'}: not one of {tally.photos} photos gave a crop; the reasons are there"
             )
     labelled = [identity for identity, count in crops.items() if count]
-    lines = [f"{label}\t{escape(identity)}\t{crops[identity]}" for label, identity in enumerate(labelled)]
-    table = "\n".join(["label\tidentity\tcrops", *lines, ""])
-    utils.write_bytes(out / "identities.tsv", table.encode("utf-8", "surrogateescape"))
+    write_identities(out / "identities.tsv", labelled, [crops[identity] for identity in labelled])
     without = [identity for identity, count in crops.items() if not count]
     return {**tally.report(), "identities": len(labelled), "identities_without_crop": without, "companions": companions}
 

@@ -23,6 +23,7 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -269,7 +270,7 @@ def begin(run: Run, state: State, changes: dict[str, list[Any]], amp: bool) -> N
         f"{options.network} on {world.size} x {world.device}, bfloat16 {'on' if amp else 'off'}"
         + (f"; goes on at step {state.step} of {run.steps}" if state.step else "")
     )
-    for note in getattr(crops, "notes", []):
+    for note in crops.notes:
         run.log(f"note: {note}")
     if changes:
         run.log(f"note: goes on with {checkpoints.describe_changes(changes)}")
@@ -279,7 +280,8 @@ def begin(run: Run, state: State, changes: dict[str, list[Any]], amp: bool) -> N
         run.log(f"warning: {advice}")
     if world.is_main:
         monitor.write_run(run, state, changes)
-        tables.write_identities(options.out / checkpoints.IDENTITIES, crop_sets.identity_names(crops))
+        counts = np.bincount(crops.labels, minlength=crops.identities).tolist()
+        tables.write_identities(options.out / checkpoints.IDENTITIES, crops.identity_names, counts)
         checkpoints.remove_leftovers(options.out)
     if state.history and state.history[-1]["step"] == state.step:
         with distributed.averaged_statistics(state.network, world):

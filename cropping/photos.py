@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from formats.names import is_litter
 from utils import InputError, image_suffix
 
 # Formats that hold photos. Pillow knows others that start programs (EPS runs Ghostscript) or are not pictures.
@@ -379,7 +380,7 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
             continue
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or is_litter(entry.name):
                     continue
                 if entry.is_dir():
                     waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))

@@ -40,7 +40,7 @@ import zstandard
 
 import utils
 from formats import label_list, msceleb, parquet, recordio, webdataset, zips
-from formats.names import path_parts
+from formats.names import is_litter, path_parts
 from utils import InputError
 
 _HEAD = 64  # bytes of a member that show whether it is an image
@@ -177,14 +177,22 @@ def _is_companion(path: Path, suffixes: set[str]) -> bool:
     return path.suffix.lower() in suffixes or path.name == "property" or path.stat().st_size == 0
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is a tar, plain or compressed, a zip, or Parquet, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(_BLOCK)
+    known = head.startswith((parquet.MAGIC, *_ZIP_STARTS)) or bool(_packing(head))
+    return known or (len(head) == _BLOCK and any(head) and _is_tar(head))
+
+
 def _is_data_set(path: Path) -> bool:
     """Whether a file is a data set of its own, by its first bytes."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        head = file.read(_BLOCK)
-    known = (recordio.MAGIC, parquet.MAGIC, *_ZIP_STARTS)
-    return head.startswith(known) or bool(_packing(head)) or (len(head) == _BLOCK and any(head) and _is_tar(head))
+        if file.read(len(recordio.MAGIC)) == recordio.MAGIC:
+            return True
+    return is_archive(path)
 
 
 # ------------------------------------------------------------------------------------------------- parts and sets
@@ -588,6 +596,8 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
         folder, prefix = waiting.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
+                if is_litter(entry.name):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, f"{prefix}{entry.name}/"))
                 else:

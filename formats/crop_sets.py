@@ -1,20 +1,23 @@
-"""Aligned crops with identities, whatever they lie in: RecordIO in InsightFace's layout, or a folder per identity.
+"""Aligned crops with identities, whatever they lie in: RecordIO in InsightFace's layout and its chunks, WebDataset's
+shards, a list of files, or a folder per identity.
 
-`open_training_set` opens either as `Crops`. `CropSet` is strict: whatever can be known without touching every record is
-checked before the first step. `CropWriter` writes the layout that mxnet and every public loader read.
+`open_training_set` opens any of them as `Crops`. `CropSet` is strict: whatever can be known without touching every
+record is checked before the first step. `CropWriter` writes the layout that mxnet and every public loader read.
 """
 
 import hashlib
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
 import utils
-from formats.recordio import FLOAT32_EXACT, HEADER, QUIET_SCAN, Keys, RecordHeader, RecordReader, frame, pack
+from formats import archives, webdataset
+from formats.crop_files import FolderCrops, ListCrops, ShardCrops, renumbering
+from formats.recordio import FLOAT32_EXACT, HEADER, MAGIC, QUIET_SCAN, Keys, RecordHeader, RecordReader, frame, pack
 from formats.tables import read_identities
 from utils import InputError
 
@@ -36,6 +39,21 @@ def _range_of(record: bytes) -> tuple[int, int] | None:
     return (int(first), int(end)) if first.is_integer() and end.is_integer() else None
 
 
+def _from_zero(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers that occur, and labels int64 [n] as positions among these; the same array if that changes none."""
+    if int(labels.max()) < len(labels) and np.bincount(labels).min() > 0:
+        return np.arange(int(labels.max()) + 1), labels
+    numbers, positions = np.unique(labels, return_inverse=True)
+    return numbers, positions.astype(np.int64)
+
+
+def _is_finer(parts: np.ndarray, whole: np.ndarray) -> bool:
+    """Whether each of the groups `parts` (int64 [n], a number for each crop) lies within one group of `whole`."""
+    order = np.argsort(parts, kind="stable")
+    same = parts[order][1:] == parts[order][:-1]
+    return bool((whole[order][1:] == whole[order][:-1])[same].all())
+
+
 class CropSet:
     """Aligned crops with the identity of each, from RecordIO: the InsightFace layout, or plain image records.
 
@@ -45,10 +63,14 @@ class CropSet:
     or where the identity records describe another order of the images (a set shuffled afterwards), all labels are read
     once from the images.
 
-    `identities` is their number, `labels` int64 [n] in 0 .. identities-1, `keys` int64 [n], `name` the folder's name,
-    `notes` what a user should hear about (sentences). Raises `InputError` for an identity without images, a label that
-    is negative, fractional or leaves a gap, ranges that overlap or leave images out, an `.idx` that does not fit.
-    A few images are looked at; a damaged one is an `InputError`, too, unless `skip_damaged`: then `read` will find it.
+    Labels that begin at 1 or leave gaps are numbered anew from 0, and identity records that split a person (face2rec
+    writes one for each run of crops) give way to the crops' own labels.
+
+    `identities` is their number, `labels` int64 [n] in 0 .. identities-1, `numbers` int64 [identities] the label that
+    the file has for each, `keys` int64 [n], `name` the folder's name, `notes` what a user should hear about
+    (sentences). Raises `InputError` for an identity record without images, a label that is negative or fractional,
+    ranges that overlap, leave images out or hold two people, an `.idx` that does not fit. A few images are looked at; a
+    damaged one is an `InputError`, too, unless `skip_damaged`: then `read` will find it.
     """
 
     def __init__(self, rec_path: str | Path, *, skip_damaged: bool = False) -> None:
@@ -61,8 +83,13 @@ class CropSet:
         if len(self.reader) == 0:
             raise InputError(f"{self.path}: holds no records")
         layout = self._from_header() or self._from_images(Keys(self.reader.keys))
-        self._keys, self.labels = layout
-        self.identities = self._count_identities()
+        self._keys = layout.keys
+        self.numbers, self.labels = _from_zero(layout.labels)
+        self._as_in_file = self.labels is layout.labels
+        self.identities = len(self.numbers)
+        self.renumbered = renumbering(list(map(str, self.numbers.tolist())))
+        if self.renumbered:
+            self.notes.append(self.renumbered)
         self._ids_are_keys = self._compare_ids()
         if self.reader.unlisted:
             self.notes.append(f"{self.reader.unlisted} records follow the last one of {self.reader.idx_path}; not used")
@@ -82,11 +109,29 @@ class CropSet:
         record = self.reader.read(key)
         label = int(self.labels[index])
         start, own, id = self._header_of(record, len(record), key)
-        if own != label:
-            self._fail(key, f"its label is {own:g}, but its identity record says {label}")
+        if own != (label if self._as_in_file else self.numbers[label]):
+            self._fail(key, f"its label is {own:g}, but its identity record says {self.numbers[label]}")
         if self._ids_are_keys and id != key:
             self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
         return record[start:], label
+
+    @property
+    def identity_names(self) -> list[str]:
+        """What the identities are called, by label: as pre_process.py wrote beside its train.rec, else the numbers.
+
+        A table of another number of identities is of another set and left alone.
+        """
+        table = self.path.with_name("identities.tsv")
+        if table.is_file() and not self.renumbered:
+            names = read_identities(table)
+            if len(names) == self.identities:
+                return names
+        return list(map(str, self.numbers.tolist()))
+
+    def describe(self, index: int) -> str:
+        """Where a crop lies: file, key and offset."""
+        key = self._keys[index]
+        return f"{self.path}: record {key} at offset {int(self.reader.offsets[self.reader.position(key)])}"
 
     def _fail(self, key: int, reason: str) -> NoReturn:
         self.reader.fail(key, int(self.reader.offsets[self.reader.position(key)]), reason)
@@ -136,7 +181,7 @@ class CropSet:
         count = len(self.reader)
         if self.reader.keys_count_from != 0 or count < end:
             missing = np.setdiff1d(np.arange(max(count, end)), self.reader.keys)[0]
-            reason = f"the header announces the keys 0 .. {end - 1}, but {self.reader.idx_path} has no key {missing}"
+            reason = f"the header announces the keys 0 .. {end - 1}, but {self.reader.source} has no key {missing}"
             self._fail(0, reason)
         if count > end:
             # Writers that took b for the last identity instead of one past it exist; the ranges must still fit.
@@ -175,9 +220,10 @@ class CropSet:
         ]
         if not wrong:
             return layout
-        if len(wrong) * 2 > len(sample):
+        own = self._from_images(layout.keys) if len(wrong) * 2 > len(sample) or not self._skip_damaged else None
+        if own is not None and (len(wrong) * 2 > len(sample) or _is_finer(layout.labels, own.labels)):
             self.notes.append("the identity records do not fit the images' own labels; the latter were read instead")
-            return self._from_images(layout.keys)
+            return own
         if self._skip_damaged:
             return layout
         key, label, expected = wrong[0]
@@ -214,22 +260,6 @@ class CropSet:
         if bar is not None:
             bar.close()
         return _Layout(keys, labels)
-
-    def _count_identities(self) -> int:
-        highest = int(self.labels.max())
-        if highest >= len(self.labels):
-            index = int(np.argmax(self.labels))
-            self._fail(
-                self._keys[index],
-                f"its label {highest} is out of range: {len(self)} images cannot have so many identities",
-            )
-        counts = np.bincount(self.labels)
-        if counts.min() == 0:
-            empty = np.flatnonzero(counts == 0)
-            raise InputError(
-                f"{self.path}: identity {empty[0]} has no image ({len(empty)} of {len(counts)} identities are empty)"
-            )
-        return len(counts)
 
     def _compare_ids(self) -> bool:
         """Whether the records' ids are their keys, as in most sets; then a single exception is a wrong .idx line."""
@@ -363,87 +393,137 @@ def write_crops(out_dir: str | Path, items: Iterable[tuple[bytes, int]], height:
     return count
 
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-
-
 class Crops(Protocol):
-    """What training reads: `recordio.CropSet` and `FolderCrops` both are one."""
+    """Aligned crops with identities, whatever they lie in: what training reads.
+
+    `name` is what the set is called, `identities` their number, `labels` int64 [n] in 0 .. identities-1, `notes` what a
+    user should hear about (sentences).
+    """
 
     name: str
     identities: int
     labels: np.ndarray
+    notes: list[str]
+
+    @property
+    def identity_names(self) -> list[str]:
+        """What the identities are called, by label: the label as text where the data has no names."""
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> tuple[bytes, int]: ...
-
-
-class FolderCrops:
-    """Crops as files: `<root>/<identity>/<file>`, one folder per identity, labels in the sorted order of the folders.
-
-    Every identity folder must hold an image; a file there that is no image by its suffix, a nested folder and an image
-    beside the folders are errors, because guessing which files to leave out loses data silently. Dot files are left
-    alone.
-    """
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        self.name = str(root)
-        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-        folders = sorted(entry.name for entry in entries if entry.is_dir())
-        for entry in entries:
-            if not entry.is_dir() and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-                raise InputError(f"{entry.path}: an image in no identity's folder; move it into one, or away")
-        self.identity_names = folders
-        self.files: list[str] = []
-        labels: list[int] = []
-        for label, folder in enumerate(folders):
-            names = self._images_in(folder)
-            self.files += [f"{folder}/{name}" for name in names]
-            labels += [label] * len(names)
-        self.labels = np.array(labels, np.int64)
-        self.identities = len(folders)
-
-    def _images_in(self, folder: str) -> list[str]:
-        names = []
-        for entry in os.scandir(self.root / folder):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir() or Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
-                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-                raise InputError(f"{entry.path}: not a crop; an identity's folder holds only images ({suffixes})")
-            names.append(entry.name)
-        if not names:
-            raise InputError(f"{self.root / folder}: identity without a crop; remove the empty folder")
-        return sorted(names)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
     def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded bytes of a crop and its label."""
-        return (self.root / self.files[index]).read_bytes(), int(self.labels[index])
+        """The encoded crop and its label. `InputError` or OSError if it cannot be had."""
 
     def describe(self, index: int) -> str:
-        """How to find this crop again."""
-        return str(self.root / self.files[index])
+        """Where a crop lies, so that it can be found again: file, and in a file of many key and offset."""
+
+
+class ChunkedCrops:
+    """Several RecordIO files that are one set (`train_0.rec`, `train_1.rec`, as im2rec's --chunks writes them)."""
+
+    def __init__(self, paths: Sequence[Path], *, skip_damaged: bool = False) -> None:
+        self._parts = [CropSet(path, skip_damaged=skip_damaged) for path in paths]
+        self.name = f"{paths[0].parent} ({len(paths)} chunks)"
+        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        numbers = np.concatenate([part.numbers[part.labels] for part in self._parts])
+        self._numbers, self.labels = np.unique(numbers, return_inverse=True)
+        self.labels = self.labels.astype(np.int64)
+        self.identities = len(self._numbers)
+        self.notes = [note for part in self._parts for note in part.notes if note != part.renumbered]
+        if note := renumbering(self.identity_names):
+            self.notes.append(note)
+
+    @property
+    def identity_names(self) -> list[str]:
+        return list(map(str, self._numbers.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _place(self, index: int) -> tuple[CropSet, int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[part], index - int(self._starts[part])
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        part, position = self._place(index)
+        return part.read(position)[0], int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        part, position = self._place(index)
+        return part.describe(position)
 
 
 def open_training_set(path: str | Path, *, skip_unreadable: bool = False) -> Crops:
-    """Open RecordIO (a folder with train.rec, or a .rec file) or a folder of identity folders, and check it.
+    """Open aligned crops and check them: RecordIO (a folder with train.rec, a .rec file, a folder of its chunks),
+    WebDataset's shards (a folder of tars, a tar, a pattern such as `shards/*.tar`), a text list of `path label`, or a
+    folder of identity folders.
 
     With `skip_unreadable`, damaged images do not matter yet. Raises `InputError` when there is nothing to train on: no
     crops, fewer than two identities, a label out of range, or an identity without a crop.
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    if path.is_file() or (path / "train.rec").exists():
-        crops: Crops = open_crops(path, skip_damaged=skip_unreadable)
+        found = sorted(path.parent.glob(path.name)) if any(mark in path.name for mark in "*?[") else []
+        if not found:
+            raise InputError(f"{path}: no such file or folder")
+        crops = _open_files(path, found, skip_unreadable)
+    elif path.is_file():
+        crops = _open_files(path, [path], skip_unreadable)
+    elif (path / "train.rec").exists():
+        crops = open_crops(path, skip_damaged=skip_unreadable)
     else:
-        crops = FolderCrops(path)
+        files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in (".rec", ".tar"))
+        crops = _open_files(path, files, skip_unreadable) if files else _open_folder(path)
     check(crops)
     return crops
+
+
+def _open_folder(path: Path) -> Crops:
+    crops = FolderCrops(path)
+    if not len(crops):
+        archive = next((file for file in sorted(path.iterdir()) if file.is_file() and archives.is_archive(file)), None)
+        if archive is not None:
+            raise InputError(_unpack_first(archive))
+    return crops
+
+
+def _open_files(given: Path, files: list[Path], skip_unreadable: bool) -> Crops:
+    """The crops in some files that are one set; `given` is what the user called them."""
+    kinds = {_kind_of(path) for path in files}
+    if len(kinds) > 1:
+        raise InputError(f"{given}: files of different kinds ({', '.join(sorted(kinds))}); name those of one")
+    kind = kinds.pop()
+    if kind == "tar":
+        crops: Crops = ShardCrops(files)
+        if not len(crops):
+            raise InputError(f"{given}: no image has a label; {_unpack_first(files[0])}")
+        return crops
+    if kind == "RecordIO" and len(files) > 1:
+        if len({archives.set_of(path) for path in files}) > 1:
+            raise InputError(f"{given}: several sets ({', '.join(path.name for path in files[:5])}); name one of them")
+        return ChunkedCrops(files, skip_damaged=skip_unreadable)
+    if kind == "RecordIO":
+        return open_crops(files[0], skip_damaged=skip_unreadable)
+    if len(files) > 1:
+        raise InputError(f"{given}: several files ({', '.join(path.name for path in files[:5])}); name one of them")
+    if archives.is_archive(files[0]):
+        raise InputError(_unpack_first(files[0]))
+    return ListCrops(files[0])
+
+
+def _kind_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(webdataset.BLOCK)
+    if head.startswith(MAGIC) or path.suffix == ".rec":
+        return "RecordIO"
+    return "tar" if webdataset.name_in(head) else "other"
+
+
+def _unpack_first(path: Path) -> str:
+    return (
+        f"{path}: an archive cannot be read in any order; python extract.py {path} --out data/raw makes folders of its "
+        f"photos, and if it holds RecordIO: {archives.unpack_command(path)}"
+    )
 
 
 def check(crops: Crops) -> None:
@@ -478,25 +558,3 @@ def fingerprint(crops: Crops, *, skip_unreadable: bool = False) -> str:
             if not skip_unreadable:
                 raise
     return digest.hexdigest()
-
-
-def describe(crops: Crops, index: int) -> str:
-    """Name one crop in a message so that it can be found again."""
-    if hasattr(crops, "describe"):
-        return crops.describe(index)
-    return f"{crops.name}: crop {index}"
-
-
-def identity_names(crops: Crops) -> list[str]:
-    """What the identities are called, by label: folder names, or what pre_process.py wrote beside its train.rec.
-
-    The label as text where the data has no names, or has an identities.tsv of another number of identities.
-    """
-    if isinstance(crops, FolderCrops):
-        return crops.identity_names
-    table = Path(getattr(crops, "path", crops.name)).with_name("identities.tsv")
-    if table.is_file():
-        names = read_identities(table)
-        if len(names) == crops.identities:
-            return names
-    return [str(label) for label in range(crops.identities)]

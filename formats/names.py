@@ -10,6 +10,12 @@ import unicodedata
 MAX_NAME = 200  # bytes; file systems hold 255, and room is needed for "~2" and temporary names
 MAX_PATH = 4096  # bytes; Linux's PATH_MAX
 
+# What systems put into folders of photos: thumbnails, settings of a view, remains of another system.
+_LITTER = frozenset(
+    {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"}
+    | {"system volume information", "lost+found", "folder.jpg.db", "iphotolock.data"}
+)
+
 # Characters that no file name or table should hold: separators, controls, halves of a surrogate pair.
 _UNSAFE = {ord(c): "_" for c in "/\\"} | dict.fromkeys([*range(32), *range(0x7F, 0xA0), *range(0xD800, 0xE000)], "_")
 _ESCAPED = {ord("\\"): "\\\\"} | {c: f"\\x{c:02x}" for c in [*range(32), *range(0x7F, 0xA0)]}
@@ -59,6 +65,11 @@ def safe_name(name: str) -> str:
     if room < 1:
         return clean.encode()[:MAX_NAME].decode("utf-8", "ignore")
     return stem.encode()[:room].decode("utf-8", "ignore") + suffix
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set, but something that a system left there."""
+    return name.lower() in _LITTER
 
 
 def same_name(name: str) -> str:

@@ -273,6 +273,11 @@ class RecordReader:
         return len(self._offsets)
 
     @property
+    def source(self) -> Path:
+        """The file that the keys come from."""
+        return self.idx_path or self.path
+
+    @property
     def keys(self) -> np.ndarray:
         """All keys, int64 [n], ascending (whatever the order of the lines)."""
         return self._keys.array()
@@ -294,7 +299,7 @@ class RecordReader:
         """Where `key` stands in `keys` and `offsets`."""
         position = self._keys.position(key)
         if position is None:
-            raise InputError(f"{self.idx_path or self.path}: no record with key {key}")
+            raise InputError(f"{self.source}: no record with key {key}")
         return position
 
     def fail(self, key: int | str, offset: int, reason: str) -> NoReturn:

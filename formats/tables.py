@@ -26,6 +26,8 @@ STATUSES = (CROP, BOX_CROP, CENTRE_CROP, NO_CROP)
 COLUMNS = ("identity", "file", "status", "reason", "faces", "box", "landmarks", "score", "width", "height", "sha256")
 
 
+IDENTITY_COLUMNS = ("label", "identity", "crops")
+
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -235,7 +237,9 @@ def read_identities(path: Path) -> list[str]:
     return names
 
 
-def write_identities(path: Path, names: Sequence[str]) -> None:
-    """Names by label as an identities.tsv."""
-    lines = ["label\tidentity", *(f"{label}\t{escape(name)}" for label, name in enumerate(names))]
-    utils.write_bytes(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+def write_identities(path: str | Path, names: Sequence[str], crops: Sequence[int] | None = None) -> None:
+    """Names by label, and the number of crops of each where it is known, as an identities.tsv."""
+    counts = [""] * len(names) if crops is None else [str(count) for count in crops]
+    rows = (f"{label}\t{escape(name)}\t{count}" for label, (name, count) in enumerate(zip(names, counts, strict=True)))
+    text = "\n".join(["\t".join(IDENTITY_COLUMNS), *rows, ""])
+    utils.write_bytes(path, text.encode("utf-8", "surrogateescape"))

@@ -15,7 +15,7 @@ MAX_LABEL = 1 << 20  # bytes of a .cls or .json that are read
 MAX_GROUP = 64  # members of one key
 LABEL_KEYS = ("label", "identity", "class")  # in the .json, the first that is there
 
-_BLOCK = 512
+BLOCK = 512  # bytes of a tar's header
 _NUMBER = re.compile(r"[+-]?\d+(?:\.0*)?")
 
 
@@ -91,18 +91,18 @@ class Entry:
 def _entries_in(head: bytes) -> Iterator[Entry]:
     at = 0
     long_name = ""
-    while at + _BLOCK <= len(head):
-        block = head[at : at + _BLOCK]
+    while at + BLOCK <= len(head):
+        block = head[at : at + BLOCK]
         try:
             name, size, kind = _header(block)
         except ValueError:
             return
         if kind in b"Lx":
-            long_name = _long_name(kind, head[at + _BLOCK : at + _BLOCK + min(size, 1 << 16)]) or long_name
+            long_name = _long_name(kind, head[at + BLOCK : at + BLOCK + min(size, 1 << 16)]) or long_name
         elif kind in b"0\0":
-            yield Entry(long_name or name, at + _BLOCK, size)
+            yield Entry(long_name or name, at + BLOCK, size)
             long_name = ""
-        at += _BLOCK + size + -size % _BLOCK
+        at += BLOCK + size + -size % BLOCK
 
 
 def index(file: BinaryIO, size: int) -> Iterator[Entry]:
@@ -113,30 +113,38 @@ def index(file: BinaryIO, size: int) -> Iterator[Entry]:
     """
     at, zeros = 0, 0
     long_name = ""
-    while at + _BLOCK <= size and zeros < 2:
+    while at + BLOCK <= size and zeros < 2:
         file.seek(at)
-        block = file.read(_BLOCK)
+        block = file.read(BLOCK)
         if not any(block):
             zeros += 1
-            at += _BLOCK
+            at += BLOCK
             continue
         zeros = 0
         try:
             name, length, kind = _header(block)
         except ValueError as error:
             raise ValueError(f"offset {at}: {error}") from error
-        if at + _BLOCK + length > size:
+        if at + BLOCK + length > size:
             raise ValueError(f"offset {at}: {name!r} is cut off")
         if kind in b"Lx":
             if length > MAX_LABEL:
                 raise ValueError(f"offset {at}: a name of {length} bytes")
             long_name = _long_name(kind, file.read(length)) or long_name
         elif kind in b"0\0":
-            yield Entry(long_name or name, at + _BLOCK, length)
+            yield Entry(long_name or name, at + BLOCK, length)
             long_name = ""
-        at += _BLOCK + length + -length % _BLOCK
+        at += BLOCK + length + -length % BLOCK
     if not zeros:
         raise ValueError(f"cut off at {size}: no end-of-archive mark")
+
+
+def name_in(block: bytes) -> str:
+    """The name in a tar's header, cut to 100 bytes where a longer one stands before it; "" if it is no header."""
+    try:
+        return _header(block)[0] if len(block) == BLOCK else ""
+    except ValueError:
+        return ""
 
 
 def _header(block: bytes) -> tuple[str, int, bytes]:

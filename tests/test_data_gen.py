@@ -62,21 +62,21 @@ def test_folders_and_records_give_the_same_crops(tmp_path):
     assert folders.identities == records.identities == 3
     assert folders.labels.tolist() == records.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert sorted(folders.read(i) for i in range(12)) == sorted(records.read(i) for i in range(12))
-    assert folders.identity_names == crop_sets.identity_names(folders) == ["person-0", "person-1", "person-2"]
-    assert crop_sets.identity_names(records) == ["0", "1", "2"]
-    assert crop_sets.describe(folders, 0).endswith("folders/person-0/0.jpg")
+    assert folders.identity_names == ["person-0", "person-1", "person-2"]
+    assert records.identity_names == ["0", "1", "2"]
+    assert folders.describe(0).endswith("folders/person-0/0.jpg")
 
 
 def test_names_beside_a_record_file_survive_tabs_and_backslashes(tmp_path):
     names = ["Ada\tLovelace", "b\\t", "Zoë"]
     crops = crop_sets.open_training_set(record_set(tmp_path, identities=3, each=2))
     tables.write_identities(tmp_path / "identities.tsv", names)
-    assert crop_sets.identity_names(crops) == names
+    assert crops.identity_names == names
     tables.write_identities(tmp_path / "identities.tsv", names[:2])  # of another set
-    assert crop_sets.identity_names(crops) == ["0", "1", "2"]
+    assert crops.identity_names == ["0", "1", "2"]
     (tmp_path / "identities.tsv").write_text("label\tidentity\n0\ta\n2\tb\n")
     with pytest.raises(InputError, match=r"line 3.*label 1"):
-        crop_sets.identity_names(crops)
+        assert crops.identity_names
 
 
 def test_folders_that_cannot_be_trained_on(tmp_path):
@@ -315,7 +315,10 @@ def damaged(tmp_path):
 
 def test_an_unreadable_crop_stops_the_run_and_is_named(damaged):
     batch = CropDataset(damaged, NONE, 0)[(0, np.array([0, 3, 1]))]
-    assert "crop 3: jpg image, but damaged or cut short" in batch.error and "--skip-unreadable" in batch.error
+    assert (
+        "train.rec: record 4 at offset 20060: jpg image, but damaged or cut short" in batch.error
+        and "--skip-unreadable" in batch.error
+    )
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -374,7 +377,7 @@ def test_a_set_without_jpeg_is_not_for_a_device_that_decodes(crops, tmp_path):
 
 def test_a_damaged_crop_is_named_when_the_device_decodes(damaged):
     dataset = CropDataset(damaged, NONE, 0, encoded=True)
-    with pytest.raises(InputError, match="crop 2: jpg image, but damaged"):
+    with pytest.raises(InputError, match="record 3 at offset 19728: jpg image, but damaged"):
         data_gen.to_device(dataset[(0, np.array([0, 2]))], dataset, torch.device("cpu"))
 
 

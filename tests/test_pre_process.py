@@ -378,8 +378,8 @@ def test_outputs_of_others_are_not_overwritten(painted, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--jpeg-quality", "0"), "between 1 and 100"),
-        (("--workers", "-1"), "must not be negative"),
+        (("--jpeg-quality", "0"), "at most 100"),
+        (("--workers", "-1"), "must be at least 0"),
         (("--shard", "0/3"), "expected K/N"),
         (("--shard", "4/3"), "expected K/N"),
         (("--shard", "two"), "expected K/N"),

@@ -599,7 +599,7 @@ def test_a_header_that_announces_more_labels_than_there_are_bytes(std, flag):
 
 @pytest.mark.parametrize(("value", "message"), [
     (-1, "its label -1 is not the number"), (1.5, "its label 1.5 is not"), (math.nan, "label nan"), (math.inf, "inf"),
-    (2**25, "is not the number"), (9, "identity 6 has no image .3 of 10 identities"), (1000, "1000 is out of range"),
+    (2**25, "is not the number"),
 ])  # fmt: skip
 def test_labels_of_a_set_without_header(shared, tmp_path, value, message):
     for file in ("train.rec", "train.idx"):

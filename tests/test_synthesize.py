@@ -30,7 +30,6 @@ import synthesize
 import utils
 from cropping.align import align_face
 from cropping.photos import list_photos
-from formats import crop_sets
 from formats.crop_sets import open_crops
 from processes import Shard
 from synthetic import dataset, hair, kernels, parameters, photo, props, render, skin
@@ -180,7 +179,7 @@ def test_crops_are_what_aligning_with_the_true_landmarks_gives(made, renderer, t
     dataset.merge(people)
     crops = open_crops(tmp_path / "crops")
     assert len(crops) == 2 and crops.identities == 1
-    assert crop_sets.identity_names(crops) == ["s000001"]  # as train.py does
+    assert crops.identity_names == ["s000001"]  # as train.py does
     rows = [row for row in table_of(made) if row["identity"] == "s000001"]
     for index, row in enumerate(rows):
         points = np.array([float(row[name]) for name in dataset.COLUMNS[6:16]]).reshape(5, 2)

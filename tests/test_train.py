@@ -335,9 +335,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_batch_and_rate(crops, tmp_pat
     [line] = [line for line in text.splitlines() if line.startswith("error: ")]
     step = int(re.search(r"step (\d+): the loss is (nan|inf) at learning rate 1e\+30; its batch is ", line)[1])
     order = data_gen.BatchOrder(24, 4, 0)
-    expected = [
-        crop_sets.describe(crop_sets.open_training_set(crops), index) for index in order.global_batch(step).tolist()
-    ]
+    expected = [crop_sets.open_training_set(crops).describe(index) for index in order.global_batch(step).tolist()]
     assert (out / f"broken-step-{step}.txt").read_text().splitlines() == expected
     assert f"{expected[0]}, {expected[1]}, {expected[2]}, ... (all 4 in {out}/broken-step-{step}.txt)" in line
     # Nothing of the broken state was kept.

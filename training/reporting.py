@@ -8,7 +8,6 @@ from torch import Tensor
 
 import utils
 from embedding import Embedder
-from formats import crop_sets
 from training import checkpoints, monitor
 from training.augment import Augmentation
 from training.run import Run, State, Sums
@@ -87,7 +86,7 @@ class Reporter:
 
     def _stop(self, reading: monitor.Reading, step: int) -> None:
         rate = self.run.schedule.learning_rate(step)
-        names = [crop_sets.describe(self.run.crops, index) for index in self.run.order.global_batch(step).tolist()]
+        names = [self.run.crops.describe(index) for index in self.run.order.global_batch(step).tolist()]
         listing = self.run.options.out / f"broken-step-{step}.txt"
         if self.run.world.is_main:
             utils.write_text(listing, "".join(f"{name}\n" for name in names))
@@ -181,7 +180,7 @@ def publish(run: Run, state: State) -> None:
         "last": state.history[-1],
         "history": state.history,
         "data": run.data,
-        "unreadable_crops": [crop_sets.describe(run.crops, index) for index in sorted(state.skipped)],
+        "unreadable_crops": [run.crops.describe(index) for index in sorted(state.skipped)],
     }
     utils.write_json(out / checkpoints.RESULTS, results)
 
@@ -190,4 +189,4 @@ def note_skipped(skipped: Iterable[int], run: Run, state: State) -> None:
     """Name crops that were replaced because they cannot be read, each once."""
     for index in sorted(set(skipped) - state.skipped):
         state.skipped.add(index)
-        run.log(f"warning: {crop_sets.describe(run.crops, index)}: unreadable, replaced by the next crop")
+        run.log(f"warning: {run.crops.describe(index)}: unreadable, replaced by the next crop")
