@@ -103,6 +103,36 @@ class Train(Device):
         at_least=1,
         at_most=256,
     )
+    teacher: str | None = option(
+        None,
+        "a model (.onnx, checkpoint, address, released) whose embeddings the network learns, beside the margin loss "
+        "or alone (--loss none)",
+        group="teacher",
+        metavar="FILE",
+    )
+    teacher_weight: float = option(
+        10.0,
+        "what 1 - cosine to the teacher's embedding counts beside the margin loss",
+        group="teacher",
+        metavar="W",
+        above=0,
+    )
+    teacher_online: bool = option(
+        False, "show the teacher the augmented crops of each step, instead of every crop once", group="teacher"
+    )
+    teacher_embeddings: Path | None = option(
+        None,
+        "folder of the teacher's embeddings, to share between runs; none means teacher in --out",
+        group="teacher",
+        metavar="DIR",
+    )
+    teacher_mean: list[float] | None = option(
+        None, "as --mean of lfw_eval.py; none means as the file says", group="teacher", metavar="X"
+    )
+    teacher_std: list[float] | None = option(None, "as --teacher-mean", group="teacher", metavar="X")
+    teacher_channels: str | None = option(
+        None, "order of the teacher's channels; none means as the file says", group="teacher", choices=("rgb", "bgr")
+    )
     sample_rate: float = option(
         1.0,
         "share of the other identities' centres that a step sees (Partial FC)",

@@ -335,8 +335,8 @@ def open_embedder(options: config.Model, device: torch.device | str = "cpu") -> 
     return load_embedder(
         options.checkpoint,
         device,
-        mean=_triple("mean", options.mean),
-        std=_triple("std", options.std),
+        mean=triple("mean", options.mean),
+        std=triple("std", options.std),
         channels=options.channels,
         pixel_range=options.pixel_range,
         mirror=options.mirror,
@@ -344,7 +344,8 @@ def open_embedder(options: config.Model, device: torch.device | str = "cpu") -> 
     )
 
 
-def _triple(name: str, values: list[float] | None) -> Triple | None:
+def triple(name: str, values: list[float] | None) -> Triple | None:
+    """The numbers of an option `--name`, one for all channels or three; None stays None."""
     if values is None:
         return None
     if len(values) not in (1, 3):

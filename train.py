@@ -36,6 +36,7 @@ from formats import crop_sets, tables
 from options import parse
 from training import checkpoints, distributed, monitor, reporting
 from training.augment import Augmentation
+from training.distillation import Distillation, NoHead, OnlineTeacher, StoredTeacher, Teacher, open_teacher
 from training.distributed import World
 from training.margin import MarginHead
 from training.run import Run, State
@@ -63,6 +64,8 @@ def check_options(options: Train, world: World) -> None:
         data_gen.check_decoder(world.device)
     if options.compile:
         distributed.check_compiler(world.device)
+    if options.loss == "none" and options.teacher is None:
+        raise InputError("--loss none: without a margin loss there has to be a --teacher to learn from")
     check_out(options)
 
 
@@ -101,8 +104,10 @@ def build_network(options: Train, world: World) -> nn.Module:
     return network.to(world.device, memory_format=layout)
 
 
-def build_head(options: Train, identities: int, schedule: Schedule, world: World) -> MarginHead:
+def build_head(options: Train, identities: int, schedule: Schedule, world: World) -> MarginHead | NoHead:
     """This rank's part of the head as it is before the first step, on its device."""
+    if options.loss == "none":
+        return NoHead(options.embedding_size, world.device)
     try:
         return MarginHead(
             options.embedding_size,
@@ -122,10 +127,10 @@ def build_head(options: Train, identities: int, schedule: Schedule, world: World
         raise InputError(str(error)) from error
 
 
-def build_optimizer(options: Train, network: nn.Module, head: MarginHead) -> torch.optim.SGD:
-    """What updates the network and a full head; a sampled head updates itself (`MarginHead.step`)."""
+def build_optimizer(options: Train, *modules: nn.Module) -> torch.optim.SGD:
+    """What updates the network, a full head and a map to the teacher; a sampled head updates itself."""
     return torch.optim.SGD(
-        [*network.parameters(), *head.parameters()],
+        [parameter for module in modules for parameter in module.parameters()],
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
@@ -134,12 +139,15 @@ def build_optimizer(options: Train, network: nn.Module, head: MarginHead) -> tor
     )
 
 
-def build(options: Train, identities: int, schedule: Schedule, world: World) -> State:
+def build(options: Train, identities: int, schedule: Schedule, world: World, teacher: Teacher | None = None) -> State:
     """Network, head and optimiser as they are before the first step; the same on every rank."""
     torch.manual_seed(options.seed)
     network = build_network(options, world)
     head = build_head(options, identities, schedule, world)
-    return State(network, head, build_optimizer(options, network, head))
+    if teacher is None:
+        return State(network, head, build_optimizer(options, network, head))
+    distillation = Distillation(teacher, options.embedding_size, options.teacher_weight, world).to(world.device)
+    return State(network, head, build_optimizer(options, network, head, distillation), distillation)
 
 
 def resume(run: Run, state: State) -> dict[str, list[Any]]:
@@ -160,18 +168,37 @@ def resume(run: Run, state: State) -> dict[str, list[Any]]:
     return changes
 
 
+def loss_of(
+    state: State, features: Tensor, labels: Tensor, images: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What to differentiate on this rank, the loss of the global batch, and what is worth watching. Collective.
+
+    `images` uint8 [n, 112, 112, 3] and `indices` [n] of the crops are the teacher's, if there is one.
+    """
+    loss, stats = state.head(features, labels)
+    if state.distillation is None:
+        return loss, loss, stats
+    share, distance, by_teacher = state.distillation(features, images, indices)
+    return loss + share, loss + distance, stats or by_teacher
+
+
 def gradient_norm(state: State, world: World) -> Tensor:
     """L2 norm of the whole gradient, a scalar on the device. Collective: each rank holds a part of the head's."""
     head = [p.grad for p in (*state.head.parameters(), *state.head.sampled_leaves()) if p.grad is not None]
-    network = [p.grad for p in state.network.parameters() if p.grad is not None]
-    squares = world.sum(nn.utils.get_total_norm(head).square())
+    network = [p.grad for p in replicated(state) if p.grad is not None]
+    squares = world.sum(nn.utils.get_total_norm(head).square().to(world.device))
     return (squares + nn.utils.get_total_norm(network).square()).sqrt()
+
+
+def replicated(state: State) -> list[nn.Parameter]:
+    """The parameters that every rank has: the network's, and those of a map to the teacher."""
+    return [*state.network.parameters(), *(state.distillation.parameters() if state.distillation else ())]
 
 
 def apply_gradients(state: State, options: Train, rate: float) -> None:
     """Clip, update network and head, forget the gradients."""
     if options.grad_clip > 0:
-        parameters = [*state.network.parameters(), *state.head.parameters(), *state.head.sampled_leaves()]
+        parameters = [*replicated(state), *state.head.parameters(), *state.head.sampled_leaves()]
         nn.utils.clip_grad_value_(parameters, options.grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -186,7 +213,7 @@ def check_finite(state: State, options: Train, world: World) -> None:
 
     Collective.
     """
-    sums = torch.stack([values.detach().sum() for values in (*state.network.parameters(), state.head.centres)])
+    sums = torch.stack([values.detach().sum() for values in (*replicated(state), state.head.centres)])
     if world.largest(int(not sums.isfinite().all())):
         raise InputError(
             f"step {state.step - 1}: it left weights that are not finite. "
@@ -234,17 +261,29 @@ def choose_workers(options: Train, world: World) -> int:
 
 def open_run(options: Train, world: World) -> Run:
     """Open the data and the log: everything that does not change. Collective."""
-    crops = crop_sets.open_training_set(options.data, skip_unreadable=options.skip_unreadable)
+    open_crops = crop_sets.open_unlabelled if options.loss == "none" else crop_sets.open_training_set
+    crops = open_crops(options.data, skip_unreadable=options.skip_unreadable)
     if options.decode == "gpu":
         data_gen.check_jpeg(crops)
     order = BatchOrder(len(crops), options.batch_size, options.seed, world.rank, world.size, options.accumulate)
     fingerprint = crop_sets.fingerprint(crops, skip_unreadable=options.skip_unreadable)
     world.check_same(fingerprint, f"{options.data}: the processes do not see the same crops there")
-    data = {"crops": len(crops), "identities": crops.identities, "fingerprint": fingerprint}
+    data: dict[str, Any] = {"crops": len(crops), "identities": crops.identities, "fingerprint": fingerprint}
     log = monitor.RunLog(options.out / "log.txt" if world.is_main else None)
     sets = open_verification_sets(options, world)
     schedule = Schedule(options, order.steps_per_epoch)
     return Run(options, world, crops, data, order, schedule, sets, log)
+
+
+def prepare_teacher(run: Run) -> Teacher:
+    """The teacher, ready to be asked; a restart recognises it by its hash. Collective."""
+    options, world = run.options, run.world
+    embedder = open_teacher(options, world.device)
+    run.data["teacher"] = embedder.sha256
+    world.check_same(str(embedder.sha256), f"--teacher {options.teacher}: not the same for all processes")
+    if options.teacher_online:
+        return OnlineTeacher(embedder)
+    return StoredTeacher(options, run.crops, run.data["fingerprint"], world, embedder)
 
 
 def open_verification_sets(options: Train, world: World) -> list[VerificationSet]:
@@ -314,7 +353,8 @@ def train(options: Train, world: World) -> int:
     order, schedule = run.order, run.schedule
     amp = options.amp if options.amp is not None else world.device.type == "cuda"
     distributed.prepare_device(world.device)
-    state = build(options, run.crops.identities, schedule, world)
+    teacher = prepare_teacher(run) if options.teacher is not None else None
+    state = build(options, run.crops.identities, schedule, world, teacher)
     changes = resume(run, state) if options.resume else {}
     model = distributed.data_parallel(state.network, world)
     if options.compile:
@@ -355,9 +395,11 @@ def train(options: Train, world: World) -> int:
                 last = part == options.accumulate - 1
                 with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():
                     with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
-                        loss, stats = state.head(model(inputs), labels)
-                    (loss / options.accumulate).backward()
+                        share, loss, stats = loss_of(state, model(inputs), labels, images, batch.indices)
+                    (share / options.accumulate).backward()
                 total += loss.detach() / options.accumulate
+            if state.distillation is not None:
+                state.distillation.sum_gradients()
             shown = (step + 1) % options.log_every == 0
             norm = gradient_norm(state, world) if shown else None
             apply_gradients(state, options, schedule.learning_rate(step))

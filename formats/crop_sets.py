@@ -453,6 +453,45 @@ class ChunkedCrops:
         return part.describe(position)
 
 
+class LooseCrops:
+    """Every image in a folder and the folders inside it, without identities: all have the label 0."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.name = str(root)
+        self.identities = 1
+        self.files: list[str] = []
+        for folder, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            images = [n for n in names if not n.startswith(".") and Path(n).suffix.lower() in IMAGE_SUFFIXES]
+            self.files += [str((Path(folder) / name).relative_to(self.root)) for name in images]
+        self.files.sort()
+        self.labels = np.zeros(len(self.files), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded bytes of a crop, and 0."""
+        return (self.root / self.files[index]).read_bytes(), 0
+
+    def describe(self, index: int) -> str:
+        """How to find this crop again."""
+        return str(self.root / self.files[index])
+
+
+def open_unlabelled(path: str | Path, *, skip_unreadable: bool = False) -> Crops:
+    """Open RecordIO (whose labels are of no interest) or any folder of images. Raises `InputError` for no crops."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    in_records = path.is_file() or (path / "train.rec").exists()
+    crops: Crops = open_crops(path, skip_damaged=skip_unreadable) if in_records else LooseCrops(path)
+    if len(crops) == 0:
+        raise InputError(f"{crops.name}: no crops (neither train.rec nor images)")
+    return crops
+
+
 def open_training_set(path: str | Path, *, skip_unreadable: bool = False) -> Crops:
     """Open aligned crops and check them: RecordIO (a folder with train.rec, a .rec file, a folder of its chunks),
     WebDataset's shards (a folder of tars, a tar, a pattern such as `shards/*.tar`), a text list of `path label`, or a

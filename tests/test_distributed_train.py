@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers.toy_models import TEACHER, write_onnx
 from helpers.training import (
     ROOT,
     SmallNetwork,
@@ -53,11 +54,15 @@ def some_steps(line, out, dtype, first, last, small=True):
     settings = parse(config.Train, argv=line)
     with distributed.join("cpu") as world:
         data = crop_sets.open_training_set(settings.data)
+        known = {"fingerprint": crop_sets.fingerprint(data)}
         order = data_gen.BatchOrder(len(data), settings.batch_size, 0, world.rank, world.size, settings.accumulate)
         schedule = Schedule(settings, order.steps_per_epoch)
-        state = train.build(settings, data.identities, schedule, world)
-        state.network.to(dtype)
-        state.head.to(dtype)
+        whole = Run(settings, world, data, known, order, schedule, [], print)
+        teacher = train.prepare_teacher(whole) if settings.teacher else None
+        state = train.build(settings, data.identities, schedule, world, teacher)
+        for module in (state.network, state.head, state.distillation):
+            if module is not None:
+                module.to(dtype)
         for module in state.network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # one mask for each rank: not meant to be the same on another number of ranks
@@ -74,15 +79,17 @@ def some_steps(line, out, dtype, first, last, small=True):
                 inputs = data_gen.normalise(batch.images).to(dtype)
                 alone = world.size == 1 or part == settings.accumulate - 1
                 with contextlib.nullcontext() if alone else model.no_sync():
-                    loss, _ = state.head(model(inputs), batch.labels)
-                    (loss / settings.accumulate).backward()
+                    features = model(inputs)
+                    share, loss, _ = train.loss_of(state, features, batch.labels, batch.images, batch.indices)
+                    (share / settings.accumulate).backward()
                 total += loss.item() / settings.accumulate
             losses.append(total)
+            if state.distillation is not None:
+                state.distillation.sum_gradients()
             norm = train.gradient_norm(state, world).item()
             train.apply_gradients(state, settings, settings.lr)
             state.step += 1
         with distributed.averaged_statistics(state.network, world) as statistics:
-            whole = Run(settings, world, data, {}, order, schedule, [], print)
             content = checkpoints.collect(whole, state, statistics)
             if world.is_main:
                 torch.save(content | {"losses": losses, "norm": norm}, out / f"{last}.pt")
@@ -117,11 +124,16 @@ def assert_close(found, expected, tolerance):
         {"loss": "adaface", "focal_gamma": 2.0},
         {"accumulate": 2},
         {"sample_rate": 0.4, "accumulate": 2, "loss": "combined"},
+        {"loss": "magface", "sub_centres": 2, "filter": 0.3},
+        {"loss": "curricularface", "sample_rate": 0.4, "teacher": "toy"},
+        {"loss": "none", "teacher": "toy", "teacher_online": True, "accumulate": 2},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())) or "plain",
 )
 def test_two_and_three_processes_are_exactly_one(crops, tmp_path, changes):
     """In float64, where rounding cannot hide an error: all weights, momenta and statistics after four large steps."""
+    if "teacher" in changes:
+        changes = changes | {"teacher": write_onnx(tmp_path / "toy.onnx", metadata=TEACHER)}
     alone = trained(crops, tmp_path, 1, lr=0.1, **changes)
     moved = alone["model"]["5.weight"] - untrained()[5].weight
     assert moved.abs().max() > 0.01

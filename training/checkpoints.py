@@ -28,11 +28,13 @@ IDENTITIES, RESULTS, RUN = "identities.tsv", "results.json", "run.json"
 # the second change how the run goes on, and are written into the log and run.json. All others are the run itself:
 # another network, head, loss, batch or seed is another run.
 FREE_OPTIONS = frozenset(
-    "out resume data val val_every workers decode device save_every log_every skip_unreadable".split()
+    "out resume data val val_every workers decode device save_every log_every skip_unreadable "
+    "teacher teacher_embeddings".split()
 )
 CHANGEABLE_OPTIONS = frozenset(
     "augment margin margin_warmup scale focal_gamma filter epochs lr schedule milestones warmup momentum weight_decay "
-    "grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn drop_path token_mask".split()
+    "grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn drop_path token_mask teacher_weight "
+    "teacher_online".split()
 )
 
 
@@ -60,6 +62,7 @@ def collect(run: Run, state: State, statistics: Tensor | None) -> dict[str, Any]
             "momentum": {name: buffer.cpu() for name, buffer in momentum.items() if buffer is not None},
             "head_momentum": head_momentum,
         },
+        "distillation": _distillation(state),
         "scheduler": {"name": options.schedule, "step": state.step, "steps_per_epoch": steps_per_epoch},
         "epoch": state.step // steps_per_epoch,
         "step": state.step,
@@ -70,6 +73,17 @@ def collect(run: Run, state: State, statistics: Tensor | None) -> dict[str, Any]
         "skipped": sorted(state.skipped),
         "data": run.data,
         "config": plain_options(options),
+    }
+
+
+def _distillation(state: State) -> dict[str, Any] | None:
+    """The map between student and teacher, where there is one, and its momentum."""
+    if state.distillation is None:
+        return None
+    momentum = {name: _momentum(state, parameter) for name, parameter in state.distillation.named_parameters()}
+    return {
+        "model": {key: value.cpu() for key, value in state.distillation.state_dict().items()},
+        "momentum": {name: buffer.cpu() for name, buffer in momentum.items() if buffer is not None},
     }
 
 
@@ -91,6 +105,11 @@ def restore(state: State, content: dict[str, Any], path: Path, world: World) -> 
         whole = content["optimizer"]["head_momentum"]
         if whole is not None and not state.head.sampled:
             _set_momentum(state, state.head.weight, state.head.own_rows(whole))
+        if state.distillation is not None:
+            state.distillation.load_state_dict(content["distillation"]["model"])
+            for name, parameter in state.distillation.named_parameters():
+                if name in content["distillation"]["momentum"]:
+                    _set_momentum(state, parameter, content["distillation"]["momentum"][name])
         state.step = content["step"]
         state.epoch_sums = Sums(**content["epoch_sums"])
         state.shown_sums = Sums(**content["shown_sums"])
@@ -147,7 +166,8 @@ def way_out_of_a_broken_step(options: Train) -> str:
 
 
 def _data_line(data: dict[str, Any]) -> str:
-    return f"{data['crops']} crops of {data['identities']} identities, fingerprint {data['fingerprint'][:12]}"
+    teacher = f", --teacher {data['teacher'][:12]}" if "teacher" in data else ""
+    return f"{data['crops']} crops of {data['identities']} identities, fingerprint {data['fingerprint'][:12]}{teacher}"
 
 
 def load_last(folder: Path, log: Callable[[str], None]) -> tuple[dict[str, Any], Path] | None:

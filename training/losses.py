@@ -299,4 +299,4 @@ LOSSES: dict[str, type[Loss]] = {
 MEANINGS = {
     name: f"{(loss.__doc__ or '').splitlines()[0].rstrip('.')} (margin {text_of(loss.default_margin)})"
     for name, loss in LOSSES.items()
-}
+} | {"none": "learns from --teacher alone, so crops need no labels"}

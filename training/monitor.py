@@ -147,6 +147,8 @@ class Watch:
 def advice_for_few_identities(run: Run) -> str | None:
     """A warning when margin and scale are those of a large set and the identities are few, with what fits."""
     options, identities = run.options, run.crops.identities
+    if options.loss == "none":
+        return None
     cost = options.scale * LOSSES[options.loss]().cost(run.schedule.full_margin)
     if identities >= FEW_IDENTITIES or cost < LARGE_COST or options.margin_warmup > 0:
         return None

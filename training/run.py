@@ -14,6 +14,7 @@ from torch import nn
 from config import Train
 from data_gen import BatchOrder
 from formats.crop_sets import Crops
+from training.distillation import Distillation, NoHead
 from training.distributed import World
 from training.margin import MarginHead
 from training.schedules import Schedule
@@ -42,8 +43,9 @@ class State:
     """Everything that changes while training."""
 
     network: nn.Module  # without the wrappers of data-parallel training and compilation
-    head: MarginHead
+    head: MarginHead | NoHead
     optimizer: torch.optim.SGD
+    distillation: Distillation | None = None  # where there is a teacher
     step: int = 0  # optimiser steps done
     epoch_sums: Sums = field(default_factory=Sums)  # since the epoch began
     shown_sums: Sums = field(default_factory=Sums)  # since the last point in TensorBoard; their times are not used

@@ -47,13 +47,15 @@ class Schedule:
     def margin(self, step: int) -> Margin:
         """The margin of a step: grows linearly from nothing over `--margin-warmup` epochs."""
         options, full = self.options, self.full_margin
-        if options.margin_warmup == 0:
+        if options.margin_warmup == 0 or not full:
             return full
         return LOSSES[options.loss].grown(full, min(1.0, step / (options.margin_warmup * self.steps_per_epoch)))
 
     @property
     def full_margin(self) -> Margin:
-        """What the margin grows to: `--margin`, or the default of the loss."""
+        """What the margin grows to: `--margin`, or the default of the loss; without a loss nothing."""
+        if self.options.loss == "none":
+            return ()
         try:
             return LOSSES[self.options.loss].numbers(tuple(self.options.margin or ()))
         except ValueError as error:

@@ -7,6 +7,16 @@ from onnx import TensorProto, helper, numpy_helper
 DIM = 4
 KERNEL = np.random.default_rng(7).normal(size=(DIM, 3, 112, 112)).astype(np.float32) / 400
 
+# How such a model says that it is fed; with its mirror image.
+TEACHER = {
+    "format": "face-embedding-1",
+    "channels": "rgb",
+    "mean": "[127.5, 127.5, 127.5]",
+    "std": "[127.5, 127.5, 127.5]",
+    "pixel_range": "255",
+    "mirror": "caller",
+}
+
 
 def write_onnx(path, *, batch="n", side=112, kind=TensorProto.FLOAT, outputs=("feature",), metadata=None):
     """A model whose feature is one weighted sum over all pixels per dimension: [n, 3, 112, 112] -> [n, 4]."""
