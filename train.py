@@ -261,8 +261,8 @@ def choose_workers(options: Train, world: World) -> int:
 
 def open_run(options: Train, world: World) -> Run:
     """Open the data and the log: everything that does not change. Collective."""
-    open_crops = crop_sets.open_unlabelled if options.loss == "none" else crop_sets.open_training_set
-    crops = open_crops(options.data, skip_unreadable=options.skip_unreadable)
+    labelled = options.loss != "none"
+    crops = crop_sets.open_training_set(options.data, skip_unreadable=options.skip_unreadable, labelled=labelled)
     if options.decode == "gpu":
         data_gen.check_jpeg(crops)
     order = BatchOrder(len(crops), options.batch_size, options.seed, world.rank, world.size, options.accumulate)
@@ -303,8 +303,9 @@ def begin(run: Run, state: State, changes: dict[str, list[Any]], amp: bool) -> N
     `changes` is what `resume` gave.
     """
     options, world, crops, size = run.options, run.world, run.crops, run.options.batch_size
+    people = "without labels" if options.loss == "none" else f"of {crops.identities} identities"
     run.log(
-        f"{crops.name}: {len(crops)} crops of {crops.identities} identities, {run.order.steps_per_epoch} steps of "
+        f"{crops.name}: {len(crops)} crops {people}, {run.order.steps_per_epoch} steps of "
         f"{size} an epoch ({len(crops) % size} crops of each epoch's order left over), "
         f"{options.network} on {world.size} x {world.device}, bfloat16 {'on' if amp else 'off'}"
         + (f"; goes on at step {state.step} of {run.steps}" if state.step else "")

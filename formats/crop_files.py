@@ -270,3 +270,32 @@ def is_tar(path: Path) -> bool:
     """Whether a file begins as a plain tar does."""
     with open(path, "rb") as file:
         return bool(webdataset.name_in(file.read(webdataset.BLOCK)))
+
+
+class LooseCrops:
+    """Every image in a folder and the folders inside it, in sorted order, without identities: all have the label 0."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.name = str(root)
+        self.notes: list[str] = []
+        self.identities, self.identity_names = 1, ["0"]
+        self.files: list[str] = []
+        for folder, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if not name.startswith(".") and not is_litter(name)]
+            names = [name for name in names if not name.startswith(".") and not is_litter(name)]
+            images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            self.files += [os.path.relpath(Path(folder) / name, root) for name in images]
+        self.files.sort()
+        self.labels = np.zeros(len(self.files), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded bytes of a crop, and 0."""
+        return (self.root / self.files[index]).read_bytes(), 0
+
+    def describe(self, index: int) -> str:
+        """How to find this crop again."""
+        return str(self.root / self.files[index])

@@ -16,7 +16,7 @@ import numpy as np
 
 import utils
 from formats import archives, webdataset
-from formats.crop_files import FolderCrops, ListCrops, ShardCrops, renumbering
+from formats.crop_files import FolderCrops, ListCrops, LooseCrops, ShardCrops, renumbering
 from formats.recordio import FLOAT32_EXACT, HEADER, MAGIC, QUIET_SCAN, Keys, RecordHeader, RecordReader, frame, pack
 from formats.tables import read_identities
 from utils import InputError
@@ -453,52 +453,14 @@ class ChunkedCrops:
         return part.describe(position)
 
 
-class LooseCrops:
-    """Every image in a folder and the folders inside it, without identities: all have the label 0."""
-
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        self.name = str(root)
-        self.identities = 1
-        self.files: list[str] = []
-        for folder, inner, names in os.walk(root):
-            inner[:] = [name for name in inner if not name.startswith(".")]
-            images = [n for n in names if not n.startswith(".") and Path(n).suffix.lower() in IMAGE_SUFFIXES]
-            self.files += [str((Path(folder) / name).relative_to(self.root)) for name in images]
-        self.files.sort()
-        self.labels = np.zeros(len(self.files), np.int64)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded bytes of a crop, and 0."""
-        return (self.root / self.files[index]).read_bytes(), 0
-
-    def describe(self, index: int) -> str:
-        """How to find this crop again."""
-        return str(self.root / self.files[index])
-
-
-def open_unlabelled(path: str | Path, *, skip_unreadable: bool = False) -> Crops:
-    """Open RecordIO (whose labels are of no interest) or any folder of images. Raises `InputError` for no crops."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
-    in_records = path.is_file() or (path / "train.rec").exists()
-    crops: Crops = open_crops(path, skip_damaged=skip_unreadable) if in_records else LooseCrops(path)
-    if len(crops) == 0:
-        raise InputError(f"{crops.name}: no crops (neither train.rec nor images)")
-    return crops
-
-
-def open_training_set(path: str | Path, *, skip_unreadable: bool = False) -> Crops:
+def open_training_set(path: str | Path, *, skip_unreadable: bool = False, labelled: bool = True) -> Crops:
     """Open aligned crops and check them: RecordIO (a folder with train.rec, a .rec file, a folder of its chunks),
     WebDataset's shards (a folder of tars, a tar, a pattern such as `shards/*.tar`), a text list of `path label`, or a
     folder of identity folders.
 
-    With `skip_unreadable`, damaged images do not matter yet. Raises `InputError` when there is nothing to train on: no
-    crops, fewer than two identities, a label out of range, or an identity without a crop.
+    With `skip_unreadable`, damaged images do not matter yet. Unless `labelled`, identities are of no interest, and any
+    folder of images will do. Raises `InputError` when there is nothing to train on: no crops, fewer than two
+    identities, a label out of range, or an identity without a crop.
     """
     path = Path(path)
     if not path.exists():
@@ -512,13 +474,13 @@ def open_training_set(path: str | Path, *, skip_unreadable: bool = False) -> Cro
         crops = open_crops(path, skip_damaged=skip_unreadable)
     else:
         files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in (".rec", ".tar"))
-        crops = _open_files(path, files, skip_unreadable) if files else _open_folder(path)
-    check(crops)
+        crops = _open_files(path, files, skip_unreadable) if files else _open_folder(path, labelled)
+    check(crops, labelled=labelled)
     return crops
 
 
-def _open_folder(path: Path) -> Crops:
-    crops = FolderCrops(path)
+def _open_folder(path: Path, labelled: bool) -> Crops:
+    crops: Crops = FolderCrops(path) if labelled else LooseCrops(path)
     if not len(crops):
         archive = next((file for file in sorted(path.iterdir()) if file.is_file() and archives.is_archive(file)), None)
         if archive is not None:
@@ -565,10 +527,15 @@ def _unpack_first(path: Path) -> str:
     )
 
 
-def check(crops: Crops) -> None:
-    """Raise `InputError` unless every label is one of the identities and every identity has a crop."""
+def check(crops: Crops, *, labelled: bool = True) -> None:
+    """Raise `InputError` unless every label is one of the identities and every identity has a crop.
+
+    Of a set that is not to be `labelled`, unless it has a crop.
+    """
     if len(crops) == 0:
         raise InputError(f"{crops.name}: no crops (neither train.rec nor folders of images)")
+    if not labelled:
+        return
     low, high = int(crops.labels.min()), int(crops.labels.max())
     if low < 0 or high >= crops.identities:
         raise InputError(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from config import Train
 from data_gen import decode_crop
 from embedding import Embedder, load_embedder, normalise, triple
-from formats.crop_sets import Crops, describe
+from formats.crop_sets import Crops
 from formats.embeddings import EmbeddingStore
 from training.distributed import World
 from utils import InputError
@@ -98,7 +98,7 @@ class StoredTeacher:
                     rows[there] = normalise(embedder.features(np.stack([found[row] for row in there])))
                 for row in there:
                     if not np.isfinite(rows[row]).all():
-                        name = describe(crops, numbers[row])
+                        name = crops.describe(numbers[row])
                         raise InputError(f"{name}: --teacher {embedder.name} gives no finite embedding of it")
                 return rows
 
@@ -119,7 +119,7 @@ def _decoded(crops: Crops, number: int, skip_unreadable: bool) -> np.ndarray | N
     except (ValueError, OSError, InputError) as error:
         if skip_unreadable:
             return None
-        raise InputError(f"{describe(crops, number)}: {error}") from error
+        raise InputError(f"{crops.describe(number)}: {error}") from error
 
 
 class Distillation(nn.Module):
