@@ -1,0 +1,212 @@
+"""Compiled loops over images, pairs and sorted scores, with the roundings of NumPy and in its order.
+
+The public programs pool with NumPy in float32 and score with `np.sum(a * b, -1)` in float64. A template or a score that
+differs in its last bit can change which of two pairs is accepted first, so the loops add in the order in which NumPy
+does: rows one after the other where it reduces the first axis, pairwise where it reduces the last one. None may be
+compiled with `fastmath`.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numba
+import numpy as np
+
+Function = TypeVar("Function", bound=Callable)
+
+_LEAF = 128  # numbers that NumPy's pairwise sum adds in eight lanes before it divides (PW_BLOCKSIZE)
+
+
+def _compiled(function: Function) -> Function:
+    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+
+
+@_compiled
+def pool(
+    plain: np.ndarray,
+    mirror: np.ndarray,
+    norms: np.ndarray,
+    weights: np.ndarray,
+    rows: np.ndarray,
+    media_starts: np.ndarray,
+    template_starts: np.ndarray,
+    first: int,
+    last: int,
+    templates: np.ndarray,
+) -> None:
+    """Templates `first` to `last` of all eight treatments, into `templates` float32 [8, T, D] (4 F + 2 N + D).
+
+    plain, mirror: float32 [n, D], features of the images and of their mirror images. norms float32 [2, n]: lengths
+    without and with the mirror image, 1 instead of 0. weights float32 [n]. rows int64: images by template and media;
+    media m has rows[media_starts[m]:media_starts[m + 1]], template t the media from template_starts[t] on.
+    """
+    dimensions = plain.shape[1]
+    media = np.empty((8, dimensions), np.float32)
+    for t in range(first, last):
+        templates[:, t] = 0
+        for m in range(template_starts[t], template_starts[t + 1]):
+            start, end = media_starts[m], media_starts[m + 1]
+            for r in range(start, end):
+                i = rows[r]
+                weight = weights[i]
+                for f in range(2):
+                    norm = norms[f, i]
+                    raw, raw_weighted, unit, unit_weighted = (
+                        media[4 * f],
+                        media[4 * f + 1],
+                        media[4 * f + 2],
+                        media[4 * f + 3],
+                    )
+                    if r == start:
+                        media[4 * f : 4 * f + 4] = 0
+                    for d in range(dimensions):
+                        value = plain[i, d]
+                        if f == 1:
+                            value = value + mirror[i, d]
+                        raw[d] += value
+                        raw_weighted[d] += value * weight
+                        unit[d] += value / norm
+                        unit_weighted[d] += value / norm * weight
+            count = np.float32(end - start)
+            for k in range(8):
+                for d in range(dimensions):
+                    templates[k, t, d] += media[k, d] / count
+
+
+def pairwise_plan(dimensions: int) -> tuple[np.ndarray, np.ndarray]:
+    """How NumPy adds `dimensions` numbers: bounds of the leaves int64 [L + 1], and which leaf's sum is added to which
+    int64 [L - 1, 2]."""
+    bounds, merges = [0], []
+
+    def divide(start: int, end: int) -> int:
+        size = end - start
+        if size <= _LEAF:
+            bounds.append(end)
+            return len(bounds) - 2
+        half = size // 2
+        half -= half % 8
+        left, right = divide(start, start + half), divide(start + half, end)
+        merges.append((left, right))
+        return left
+
+    divide(0, dimensions)
+    return np.array(bounds), np.array(merges, np.int64).reshape(-1, 2)
+
+
+@_compiled
+def score_pairs(
+    templates: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    order: np.ndarray,
+    bounds: np.ndarray,
+    merges: np.ndarray,
+    scores: np.ndarray,
+) -> None:
+    """scores[k] = sum(templates[left[k]] * templates[right[k]]) in float64 as NumPy adds it, for all k of `order`."""
+    sums = np.empty(len(bounds) - 1)
+    for k in order:
+        a, b = templates[left[k]], templates[right[k]]
+        for leaf in range(len(sums)):
+            start, end = bounds[leaf], bounds[leaf + 1]
+            if end - start < 8:
+                total = 0.0
+                for i in range(start, end):
+                    total += a[i] * b[i]
+                sums[leaf] = total
+                continue
+            # Written out, because an array of sums would live in memory.
+            s0, s1, s2, s3 = a[start] * b[start], a[start + 1] * b[start + 1], a[start + 2] * b[start + 2], 0.0
+            s3 = a[start + 3] * b[start + 3]
+            s4, s5 = a[start + 4] * b[start + 4], a[start + 5] * b[start + 5]
+            s6, s7 = a[start + 6] * b[start + 6], a[start + 7] * b[start + 7]
+            whole = end - (end - start) % 8
+            for i in range(start + 8, whole, 8):
+                s0 += a[i] * b[i]
+                s1 += a[i + 1] * b[i + 1]
+                s2 += a[i + 2] * b[i + 2]
+                s3 += a[i + 3] * b[i + 3]
+                s4 += a[i + 4] * b[i + 4]
+                s5 += a[i + 5] * b[i + 5]
+                s6 += a[i + 6] * b[i + 6]
+                s7 += a[i + 7] * b[i + 7]
+            total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+            for i in range(whole, end):
+                total += a[i] * b[i]
+            sums[leaf] = total
+        for m in range(len(merges)):
+            sums[merges[m, 0]] += sums[merges[m, 1]]
+        scores[k] = sums[0]
+
+
+@_compiled
+def block_order(left: np.ndarray, right: np.ndarray, templates: int, block: int) -> np.ndarray:
+    """Pairs int64 [P] in an order in which neighbours share templates: by blocks of `right`, within one by `left`."""
+    order = np.empty(len(left), np.int64)
+    by_left = np.empty(len(left), np.int64)
+    _counting_sort(left, np.arange(len(left)), templates, by_left)
+    _counting_sort(right // block, by_left, templates // block + 1, order)
+    return order
+
+
+@_compiled
+def _counting_sort(keys: np.ndarray, items: np.ndarray, count: int, result: np.ndarray) -> None:
+    """`items` by their keys, stable."""
+    places = np.zeros(count + 1, np.int64)
+    for item in items:
+        places[keys[item] + 1] += 1
+    for key in range(count):
+        places[key + 1] += places[key]
+    for item in items:
+        result[places[keys[item]]] = item
+        places[keys[item]] += 1
+
+
+@_compiled
+def nearest_points(genuine: np.ndarray, impostor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, float]:
+    """TAR float64 [k] at the point of scikit-learn's `roc_curve` whose FAR is nearest to each target, and the area.
+
+    genuine, impostor: all scores, descending. The points are those that `roc_curve` keeps: where the numbers of either
+    kind accepted do not grow as they did at the point before. Of points equally near the last one counts.
+    """
+    all_false, all_true = len(impostor), len(genuine)
+    nearest = np.abs(0.0 - targets)  # the point before everything: nothing is accepted
+    tars = np.zeros(len(targets))
+    area = 0.0
+    false, true, step_false, step_true, points = 0, 0, 0, 0, 0
+    while false < all_false or true < all_true:
+        if true == all_true or (false < all_false and impostor[false] > genuine[true]):
+            score = impostor[false]
+        else:
+            score = genuine[true]
+        next_false, next_true = false, true
+        while next_false < all_false and impostor[next_false] == score:
+            next_false += 1
+        while next_true < all_true and genuine[next_true] == score:
+            next_true += 1
+        grown_false, grown_true = next_false - false, next_true - true
+        if points == 1 or (points > 1 and (grown_false != step_false or grown_true != step_true)):
+            _consider(false, true, all_false, all_true, targets, nearest, tars)
+        area += float(grown_false) * (true + next_true) / 2
+        step_false, step_true = grown_false, grown_true
+        false, true = next_false, next_true
+        points += 1
+    _consider(false, true, all_false, all_true, targets, nearest, tars)
+    return tars, area / (float(all_false) * all_true)
+
+
+@_compiled
+def _consider(
+    false: int,
+    true: int,
+    all_false: int,
+    all_true: int,
+    targets: np.ndarray,
+    nearest: np.ndarray,
+    tars: np.ndarray,
+) -> None:
+    far, tar = false / all_false, true / all_true
+    for k in range(len(targets)):
+        away = abs(far - targets[k])
+        if away <= nearest[k]:
+            nearest[k], tars[k] = away, tar

@@ -1,0 +1,69 @@
+"""1:1: the score of every pair of templates that the list names, and TAR at FAR twice.
+
+*As public code prints it*: of all points of scikit-learn's `roc_curve` the one whose FAR is nearest to the rate named,
+on either side of it; the FAR taken may exceed it. *FAR not exceeded*: the laxest threshold whose FAR is at most the
+rate named, with the number of impostor pairs and intervals; None where these pairs are too few to speak of it.
+
+A pair with a template that has lost all its images is wrong in both: one person scores minus infinity, two plus.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ijb import kernels
+from ijb.lists import Pairs
+from ijb.templates import Templates, Treatment, run_threads
+from verification.metrics import OperatingPoint, point_at
+
+FAR_LEVELS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+_BLOCK = 64  # templates that stay in the second-level cache while the pairs with them are scored (float64, 512: 256 KB)
+_PAIRS = 1 << 16  # of a thread's task
+
+
+@dataclass(frozen=True)
+class Verification:
+    """1:1 under one treatment. printed: TAR by FAR as public code prints it. points: FAR not exceeded."""
+
+    treatment: Treatment
+    printed: dict[float, float]
+    area: float
+    points: list[OperatingPoint]
+
+
+class PairScorer:
+    """The pairs of a protocol, in an order in which they are scored fast."""
+
+    def __init__(self, pairs: Pairs, templates: Templates) -> None:
+        self.same = pairs.same
+        self.first, self.second = templates.rows(pairs.first), templates.rows(pairs.second)
+        self._order = kernels.block_order(self.first, self.second, len(templates.numbers), _BLOCK)
+
+    def scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """float64 [P], in the order of the list, from embeddings [T, D]; pairs of a lost template are wrong."""
+        scores = np.empty(len(self.same))
+        bounds, merges = kernels.pairwise_plan(embeddings.shape[1])
+
+        def work(start: int) -> None:
+            order = self._order[start : start + _PAIRS]
+            kernels.score_pairs(embeddings, self.first, self.second, order, bounds, merges, scores)
+
+        run_threads(work, range(0, len(scores), _PAIRS))
+        lost = np.isnan(embeddings[:, 0])
+        if lost.any():
+            gone = lost[self.first] | lost[self.second]
+            scores[gone] = np.where(self.same[gone], -np.inf, np.inf)
+        return scores
+
+
+def verification(
+    scores: np.ndarray, same: np.ndarray, treatment: Treatment, far_levels: Sequence[float] = FAR_LEVELS
+) -> Verification:
+    """Both columns from the scores float64 [P] of all pairs, of which `same` bool [P] are of one person."""
+    genuine, impostor = (np.sort(scores[kind])[::-1] for kind in (same, ~same))
+    targets = np.array(far_levels, np.float64)
+    tars, area = kernels.nearest_points(genuine, impostor, targets)
+    points = [point_at(genuine, impostor, far) for far in far_levels]
+    return Verification(treatment, dict(zip(far_levels, tars.tolist(), strict=True)), float(area), points)
