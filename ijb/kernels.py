@@ -14,7 +14,7 @@ import numpy as np
 
 Function = TypeVar("Function", bound=Callable)
 
-_LEAF = 128  # numbers that NumPy's pairwise sum adds in eight lanes before it divides (PW_BLOCKSIZE)
+_LEAF, _LANES = 128, 8  # NumPy's pairwise sum adds up to so many numbers (PW_BLOCKSIZE) in so many lanes
 
 
 def _compiled(function: Function) -> Function:
@@ -84,7 +84,7 @@ def pairwise_plan(dimensions: int) -> tuple[np.ndarray, np.ndarray]:
             bounds.append(end)
             return len(bounds) - 2
         half = size // 2
-        half -= half % 8
+        half -= half % _LANES
         left, right = divide(start, start + half), divide(start + half, end)
         merges.append((left, right))
         return left
@@ -93,47 +93,52 @@ def pairwise_plan(dimensions: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(bounds), np.array(merges, np.int64).reshape(-1, 2)
 
 
+def arrange(embeddings: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Embeddings [T, D] as `score_pairs` wants them: numbers that are added one to another lie a fixed width apart.
+
+    Lanes of all leaves side by side, for each of 16 steps (zeros where a leaf has fewer); behind them the numbers of
+    the last leaf that fill no eight lanes.
+    """
+    leaves, steps = len(bounds) - 1, _LEAF // _LANES
+    rest = int(bounds[-1] - bounds[-2]) % _LANES
+    arranged = np.zeros((len(embeddings), steps * leaves * _LANES + rest))
+    lanes = arranged[:, : arranged.shape[1] - rest].reshape(len(embeddings), steps, leaves, _LANES)
+    for leaf in range(leaves):
+        part = embeddings[:, bounds[leaf] : bounds[leaf + 1] - (rest if leaf == leaves - 1 else 0)]
+        lanes[:, : part.shape[1] // _LANES, leaf] = part.reshape(len(part), -1, _LANES)
+    if rest:
+        arranged[:, -rest:] = embeddings[:, -rest:]
+    return arranged
+
+
 @_compiled
 def score_pairs(
-    templates: np.ndarray,
+    arranged: np.ndarray,
     left: np.ndarray,
     right: np.ndarray,
-    order: np.ndarray,
-    bounds: np.ndarray,
     merges: np.ndarray,
+    start: int,
+    end: int,
     scores: np.ndarray,
 ) -> None:
-    """scores[k] = sum(templates[left[k]] * templates[right[k]]) in float64 as NumPy adds it, for all k of `order`."""
-    sums = np.empty(len(bounds) - 1)
-    for k in order:
-        a, b = templates[left[k]], templates[right[k]]
-        for leaf in range(len(sums)):
-            start, end = bounds[leaf], bounds[leaf + 1]
-            if end - start < 8:
-                total = 0.0
-                for i in range(start, end):
-                    total += a[i] * b[i]
-                sums[leaf] = total
-                continue
-            # Written out, because an array of sums would live in memory.
-            s0, s1, s2, s3 = a[start] * b[start], a[start + 1] * b[start + 1], a[start + 2] * b[start + 2], 0.0
-            s3 = a[start + 3] * b[start + 3]
-            s4, s5 = a[start + 4] * b[start + 4], a[start + 5] * b[start + 5]
-            s6, s7 = a[start + 6] * b[start + 6], a[start + 7] * b[start + 7]
-            whole = end - (end - start) % 8
-            for i in range(start + 8, whole, 8):
-                s0 += a[i] * b[i]
-                s1 += a[i + 1] * b[i + 1]
-                s2 += a[i + 2] * b[i + 2]
-                s3 += a[i + 3] * b[i + 3]
-                s4 += a[i + 4] * b[i + 4]
-                s5 += a[i + 5] * b[i + 5]
-                s6 += a[i + 6] * b[i + 6]
-                s7 += a[i + 7] * b[i + 7]
-            total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
-            for i in range(whole, end):
+    """scores[k] = sum(embeddings[left[k]] * embeddings[right[k]]) in float64 as NumPy adds it, k from start to end."""
+    leaves = len(merges) + 1
+    width = np.uint64(leaves * 8)  # unsigned: the compiler need not think of indices that count from the end
+    lanes, sums = np.empty(width), np.empty(leaves)
+    for k in range(start, end):
+        a, b = arranged[left[k]], arranged[right[k]]
+        for j in range(width):
+            total = a[j] * b[j]
+            for step in range(1, 16):
+                i = np.uint64(step) * width + j
                 total += a[i] * b[i]
-            sums[leaf] = total
+            lanes[j] = total
+        for leaf in range(leaves):
+            j = 8 * leaf
+            first = (lanes[j] + lanes[j + 1]) + (lanes[j + 2] + lanes[j + 3])
+            sums[leaf] = first + ((lanes[j + 4] + lanes[j + 5]) + (lanes[j + 6] + lanes[j + 7]))
+        for i in range(16 * leaves * 8, len(a)):
+            sums[leaves - 1] += a[i] * b[i]
         for m in range(len(merges)):
             sums[merges[m, 0]] += sums[merges[m, 1]]
         scores[k] = sums[0]

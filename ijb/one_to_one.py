@@ -34,21 +34,26 @@ class Verification:
 
 
 class PairScorer:
-    """The pairs of a protocol, in an order in which they are scored fast."""
+    """The pairs of a protocol, in an order in which they are scored fast.
+
+    same: bool [P], in that order. order: int64 [P], where each pair stands in the list.
+    """
 
     def __init__(self, pairs: Pairs, templates: Templates) -> None:
-        self.same = pairs.same
-        self.first, self.second = templates.rows(pairs.first), templates.rows(pairs.second)
-        self._order = kernels.block_order(self.first, self.second, len(templates.numbers), _BLOCK)
+        first, second = templates.rows(pairs.first), templates.rows(pairs.second)
+        self.order = kernels.block_order(first, second, len(templates.numbers), _BLOCK)
+        self.first, self.second = (rows[self.order].astype(np.int32) for rows in (first, second))
+        self.same = pairs.same[self.order]
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """float64 [P], in the order of the list, from embeddings [T, D]; pairs of a lost template are wrong."""
+        """float64 [P], in the order of `same`, from embeddings [T, D]; pairs of a lost template are wrong."""
         scores = np.empty(len(self.same))
         bounds, merges = kernels.pairwise_plan(embeddings.shape[1])
+        arranged = kernels.arrange(embeddings, bounds)
 
         def work(start: int) -> None:
-            order = self._order[start : start + _PAIRS]
-            kernels.score_pairs(embeddings, self.first, self.second, order, bounds, merges, scores)
+            end = min(start + _PAIRS, len(scores))
+            kernels.score_pairs(arranged, self.first, self.second, merges, start, end, scores)
 
         run_threads(work, range(0, len(scores), _PAIRS))
         lost = np.isnan(embeddings[:, 0])

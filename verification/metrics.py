@@ -294,16 +294,46 @@ def operating_point(counts: Curve, far: float) -> OperatingPoint:
     if allowed < 1 or not counts.genuine or not within.any():
         return OperatingPoint(far, False, counts.impostors)
     index = int(np.flatnonzero(within)[-1])
-    accepted = int(counts.false_accepts[index])
+    accepts = int(counts.false_accepts[index]), int(counts.true_accepts[index])
+    return _resolved_point(far, *accepts, counts.impostors, counts.genuine, float(counts.thresholds[index]))
+
+
+def point_at(genuine: np.ndarray, impostor: np.ndarray, far: float) -> OperatingPoint:
+    """`operating_point` for millions of pairs: from the scores of both kinds, each sorted, the largest first.
+
+    Pairs that are wrong in any case have infinite scores, as `worst_scores` gives them.
+    """
+    allowed = int(np.floor(far * len(impostor) * (1 + 1e-12)))
+    bound = impostor[allowed] if allowed < len(impostor) else -np.inf  # accepted is what exceeds it
+    if allowed < 1 or not len(genuine) or bound == np.inf:
+        return OperatingPoint(far, False, len(impostor))
+    accepts = [len(scores) - int(np.searchsorted(scores[::-1], bound, "right")) for scores in (impostor, genuine)]
+    least = [scores[count - 1] for scores, count in zip((impostor, genuine), accepts, strict=True) if count]
+    least = [score for score in least if score < np.inf]
+    threshold = _between(bound, min(least)) if least else ACCEPT_NOTHING
+    return _resolved_point(far, *accepts, len(impostor), len(genuine), threshold)
+
+
+def _between(low: float, high: float) -> float:
+    """A threshold that accepts `high` and not `low`."""
+    if low == -np.inf:
+        return ACCEPT_ALL
+    middle = low + (high - low) / 2
+    return float(middle if middle > low else high)  # neighbours in floating point have no middle
+
+
+def _resolved_point(
+    far: float, false_accepts: int, true_accepts: int, impostors: int, genuine: int, threshold: float
+) -> OperatingPoint:
     return OperatingPoint(
         far=far,
         resolved=True,
-        impostors=counts.impostors,
-        false_accepts=accepted,
-        threshold=float(counts.thresholds[index]),
-        tar=float(counts.tar[index]),
-        far_interval=binomial_interval(accepted, counts.impostors),
-        tar_interval=binomial_interval(int(counts.true_accepts[index]), counts.genuine),
+        impostors=impostors,
+        false_accepts=false_accepts,
+        threshold=threshold,
+        tar=true_accepts / genuine,
+        far_interval=binomial_interval(false_accepts, impostors),
+        tar_interval=binomial_interval(true_accepts, genuine),
     )
 
 
