@@ -4,12 +4,12 @@
     python benchmarks/bench_ijb.py            # a few minutes, 2 GB of scratch space, 4 GB of memory
     python benchmarks/bench_ijb.py --scale 0.02
 
-First, in one process, a part of the protocol (--part, a tenth of the images, templates and pairs) both ways. `plain` is
-how the public programs do it: for every treatment a loop over templates that looks for its images in the whole list, one
-over its media, all pairs in batches of 100,000 with `np.sum(a * b, -1)`, scikit-learn's `roc_curve`; for 1:N a loop over
-probes that sorts the gallery. `ours` is the room `ijb`. Both give the same scores, bit by bit; that is checked. Then the
-whole protocol our way in a process of its own, whose largest resident memory is reported (features are mapped, and the
-pages of theirs that have been read count).
+First, in one process, a part of the protocol (--part, a tenth of the images, templates and pairs) both ways. `plain`
+is how the public programs do it: for every treatment a loop over templates that looks for its images in the whole list,
+one over its media, all pairs in batches of 100,000 with `np.sum(a * b, -1)`, scikit-learn's `roc_curve`; for 1:N a loop
+over probes that sorts the gallery. `ours` is the room `ijb`. Both give the same scores, bit by bit; that is checked.
+Then the whole protocol our way in a process of its own, whose largest resident memory is reported (features are mapped,
+and the pages of theirs that have been read count).
 
 Seconds are wall clock of both ways in turn, once each: the longest part takes minutes.
 """
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ijb import one_to_many, one_to_one
 from ijb.lists import Lists, Pairs, People
-from ijb.templates import TREATMENTS, USUAL, pool
+from ijb.templates import TREATMENTS, USUAL, ImageFeatures, pool
 
 IMAGES, TEMPLATES, GALLERIES, PAIRS, GENUINE = 469_375, 23_124, (1_772, 1_759), 15_658_489, 19_557  # IJB-C's
 
@@ -89,7 +89,7 @@ def ours(lists, pairs, galleries, probes, features):
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
         began = time.perf_counter()
 
-    templates = pool(*features, lists, np.ones(len(features[0]), bool))
+    templates = pool(ImageFeatures.of_arrays(*features), lists)
     lap("templates")
     scorer, printed, usual = one_to_one.PairScorer(pairs, templates), {}, None
     lap("pairs")

@@ -24,7 +24,8 @@ def _compiled(function: Function) -> Function:
 @_compiled
 def pool(
     plain: np.ndarray,
-    mirror: np.ndarray,
+    mirrored: np.ndarray,
+    step: int,
     norms: np.ndarray,
     weights: np.ndarray,
     rows: np.ndarray,
@@ -36,9 +37,9 @@ def pool(
 ) -> None:
     """Templates `first` to `last` of all eight treatments, into `templates` float32 [8, T, D] (4 F + 2 N + D).
 
-    plain, mirror: float32 [n, D], features of the images and of their mirror images. norms float32 [2, n]: lengths
-    without and with the mirror image, 1 instead of 0. weights float32 [n]. rows int64: images by template and media;
-    media m has rows[media_starts[m]:media_starts[m + 1]], template t the media from template_starts[t] on.
+    plain, mirrored, step: as in `templates.ImageFeatures`. norms float32 [2, n]: lengths without and with the mirror
+    image, 1 instead of 0. weights float32 [n]. rows int64: images by template and media; media m has
+    rows[media_starts[m]:media_starts[m + 1]], template t the media from template_starts[t] on.
     """
     dimensions = plain.shape[1]
     media = np.empty((8, dimensions), np.float32)
@@ -49,6 +50,7 @@ def pool(
             for r in range(start, end):
                 i = rows[r]
                 weight = weights[i]
+                own, other = plain[step * i], mirrored[step * i + step - 1]
                 for f in range(2):
                     norm = norms[f, i]
                     raw, raw_weighted, unit, unit_weighted = (
@@ -60,9 +62,9 @@ def pool(
                     if r == start:
                         media[4 * f : 4 * f + 4] = 0
                     for d in range(dimensions):
-                        value = plain[i, d]
+                        value = own[d]
                         if f == 1:
-                            value = value + mirror[i, d]
+                            value = value + other[d]
                         raw[d] += value
                         raw_weighted[d] += value * weight
                         unit[d] += value / norm

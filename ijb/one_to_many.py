@@ -98,8 +98,10 @@ def identification(
         galleries=galleries,
         printed={rank: sum(g.hits[rank] for g in galleries) / len(probes.templates) for rank in RANKS},
         printed_tpir={fpir: float(np.mean([g.printed[fpir] for g in galleries])) for fpir in CURVE},
-        rates={rank: rate_interval(ranks <= rank, subjects, replicates=replicates) if len(ranks) else None
-               for rank in RANKS},
+        rates={
+            rank: rate_interval(ranks <= rank, subjects, replicates=replicates) if len(ranks) else None
+            for rank in RANKS
+        },
     )
 
 

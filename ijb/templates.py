@@ -10,7 +10,7 @@ All images are read once; the eight treatments come out of one compiled loop. Pr
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -48,6 +48,39 @@ USUAL = Treatment(unit=False, weighted=True, mirror=True)
 
 
 @dataclass(frozen=True)
+class ImageFeatures:
+    """float32 features of n images: of image i `rows[step * i]`, of its mirror image `mirrored[step * i + step - 1]`.
+
+    So that one array with both rows of each image in turn does as well as two arrays. `there` bool [n]: images that
+    have a feature; what the others' rows hold does not matter.
+    """
+
+    rows: np.ndarray
+    mirrored: np.ndarray
+    step: int
+    there: np.ndarray
+
+    @staticmethod
+    def of_arrays(plain: np.ndarray, mirrored: np.ndarray) -> "ImageFeatures":
+        """From two arrays [n, D]; images with a number that is not finite in either have no feature."""
+        plain, mirrored = (np.ascontiguousarray(array, np.float32) for array in (plain, mirrored))
+        return ImageFeatures(plain, mirrored, 1, _finite(plain) & _finite(mirrored))
+
+    @staticmethod
+    def of_rows(rows: np.ndarray, gone: Iterable[int]) -> "ImageFeatures":
+        """From one array [n, 2 D], each image's feature and its mirror image's side by side; `gone` have none."""
+        there = np.ones(len(rows), bool)
+        there[list(gone)] = False
+        turns = rows.reshape(2 * len(rows), -1)
+        return ImageFeatures(turns, turns, 2, there)
+
+
+def _finite(features: np.ndarray) -> np.ndarray:
+    parts = [np.isfinite(features[start : start + _ROWS]).all(axis=1) for start in range(0, len(features), _ROWS)]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
 class Templates:
     """All templates of a protocol.
 
@@ -76,47 +109,58 @@ class Templates:
         return places
 
 
-def pool(plain: np.ndarray, mirror: np.ndarray, lists: Lists, there: np.ndarray) -> Templates:
-    """Templates from float32 features [n, D] of the images of `lists` and of their mirror images.
-
-    there: bool [n], images that have a feature; the others do not take part, whatever their rows hold.
-    """
+def pool(features: ImageFeatures, lists: Lists) -> Templates:
+    """Templates from the features of the images of `lists`, in their order."""
     numbers = np.unique(lists.templates)
-    rows = np.lexsort((np.arange(len(there)), lists.medias, lists.templates))
-    rows = rows[there[rows]]
+    rows = np.lexsort((np.arange(len(features.there)), lists.medias, lists.templates))
+    rows = rows[features.there[rows]]
     template, media = lists.templates[rows], lists.medias[rows]
     new_media = np.append(True, (template[1:] != template[:-1]) | (media[1:] != media[:-1]))[: len(rows)]
     media_starts = np.append(np.flatnonzero(new_media), len(rows))
     template_starts = np.searchsorted(template[media_starts[:-1]], numbers)
     template_starts = np.append(template_starts, len(media_starts) - 1)
-    norms = _lengths(plain, mirror)
-    pooled = np.empty((8, len(numbers), plain.shape[1]), np.float32)
-    scores = lists.scores.astype(np.float32)
+    norms = _lengths(features)
+    pooled = np.empty((8, len(numbers), features.rows.shape[1]), np.float32)
 
     def work(first: int) -> None:
         last = min(first + _TEMPLATES, len(numbers))
-        kernels.pool(plain, mirror, norms, scores, rows, media_starts, template_starts, first, last, pooled)
+        kernels.pool(
+            features.rows,
+            features.mirrored,
+            features.step,
+            norms,
+            lists.scores,
+            rows,
+            media_starts,
+            template_starts,
+            first,
+            last,
+            pooled,
+        )
 
     run_threads(work, range(0, len(numbers), _TEMPLATES))
     return Templates(numbers, pooled, np.diff(template_starts) == 0)
 
 
-def run_threads(work, tasks: Iterable[int]) -> None:
+def run_threads(work: Callable[[int], None], tasks: Iterable[int]) -> None:
     """`work` on all tasks, on as many threads as this process has CPUs."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.map(work, tasks):
             pass
 
 
-def _lengths(plain: np.ndarray, mirror: np.ndarray) -> np.ndarray:
+def _lengths(features: ImageFeatures) -> np.ndarray:
     """float32 [2, n]: lengths of the features, without and with those of the mirror images; 1 where they are 0."""
-    lengths = np.empty((2, len(plain)), np.float32)
+    count, step = len(features.there), features.step
+    lengths = np.empty((2, count), np.float32)
 
     def work(first: int) -> None:
-        part = slice(first, first + _ROWS)
-        for row, features in enumerate((plain[part], plain[part] + mirror[part])):
-            lengths[row, part] = np.sqrt(np.einsum("ij,ij->i", features, features))
+        last = min(first + _ROWS, count)
+        plain = np.ascontiguousarray(features.rows[step * first : step * last : step])
+        mirrored = features.mirrored[step * first + step - 1 : step * last : step]
+        for row, part in enumerate((plain, plain + mirrored)):
+            lengths[row, first:last] = np.sqrt(np.einsum("ij,ij->i", part, part))
 
-    run_threads(work, range(0, len(plain), _ROWS))
+    run_threads(work, range(0, count, _ROWS))
     lengths[lengths == 0] = 1
     return lengths

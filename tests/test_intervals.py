@@ -97,7 +97,7 @@ def test_weights_are_repetitions(seed, far):
     people = intervals._People.of_pairs(identities, same)
     drawn = intervals.multiplicities(8, 5, generator)
     assert (drawn.sum(axis=0) == 8).all()
-    weights = people.weights(drawn)
+    weights = people.weights(0, drawn)
     scores = metrics.worst_scores(cosines, same)
     tar = intervals._TarAtFar(scores, same, [far])(weights)[0]
     eer = intervals._Eer(scores, same)(weights)[0]
@@ -205,3 +205,14 @@ def test_the_paired_test_keeps_its_level():
 def test_identities_have_to_fit():
     with pytest.raises(ValueError, match="identities do not fit"):
         intervals.pair_intervals([0.5], [True], [["a", "b"]], correct=[True])
+
+
+def test_many_pairs_are_pairs():
+    """Drawing only the pairs near the threshold gives the intervals of drawing all."""
+    generator = np.random.default_rng(6)
+    cosines, same, identities = people_with_difficulty(generator, 150, None)
+    every = intervals.pair_intervals(cosines, same, identities, far_levels=[0.1, 0.01], replicates=400)
+    many = intervals.ManyPairs(*identities.T, same, replicates=400).tar_intervals(cosines, [0.1, 0.01])
+    for far, interval in every.tar.items():
+        assert many[far].value == interval.value
+        assert (many[far].low, many[far].high) == pytest.approx((interval.low, interval.high), abs=0.01)

@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from scipy import sparse, special
 
 from verification.metrics import CONFIDENCE, VerificationResult, worst_scores
 
@@ -220,6 +220,54 @@ def detection_intervals(
     return dict(zip(fpir_levels, found, strict=True))
 
 
+class ManyPairs:
+    """TAR at FAR of millions of pairs of the same people, for any number of models.
+
+    first, second: int [P], whose the two sides of each pair are, from 0; a pair is weighted as one of one person where
+    they are equal. same: bool [P]. Only the impostor pairs near and above a threshold are drawn one by one; the others
+    enter through their total weight, which one product with the matrix of how often any two people meet gives for all
+    replicates. Where it would take too long there are fewer replicates, at least 100 (their number is reported).
+    """
+
+    _EFFORT = 200_000_000  # pairs times replicates
+
+    def __init__(
+        self, first: ArrayLike, second: ArrayLike, same: ArrayLike, *, replicates: int = REPLICATES, seed: int = 0
+    ) -> None:
+        self.first, self.second = np.asarray(first, np.int64), np.asarray(second, np.int64)
+        self.same = np.asarray(same, bool)
+        self.count = int(max(self.first.max(), self.second.max())) + 1
+        self.replicates, self.seed = replicates, seed
+        self.drawn = multiplicities(self.count, replicates, np.random.default_rng(seed))
+        impostor = np.flatnonzero(~self.same)
+        places = self.first[impostor], self.second[impostor]
+        meetings = sparse.coo_array((np.ones(len(impostor)), places), (self.count, self.count)).tocsr()
+        self.totals = np.empty(replicates)
+        for start in range(0, replicates, 100):
+            drawn = self.drawn[:, start : start + 100].astype(np.float64)
+            self.totals[start : start + 100] = np.einsum("pb,pb->b", drawn, meetings @ drawn)
+
+    def tar_intervals(self, scores: ArrayLike, far_levels: Sequence[float]) -> dict[float, Interval]:
+        """Intervals of TAR at each resolved FAR, from scores float [P] without NaN."""
+        values = np.asarray(scores, np.float64)
+        return {far: self._tar_interval(values, far) for far in far_levels}
+
+    def _tar_interval(self, scores: Floats, far: float) -> Interval:
+        impostors = scores[~self.same]
+        wanted = min(len(impostors), int(1.5 * far * len(impostors)) + 2000)
+        least = np.partition(impostors, len(impostors) - wanted)[len(impostors) - wanted]
+        rows = np.flatnonzero(self.same | (scores >= least))
+        first, second, same = self.first[rows], self.second[rows], self.same[rows]
+        alone = ~same & (first == second)  # an impostor pair of one person: the lists contradict themselves
+        rows, first, second, same = (part[~alone] for part in (rows, first, second, same))
+        second = np.where(same, first, second)
+        rest = _Rest(self.drawn, self.totals, int((~self.same).sum()))
+        people = _People.of_numbers(self.count, first, second, rest)
+        statistic = _TarAtFar(np.append(scores[rows], -np.inf), np.append(same, False), [far])
+        replicates = min(self.replicates, max(100, self._EFFORT // len(rows)))
+        return _intervals(statistic, people, replicates, self.seed)[0]
+
+
 def compare(
     correct_a: ArrayLike,
     correct_b: ArrayLike,
@@ -264,13 +312,15 @@ def multiplicities(people: int, replicates: int, generator: np.random.Generator)
 class _People:
     """Who is in each row (pair or probe): `first` and `second` int [n]; `second` is -1 for a row of one person.
 
-    `dyad` int [n] numbers the different pairs of people; -1 for a row of one person.
+    `dyad` int [n] numbers the different pairs of people; -1 for a row of one person. `rest`: None, or what stands in
+    the last row for all impostor pairs that have none of their own.
     """
 
     count: int
     first: NDArray[np.int64]
     second: NDArray[np.int64]
     dyad: NDArray[np.int64]
+    rest: "_Rest | None" = None
 
     @staticmethod
     def of_pairs(identities: ArrayLike, same: NDArray[np.bool_]) -> "_People":
@@ -278,10 +328,18 @@ class _People:
         first, second = number.reshape(-1, 2).T.astype(np.int64)
         if len(first) != len(same) or not np.array_equal(first == second, same):
             raise ValueError("identities do not fit the pairs: a pair is of one person if both sides are equal")
-        low, high = np.minimum(first, second), np.maximum(first, second)
-        dyad = np.full(len(same), -1)
-        dyad[~same] = np.unique(low[~same] * len(names) + high[~same], return_inverse=True)[1].reshape(-1)
-        return _People(len(names), first, np.where(same, -1, second), dyad)
+        return _People.of_numbers(len(names), first, second)
+
+    @staticmethod
+    def of_numbers(
+        count: int, first: NDArray[np.int64], second: NDArray[np.int64], rest: "_Rest | None" = None
+    ) -> "_People":
+        """Rows of one person where `first` and `second` are equal."""
+        two = np.flatnonzero(first != second)
+        low, high = np.minimum(first[two], second[two]), np.maximum(first[two], second[two])
+        dyad = np.full(len(first), -1)
+        dyad[two] = np.unique(low * count + high, return_inverse=True)[1].reshape(-1)
+        return _People(count, first, np.where(first == second, -1, second), dyad, rest)
 
     @staticmethod
     def of_probes(identities: ArrayLike) -> "_People":
@@ -289,12 +347,21 @@ class _People:
         alone = np.full(number.size, -1)
         return _People(len(names), number.reshape(-1).astype(np.int64), alone, alone)
 
-    def weights(self, drawn: NDArray[np.uint16]) -> Floats:
-        """float64 [n, b] of drawn people [people, b]."""
+    def draw(self, start: int, size: int, generator: np.random.Generator) -> NDArray[np.uint16]:
+        """How often each person is drawn in replicates from `start` on, [people, size]."""
+        if self.rest is not None:
+            return self.rest.drawn[:, start : start + size]
+        return multiplicities(self.count, size, generator)
+
+    def weights(self, start: int, drawn: NDArray[np.uint16]) -> Floats:
+        """float64 [n, b] of drawn people [people, b], the replicates from `start` on."""
         weights = drawn[self.first].astype(np.float64)
         two = np.flatnonzero(self.second >= 0)
         weights[two] *= drawn[self.second[two]]
-        return weights
+        if self.rest is None:
+            return weights
+        others = self.rest.totals[start : start + drawn.shape[1]] - weights[two].sum(axis=0)
+        return np.concatenate([weights, others[None]])
 
     def weights_apart(self, drawn: NDArray[np.uint16], generator: np.random.Generator) -> Floats:
         """float64 [n, b]: rows of one person by drawn people [people, b], every two people by a draw of their own."""
@@ -302,7 +369,28 @@ class _People:
         two = np.flatnonzero(self.second >= 0)
         dyads = generator.poisson(1.0, size=(int(self.dyad.max()) + 1, drawn.shape[1])).astype(np.uint16)
         weights[two] = dyads[self.dyad[two]]
-        return weights
+        if self.rest is None:
+            return weights
+        return np.concatenate([weights, np.full((1, drawn.shape[1]), float(self.rest.pairs - len(two)))])
+
+    @property
+    def ones(self) -> Floats:
+        """float64 [n, 1]: everybody drawn once."""
+        weights = np.ones((len(self.first), 1))
+        if self.rest is None:
+            return weights
+        others = self.rest.pairs - np.count_nonzero(self.second >= 0)
+        return np.concatenate([weights, np.full((1, 1), float(others))])
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """Impostor pairs without a row of their own: drawn people [people, b], the weights of all `pairs` impostor pairs
+    together in each replicate, float64 [b]."""
+
+    drawn: NDArray[np.uint16]
+    totals: Floats
+    pairs: int
 
 
 Statistic = Callable[[Floats], Floats]
@@ -318,30 +406,30 @@ class _Bootstrap:
         self._chunk = max(1, _CHUNK // max(len(people.first), people.count))
         generator = np.random.default_rng(seed)
 
-        def draw(size: int) -> NDArray[np.uint16]:
-            return multiplicities(people.count, size, generator)
-
-        self.values = statistic(np.ones((len(people.first), 1)))[:, 0]
-        self.replicas = self._collect(replicates, lambda size: statistic(people.weights(draw(size))))
+        self.values = statistic(people.ones)[:, 0]
+        self.replicas = self._collect(
+            replicates, lambda start, size: statistic(people.weights(start, people.draw(start, size, generator)))
+        )
         self.apart = None
         if (people.dyad < 0).all():
             return
         everybody_once = np.ones((people.count, 1), np.uint16)
         self.apart = self._collect(
-            max(replicates // 2, 1), lambda size: statistic(people.weights_apart(draw(size), generator))
+            max(replicates // 2, 1),
+            lambda start, size: statistic(people.weights_apart(people.draw(start, size, generator), generator)),
         )
         dyads = self._collect(
-            _SECOND_DRAW,
-            lambda size: statistic(people.weights_apart(everybody_once.repeat(size, axis=1), generator)),
+            min(_SECOND_DRAW, max(replicates // 2, 2)),
+            lambda _, size: statistic(people.weights_apart(everybody_once.repeat(size, axis=1), generator)),
         )
         total = np.nanvar(self.replicas, axis=1)
         share = 1 - 2 * _share(np.nanvar(dyads, axis=1), total)
         factor = np.sqrt(np.clip(np.where(total > 0, share, 1.0), 1 / 3, 1.0))
         self.replicas = self.values[:, None] + factor[:, None] * (self.replicas - self.values[:, None])
 
-    def _collect(self, replicates: int, figures: Callable[[int], Floats]) -> Floats:
-        sizes = [min(self._chunk, replicates - start) for start in range(0, replicates, self._chunk)]
-        return np.concatenate([figures(size) for size in sizes], axis=1)
+    def _collect(self, replicates: int, figures: Callable[[int, int], Floats]) -> Floats:
+        starts = range(0, replicates, self._chunk)
+        return np.concatenate([figures(start, min(self._chunk, replicates - start)) for start in starts], axis=1)
 
     def percentiles(self, row: int) -> tuple[float, float]:
         """The outer ones of both kinds of replicas of figure `row`."""
