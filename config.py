@@ -530,6 +530,35 @@ class MakeBin(PhotoFaces):
 
 
 @dataclass
+class IjbEval(Model):
+    """ijb_eval.py: IJB-B and IJB-C."""
+
+    checkpoint: str | None = option(
+        None, "the model, as lfw_eval.py takes it; not with --features", group="model", metavar="FILE"
+    )
+    ijb: Path = option(
+        REQUIRED, "folder of IJB-B or IJB-C: meta/ and, unless --features, loose_crop/", group="data", metavar="DIR"
+    )
+    features: Path | None = option(
+        None,
+        "features made elsewhere: an .npz with embs and embs_f, in the order of the list",
+        group="data",
+        metavar="FILE",
+    )
+    protocol: list[str] = option(["1:1", "1:N"], "what to measure", group="data", choices=("1:1", "1:N"))
+    out: Path = option(REQUIRED, "folder of results.json, the ROC and the features", group="results", metavar="DIR")
+    replicates: int = option(
+        1000, "draws of people behind the intervals by person", group="results", metavar="N", at_least=100
+    )
+    save_scores: bool = option(
+        False, "also write scores.npz, float64 [pairs] by treatment in the order of the list", group="results"
+    )
+    workers: int | None = option(
+        None, "threads that cut crops; none means one per CPU", group="machine", metavar="N", at_least=0
+    )
+
+
+@dataclass
 class Extract:
     """Stage 1: what a data set came as -> a folder of original photos per identity."""
 

@@ -171,9 +171,12 @@ def _numbers(path: Path, source: "list[list[str]] | bytes", kind: type, *, heade
         text, lines, columns = source, source.count(b"\n") + (not source.endswith(b"\n")), 3
     else:
         text, lines, columns = " ".join(map(" ".join, source)).encode(), len(source), len(source[0])
-    with warnings.catch_warnings():  # what is left over is noticed by its number
+    with warnings.catch_warnings():  # text that is no number: NumPy warns and stops, or raises
         warnings.simplefilter("ignore", DeprecationWarning)
-        values = np.fromstring(text, kind, sep=" ")
+        try:
+            values = np.fromstring(text, kind, sep=" ")
+        except ValueError:
+            values = np.zeros(0, kind)
     if len(values) == lines * columns and lines:
         return values.reshape(lines, columns)
     rows = [line.split() for line in source.decode("utf-8", "replace").split("\n")] if source is text else source

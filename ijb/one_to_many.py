@@ -24,6 +24,7 @@ RANKS = (1, 5, 10)
 FPIR_LEVELS = (1e-4, 1e-3, 1e-2, 1e-1)
 # The points of the printed curve: 10^-4, four tenths of a decade apart times ten, and 1.
 CURVE = (*(10.0 ** (-4 + i / 25) for i in range(100)), 1.0)
+_NEVER = 1 << 30  # templates ahead of a mate that cannot be compared
 _PROBES = 512  # probes that are scored against a gallery together
 
 
@@ -127,8 +128,8 @@ def against(
     lost = np.isnan(wanted[:, 0])
     own, best, ahead, level, later = _compare(wanted, np.nan_to_num(enrolled), np.isnan(enrolled[:, 0]), mate)
     own[lost], best[lost] = -np.inf, np.inf
-    ahead[lost] = len(enrolled)
     mated = mate >= 0
+    ahead[mated & (own == -np.inf)] = _NEVER
     others = np.sort(best[~mated])[::-1]
     ranks = (1 + ahead + level)[mated]
     printed_ranks = (1 + ahead + later)[mated]

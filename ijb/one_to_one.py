@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import sparse
 
 from ijb import kernels
-from ijb.lists import Pairs
+from ijb.lists import Pairs, People
 from ijb.templates import Templates, Treatment, run_threads
+from verification.intervals import Interval, ManyPairs
 from verification.metrics import OperatingPoint, point_at
 
 FAR_LEVELS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -25,12 +27,17 @@ _PAIRS = 1 << 16  # of a thread's task
 
 @dataclass(frozen=True)
 class Verification:
-    """1:1 under one treatment. printed: TAR by FAR as public code prints it. points: FAR not exceeded."""
+    """1:1 under one treatment.
+
+    printed: TAR by FAR as public code prints it, and `area` under that curve. points: FAR not exceeded; by_identity:
+    intervals of the TAR of the resolved ones.
+    """
 
     treatment: Treatment
     printed: dict[float, float]
     area: float
     points: list[OperatingPoint]
+    by_identity: dict[float, Interval]
 
 
 class PairScorer:
@@ -64,11 +71,40 @@ class PairScorer:
 
 
 def verification(
-    scores: np.ndarray, same: np.ndarray, treatment: Treatment, far_levels: Sequence[float] = FAR_LEVELS
+    scores: np.ndarray,
+    same: np.ndarray,
+    treatment: Treatment,
+    far_levels: Sequence[float] = FAR_LEVELS,
+    people: ManyPairs | None = None,
 ) -> Verification:
-    """Both columns from the scores float64 [P] of all pairs, of which `same` bool [P] are of one person."""
+    """Both columns from the scores float64 [P] of all pairs, of which `same` bool [P] are of one person; `people` says
+    whose they are, for the intervals by identity."""
     genuine, impostor = (np.sort(scores[kind])[::-1] for kind in (same, ~same))
     targets = np.array(far_levels, np.float64)
     tars, area = kernels.nearest_points(genuine, impostor, targets)
     points = [point_at(genuine, impostor, far) for far in far_levels]
-    return Verification(treatment, dict(zip(far_levels, tars.tolist(), strict=True)), float(area), points)
+    by_identity = {}
+    if people is not None:
+        by_identity = people.tar_intervals(scores, [point.far for point in points if point.resolved])
+    printed = dict(zip(far_levels, tars.tolist(), strict=True))
+    return Verification(treatment, printed, float(area), points, by_identity)
+
+
+def identities(pairs: Pairs, templates: Templates, known: Sequence[People]) -> np.ndarray:
+    """Whose each template is, int64 [T] from 0.
+
+    Templates are of one person if a genuine pair or a list of 1:N says so; a template that is in neither is a person of
+    its own.
+    """
+    count = len(templates.numbers)
+    first, second = templates.rows(pairs.first[pairs.same]), templates.rows(pairs.second[pairs.same])
+    links = [(first, second)]
+    rows = np.concatenate([templates.rows(people.templates) for people in known] or [np.zeros(0, int)])
+    if len(rows):
+        subjects = np.unique(np.concatenate([people.subjects for people in known]), return_inverse=True)[1]
+        order = np.argsort(subjects, kind="stable")
+        neighbours = subjects[order][1:] == subjects[order][:-1]
+        links.append((rows[order][:-1][neighbours], rows[order][1:][neighbours]))
+    left, right = (np.concatenate(side) for side in zip(*links, strict=True))
+    graph = sparse.coo_array((np.ones(len(left), bool), (left, right)), (count, count))
+    return sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
