@@ -452,10 +452,49 @@ class LfwEval(Model, PhotoFaces):
         above=0,
         below=1,
     )
+    groups: list[str] = option(
+        [],
+        "error rates by group: columns of the list of pairs or of --attributes; numbers become thirds, or ranges with "
+        "borders, as in age:30,50",
+        group="groups",
+        metavar="COLUMN",
+    )
+    attributes: list[Path] = option(
+        [],
+        "tables with a column file or identity and others; none means truth.tsv and identities.tsv in --lfw, if there",
+        group="groups",
+        metavar="FILE",
+    )
+    threshold: float | None = option(
+        None,
+        "the one threshold, an angle in degrees; none means that of the smallest --far with 30 false accepts, else the "
+        "best",
+        group="groups",
+        metavar="DEGREES",
+        above=0,
+        below=180,
+    )
     out: Path = option(REQUIRED, "folder of results.json and the pictures", group="results", metavar="DIR")
     sheet: int = option(
         12, "false accepts, and false rejects, shown on the sheet", group="results", metavar="N", at_least=1
     )
+
+
+@dataclass
+class Compare:
+    """compare.py: two models on the same pairs."""
+
+    results: list[Path] = option(
+        REQUIRED,
+        "results.json of lfw_eval.py, or its folder, of model A and of model B",
+        metavar="FILE",
+        positional=True,
+    )
+    far: list[float] = option(
+        [1e-2, 1e-3, 1e-4], "false accept rates at which true accept rates are compared", above=0, below=1
+    )
+    seed: int = option(0, "decides which people the replicates draw")
+    out: Path | None = option(None, "folder for comparison.json", metavar="DIR")
 
 
 @dataclass

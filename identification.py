@@ -29,7 +29,7 @@ import plotting
 import utils
 from embedding import Embedder, open_embedder
 from formats.tables import escape
-from options import parse
+from options import parse, plain_options
 from utils import InputError
 from verification import identification
 from verification.all_pairs import AllPairs, Side, Summary, people_needed, summarise
@@ -80,7 +80,6 @@ def main() -> None:
         "open_set": opened,
         "notes": [note for source in sources for note in source.notes] + notes,
         "seed": options.seed,
-        "environment": utils.environment(),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     _write_tables(options.out, sources, summary)
@@ -88,6 +87,7 @@ def main() -> None:
     draw_worst(options, sources, summary, embedder, cache)
     if options.scores is not None:
         write_scores(options.scores, sources, pairs)
+    utils.write_json(options.out / "run.json", {"options": plain_options(options), "environment": utils.environment()})
     utils.write_json(options.out / "results.json", results)
     print(table(results))
     print(f"\n{options.out / 'results.json'}; curves, photos.tsv, pairs.tsv and the worst pairs beside it")

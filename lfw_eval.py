@@ -9,16 +9,21 @@ a sheet of the worst errors and the list of all of them. Faces and features are 
 command goes on where an interrupted run stopped, and a second model needs no second detection.
 """
 
-import re
 import sys
 
 import config
 import utils
 from embedding import open_embedder
-from options import parse
+from options import parse, plain_options
 from utils import InputError
+from verification.attributes import as_groups, parse_column, read_attributes
 from verification.features import verify
-from verification.report import report, table, write_set
+from verification.groups import Groups, by_group
+from verification.groups import draw as draw_groups
+from verification.groups import table as groups_table
+from verification.metrics import VerificationResult
+from verification.report import intervals_text, report, table, write_set
+from verification.scores import plain_name, stems, write_scores
 from verification.sets import VerificationSet, open_set
 
 
@@ -46,10 +51,19 @@ def main() -> None:
         for path in ([options.lfw] if options.lfw else []) + options.bin
     ]
     results = [verify(embedder, pairs, cache_dir=cache, far_levels=options.far) for pairs in sets]
-    for stem, pairs, result in zip(_stems(sets), sets, results, strict=True):
+    content = report(embedder, sets, results)
+    groups = [_groups(options, pairs, result) for pairs, result in zip(sets, results, strict=True)]
+    for stem, pairs, result, entry, found in zip(stems(sets), sets, results, content["sets"], groups, strict=True):
         write_set(options.out, stem, pairs, result, embedder.name, most=options.sheet)
-    utils.write_json(options.out / "results.json", report(embedder, sets, results))
+        write_scores(options.out, stem, pairs, result)
+        for one in found:
+            draw_groups(options.out / f"{stem}-groups-{plain_name(one.column)}", one, f"{pairs.name}, {embedder.name}")
+            entry.setdefault("groups", []).append(one.to_json())
+    utils.write_json(options.out / "run.json", {"options": plain_options(options), "environment": utils.environment()})
+    utils.write_json(options.out / "results.json", content)
     print(table(embedder, results))
+    for text in (intervals_text(content), *(groups_table(one) for found in groups for one in found)):
+        print(f"\n{text}" if text else "")
     print(f"\n{options.out / 'results.json'}; pictures and wrong pairs beside it")
 
 
@@ -70,18 +84,30 @@ def _check(options: config.LfwEval) -> None:
             raise InputError(f"--{name} {folder}: is a file, not a folder")
 
 
-def _stems(sets: list[VerificationSet]) -> list[str]:
-    """A file name for each set: its own name without what file systems dislike, numbered where two are the same."""
-    stems: list[str] = []
-    for pairs in sets:
-        plain = re.sub(r"[^\w.+-]+", "_", pairs.name).strip("._") or "set"
-        count = 1
-        stem = plain
-        while stem.lower() in (other.lower() for other in stems):
-            count += 1
-            stem = f"{plain}-{count}"
-        stems.append(stem)
-    return stems
+def _groups(options: config.LfwEval, pairs: VerificationSet, result: VerificationResult) -> list[Groups]:
+    """Error rates by each column of --groups that is known of this set."""
+    if not options.groups:
+        return []
+    tables = list(options.attributes)
+    if not tables and options.lfw is not None:  # what synthesize.py writes
+        tables = [path for path in (options.lfw / "truth.tsv", options.lfw / "identities.tsv") if path.is_file()]
+    known = read_attributes(tables)
+    sides = None if pairs.identities is None else pairs.identities[pairs.pairs]
+    found = []
+    for text in options.groups:
+        column, borders = parse_column(text)
+        if column in pairs.columns:
+            values = [value for side in (0, 1) for value in (pair[side] for pair in pairs.columns[column])]
+        elif pairs.photos is not None and column in known.columns():
+            of = [known.value(photo, column) for photo in pairs.photos]
+            values = [of[photo] for side in (0, 1) for photo in pairs.pairs[:, side]]
+        else:
+            there = ", ".join([*pairs.columns, *(known.columns() if pairs.photos is not None else [])]) or "none"
+            raise InputError(f"--groups {column}: {pairs.name} has no such column (there are: {there})")
+        names = as_groups(values, borders)
+        both = list(zip(names[: len(pairs.same)], names[len(pairs.same) :], strict=True))
+        found.append(by_group(result, sides, column, both, options.threshold))
+    return found
 
 
 if __name__ == "__main__":

@@ -250,6 +250,17 @@ def _configured(stage: type, path: Path) -> dict[str, Any]:
     return values
 
 
+def plain_options(options: Any) -> dict[str, Any]:
+    """The options of a stage as JSON and checkpoints can hold them; `--config` reads them back from a run.json."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value if isinstance(value, bool | int | float | str | type(None)) else str(value)
+
+    return {field.name: plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
+
+
 def _config_named_on(argv: Sequence[str]) -> Path | None:
     """The file of the last --config on a command line that is not checked yet."""
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import utils
 from config import Train
+from options import plain_options
 from training.distributed import World, restore_statistics
 from training.run import Run, State, Sums
 from utils import InputError
@@ -235,14 +236,3 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
     utils.fsync_directory(target.parent)
-
-
-def plain_options(options: Train) -> dict[str, Any]:
-    """The options as JSON and checkpoints can hold them."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value if isinstance(value, bool | int | float | str | type(None)) else str(value)
-
-    return {field.name: plain(getattr(options, field.name)) for field in dataclasses.fields(options)}

@@ -19,6 +19,8 @@ import plotting
 import utils
 from cropping.photos import PhotoError, read_photo
 from embedding import Embedder
+from verification import scores
+from verification.intervals import result_intervals
 from verification.metrics import (
     OperatingPoint,
     VerificationResult,
@@ -67,7 +69,10 @@ def report(
     """The whole results.json: the model with its hash, and every figure of every set with the hash of its data."""
     return {
         "model": embedder.describe(),
-        "sets": [_set_report(embedder, pairs, result) for pairs, result in zip(sets, results, strict=True)],
+        "sets": [
+            _set_report(embedder, pairs, result) | {"scores": scores.describe(stem, pairs, result)}
+            for stem, pairs, result in zip(scores.stems(sets), sets, results, strict=True)
+        ],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -90,10 +95,30 @@ def _set_report(embedder: Embedder, pairs: VerificationSet, result: Verification
         }
         for index in np.flatnonzero(pairs.missing_pairs())
     ]
+    people = pairs.identities
+    entry["by_identity"] = None if people is None else result_intervals(result, people[pairs.pairs]).to_json()
     own = own_threshold(embedder)
     if own is not None:
         entry["model_threshold"] = threshold_json(own) | rates_at(own, result)
     return entry
+
+
+def intervals_text(content: dict[str, Any]) -> str:
+    """The intervals by person of a results.json, a line for each set and figure."""
+    lines = []
+    for entry in content["sets"]:
+        found = entry["by_identity"]
+        if found is None:
+            continue
+        rows = [("accuracy", found["accuracy"]), ("EER", found["eer"])]
+        rows += [(f"TAR at FAR {far}", row) for far, row in found["tar_at_far"].items()]
+        rows = [(label, row) for label, row in rows if row is not None]
+        if rows:
+            lines.append(f"{entry['name']}: 95 % intervals by person ({rows[0][1]['identities']} people)")
+        for label, row in rows:
+            low, high = row["interval_95"]
+            lines.append(f"  {label:<18} {_percent(row['value'])} [{100 * low:.2f} ... {100 * high:.2f}]")
+    return "\n".join(lines)
 
 
 def own_threshold(embedder: Embedder) -> float | None:

@@ -1,0 +1,147 @@
+"""Is one model better than another, or luckier? Two models on the same pairs.
+
+    python lfw_eval.py --checkpoint a.pt --lfw data/lfw --out results/a --cache results/cache
+    python lfw_eval.py --checkpoint b.pt --lfw data/lfw --out results/b --cache results/cache
+    python compare.py results/a/results.json results/b/results.json --out results/a-b
+
+Two tests for every set that both have measured (the same pairs and photos, by their hash; others are refused):
+McNemar's exact test, which takes pairs as independent, and a paired bootstrap by identity, which knows that pairs share
+people and is the one to believe. The last line is the sentence for a paper. With --out, comparison.json has everything.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import config
+import utils
+from options import parse
+from utils import InputError
+from verification.intervals import Comparison, compare, compare_rates, correct_pairs
+from verification.metrics import OperatingPoint, curve, evaluate, operating_point, worst_scores
+from verification.scores import Scores, read_scores
+
+
+@utils.command
+def main() -> None:
+    """Read both files, compare all common sets, say what that means."""
+    options = parse(config.Compare, __doc__)
+    if len(options.results) != 2:
+        raise InputError(f"two results.json are compared, not {len(options.results)}")
+    first, second = (read_scores(path) for path in options.results)
+    comparisons = [compare_sets(one, other, options) for one, other in common(first, second, options.results)]
+    names = [scores[0].model["name"] for scores in (first, second)]
+    if options.out is not None:
+        content = {
+            "kind": "comparison",
+            "a": {"results": str(options.results[0]), "model": first[0].model},
+            "b": {"results": str(options.results[1]), "model": second[0].model},
+            "sets": comparisons,
+            "seed": options.seed,
+            "environment": utils.environment(),
+        }
+        utils.write_json(options.out / "comparison.json", content)
+    print(f"A: {names[0]} ({options.results[0]})\nB: {names[1]} ({options.results[1]})")
+    for found in comparisons:
+        print("\n" + text(found))
+
+
+def common(first: list[Scores], second: list[Scores], paths: list[Path]) -> list[tuple[Scores, Scores]]:
+    """The sets that both have, by hash; InputError if a set of one name has other pairs, or there is none in common."""
+    by_name = {scores.entry["name"]: scores for scores in second}
+    found = []
+    for one in first:
+        other = by_name.get(one.entry["name"])
+        if other is None:
+            other = next((scores for scores in second if scores.entry["sha256"] == one.entry["sha256"]), None)
+        if other is None:
+            continue
+        if one.entry["sha256"] != other.entry["sha256"] or not np.array_equal(one.pairs, other.pairs):
+            raise InputError(
+                f"{one.entry['name']}: not the same pairs and photos (sha256 {one.entry['sha256'][:12]} in {paths[0]}, "
+                f"{other.entry['sha256'][:12]} in {paths[1]}); figures of different pairs cannot be compared"
+            )
+        found.append((one, other))
+    if not found:
+        names = [", ".join(scores.entry["name"] for scores in side) for side in (first, second)]
+        raise InputError(f"no set in common: {paths[0]} has {names[0]}; {paths[1]} has {names[1]}")
+    return found
+
+
+def compare_sets(one: Scores, other: Scores, options: config.Compare) -> dict[str, Any]:
+    """Both tests of accuracy, and of TAR at each FAR that the pairs resolve; ready for JSON."""
+    results = [
+        evaluate(scores.cosines, scores.same, one.folds, name=scores.entry["name"], far_levels=options.far)
+        for scores in (one, other)
+    ]
+    correct = [correct_pairs(result) for result in results]
+    if correct[0] is None or correct[1] is None:
+        raise InputError(f"{one.entry['name']}: pairs of one kind only; nothing to compare")
+    notes = []
+    sides = one.sides
+    if sides is None:
+        notes.append("nobody knows who is in the pairs: each pair is taken as two people of its own")
+        sides = np.arange(2 * len(one.same)).reshape(-1, 2)
+        sides[one.same, 1] = sides[one.same, 0]
+    accuracy = compare(correct[0], correct[1], one.same, sides, seed=options.seed)
+    tars = []
+    for far in options.far:
+        points = [operating_point(curve(scores.cosines, scores.same), far) for scores in (one, other)]
+        if all(point.resolved for point in points):
+            tars.append({"far": far, **_tar(points, one, other, sides, options.seed)})
+    found = {
+        "name": one.entry["name"],
+        "sha256": one.entry["sha256"],
+        "pairs": len(one.same),
+        "identities": accuracy.identities,
+        "accuracy": {"a": results[0].accuracy, "b": results[1].accuracy, **accuracy.to_json()},
+        "tar_at_far": tars,
+        "notes": notes,
+    }
+    return found | {"sentence": sentence(found, one.model["name"], other.model["name"])}
+
+
+def _tar(points: list[OperatingPoint], one: Scores, other: Scores, sides: np.ndarray, seed: int) -> dict[str, Any]:
+    genuine = one.same
+    accepted = [
+        worst_scores(scores.cosines, scores.same)[genuine] >= point.threshold
+        for scores, point in zip((one, other), points, strict=True)
+    ]
+    difference: Comparison = compare_rates(accepted[0], accepted[1], sides[genuine, 0], seed=seed)
+    return {"a": points[0].tar, "b": points[1].tar, **difference.to_json()}
+
+
+def sentence(found: dict[str, Any], a: str, b: str) -> str:
+    """What a reviewer wants to read."""
+    row = found["accuracy"]
+    low, high = (100 * end for end in row["interval_95"])
+    proven = row["p_by_identity"] < 0.05
+    better = a if row["difference"] > 0 else b
+    verdict = f"{better} is better" if proven else "no difference is proven"
+    return (
+        f"On {found['pairs']:,} pairs of {found['identities']:,} people ({found['name']}), {a} answers "
+        f"{100 * row['a']:.2f} % and {b} {100 * row['b']:.2f} % correctly, a difference of "
+        f"{100 * row['difference']:+.2f} points (95 % interval by identity {low:+.2f} to {high:+.2f}, "
+        f"p = {row['p_by_identity']:.2g}; McNemar's test on {row['only_a_correct']} against {row['only_b_correct']} "
+        f"pairs, p = {row['p_mcnemar']:.2g}): {verdict}."
+    )
+
+
+def text(found: dict[str, Any]) -> str:
+    """The figures of one set as text."""
+    lines = [f"{found['name']}: {found['pairs']} pairs, sha256 {found['sha256']}"]
+    rows = [("accuracy", found["accuracy"]), *((f"TAR at FAR {row['far']:g}", row) for row in found["tar_at_far"])]
+    for label, row in rows:
+        low, high = (100 * end for end in row["interval_95"])
+        lines.append(
+            f"  {label:<18} A {100 * row['a']:.2f} %  B {100 * row['b']:.2f} %  A - B {100 * row['difference']:+.2f} "
+            f"[{low:+.2f} ... {high:+.2f}] by identity, p = {row['p_by_identity']:.2g}; McNemar "
+            f"{row['only_a_correct']} : {row['only_b_correct']}, p = {row['p_mcnemar']:.2g}"
+        )
+    return "\n".join([*lines, *(f"  {note}" for note in found["notes"]), "", found["sentence"]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
