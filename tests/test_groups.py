@@ -93,7 +93,7 @@ def test_tables_by_photo_and_by_person(tmp_path):
     second = tmp_path / "people.csv"
     second.write_text("name;skin\nA;dark\nB;light\n")
     known = read_attributes([first, second])
-    assert known.columns() == ["grey", "identity", "skin", "years"]
+    assert known.columns() == ["grey", "skin", "years"]
     photo = tmp_path / "lfw" / "photos" / "A" / "A_1.jpg"
     assert (known.value(photo, "years"), known.value(photo, "skin"), known.value(photo, "tall")) == ("31.5", "dark", "")
     assert known.value(photo.with_name("A_2.jpg"), "skin") == "dark"
