@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import identification as script
-from formats.crop_sets import identity_names, open_crops, write_crops
+from formats.crop_sets import open_crops, write_crops
 from formats.tables import write_identities
 from utils import InputError
 from verification import identification
@@ -169,7 +169,7 @@ def test_records_are_split_by_people(tmp_path):
     report = split(tmp_path / "all", tmp_path / "out", 2)
     left = open_crops(tmp_path / "out" / "train")
     held = report["held_out"]["names"]
-    assert left.identities == 2 and identity_names(left) == [name for name in names if name not in held]
+    assert left.identities == 2 and list(left.identity_names) == [name for name in names if name not in held]
     found = [left.read(index)[0] for index in range(len(left))]
     found += [path.read_bytes() for path in sorted((tmp_path / "out" / "held-out").glob("*/*"))]
     assert sorted(found) == sorted(data for data, _ in items)

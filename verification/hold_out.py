@@ -20,7 +20,7 @@ import numpy as np
 
 import utils
 from cropping.photos import identity_of, list_photos
-from formats.crop_sets import CropSet, CropWriter, identity_names, open_crops
+from formats.crop_sets import CropSet, CropWriter, open_crops
 from formats.tables import escape, write_identities
 from utils import InputError
 
@@ -118,7 +118,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _split_records(source: Path, out: Path, count: int, seed: int) -> dict[str, Any]:
     crops: CropSet = open_crops(source)
-    names = identity_names(crops)
+    names = list(crops.identity_names)
     photos = np.bincount(crops.labels, minlength=crops.identities)
     held = choose(names, photos.tolist(), count, seed)
     folders = _folder_names([names[label] for label in held], held)
