@@ -38,6 +38,15 @@ class Train(Device):
         group="data",
         choices=("published", "strong", "none"),
     )
+    exclude: Path | None = option(
+        None,
+        "audit.tsv of these crops: what it drops is left out, and what it would move, unless --relabel",
+        group="data",
+        metavar="FILE",
+    )
+    relabel: bool = option(
+        False, "with --exclude: move crops to the identity they show, merge and split labels", group="data"
+    )
     skip_unreadable: bool = option(
         False, "replace unreadable crops by the next one and report them, instead of stopping", group="data"
     )
@@ -595,6 +604,55 @@ class IjbEval(Model):
     workers: int | None = option(
         None, "threads that cut crops; none means one per CPU", group="machine", metavar="N", at_least=0
     )
+
+
+@dataclass
+class Audit(Model):
+    """audit.py: what is wrong with a training set?"""
+
+    data: Path = option(REQUIRED, "training crops, as train.py takes them", group="data", metavar="PATH")
+    against: list[Path] = option(
+        [],
+        "test sets whose people should not be in --data: folders of a person each (photos or crops), .bin, RecordIO",
+        group="data",
+        metavar="PATH",
+    )
+    decisions: Path | None = option(
+        None, "decisions.tsv that the page of an earlier audit saved", group="data", metavar="FILE"
+    )
+    error_rate: float = option(
+        0.05,
+        "share of the findings about crops, and about two labels, that may be chance",
+        group="findings",
+        above=0,
+        at_most=0.5,
+    )
+    false_alarms: float = option(
+        0.01,
+        "share of people of a test set, of identities and of sure crops that may be taken for others by chance",
+        group="findings",
+        above=0,
+        at_most=0.2,
+    )
+    duplicates: bool = option(True, "look for the same photo twice", group="findings")
+    shifts: bool = option(False, "quality by the crop moved by 4 pixels, too: three times the work", group="findings")
+    quality_on: Path | None = option(
+        None, "verification set that says whether the signs of quality mean anything", group="findings", metavar="PATH"
+    )
+    far: float = option(1e-2, "false accept rate of the threshold for --quality-on", group="findings", above=0, below=1)
+    out: Path = option(REQUIRED, "folder of the tables, sheets, page and embeddings", group="results", metavar="DIR")
+
+
+@dataclass
+class AuditApply:
+    """audit.py apply: what an audit leaves, as a new set."""
+
+    data: Path = option(REQUIRED, "the crops that were audited", group="data", metavar="PATH")
+    audit: Path = option(REQUIRED, "the audit's folder, or its audit.tsv", group="data", metavar="PATH")
+    relabel: bool = option(
+        False, "also move crops to the identity they show, merge and split; without it they are left out", group="data"
+    )
+    out: Path = option(REQUIRED, "folder of the new set", group="results", metavar="DIR")
 
 
 @dataclass

@@ -33,6 +33,7 @@ import utils
 from config import Train
 from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
+from formats.selection import select
 from options import parse
 from training import checkpoints, distributed, monitor, reporting
 from training.augment import Augmentation
@@ -263,10 +264,12 @@ def open_run(options: Train, world: World) -> Run:
     """Open the data and the log: everything that does not change. Collective."""
     labelled = options.loss != "none"
     crops = crop_sets.open_training_set(options.data, skip_unreadable=options.skip_unreadable, labelled=labelled)
+    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=options.skip_unreadable)
+    if options.exclude is not None:
+        crops, fingerprint = select(crops, fingerprint, options.exclude, relabel=options.relabel)
     if options.decode == "gpu":
         data_gen.check_jpeg(crops)
     order = BatchOrder(len(crops), options.batch_size, options.seed, world.rank, world.size, options.accumulate)
-    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=options.skip_unreadable)
     world.check_same(fingerprint, f"{options.data}: the processes do not see the same crops there")
     data: dict[str, Any] = {"crops": len(crops), "identities": crops.identities, "fingerprint": fingerprint}
     log = monitor.RunLog(options.out / "log.txt" if world.is_main else None)
