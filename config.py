@@ -6,7 +6,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from networks.catalogue import NETWORKS
 from options import REQUIRED, Interval, option
 
 CROP_SIZE = 112  # pixels per side of every crop: the ArcFace template's (insightface, face_align.py)
@@ -58,7 +57,7 @@ class Train(Device):
         "r101",
         "r: SE-LResNet of the released family; mfn: MobileFaceNet; ir, mbf, vit: InsightFace's; adaface: AdaFace's",
         group="network",
-        choices=tuple(NETWORKS),
+        choices="networks.catalogue:NAMES",
     )
     use_se: bool = option(True, "squeeze-and-excitation in the networks of the released family", group="network")
     drop_path: float | None = option(
@@ -78,6 +77,35 @@ class Train(Device):
         below=1,
     )
     embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D", at_least=1)
+    init: str | None = option(
+        None,
+        "begin with the weights in this file: any that --checkpoint of lfw_eval.py takes, except ONNX",
+        group="fine-tuning",
+        metavar="FILE",
+    )
+    init_head: str | None = option(
+        None,
+        "where the centres begin: random, or means of each identity's embeddings; none means means with --init",
+        group="fine-tuning",
+        choices=("random", "means"),
+    )
+    freeze: list[str] = option(
+        ["none"],
+        "what is left as --init has it, with its batch norms: none, all of the network, or stages N: that many from "
+        "the input on",
+        group="fine-tuning",
+        metavar="PART",
+    )
+    freeze_epochs: float | None = option(
+        None,
+        "epochs after which --freeze ends; none means never",
+        group="fine-tuning",
+        metavar="EPOCHS",
+        above=0,
+    )
+    head_lr: float | None = option(
+        None, "full learning rate of the head; none means --lr", group="fine-tuning", metavar="LR", above=0
+    )
     loss: str = option("arcface", "the margin loss", group="loss", choices="training.losses:MEANINGS")
     margin: list[float] | None = option(
         None,
@@ -174,6 +202,12 @@ class Train(Device):
         group="optimiser",
         metavar="EPOCHS",
         at_least=0,
+    )
+    optimizer: str = option(
+        "sgd",
+        "sgd: with --momentum; adamw: for transformers, with rates near 1e-3 and --weight-decay near 0.1",
+        group="optimiser",
+        choices=("sgd", "adamw"),
     )
     momentum: float = option(0.9, "Nesterov momentum", group="optimiser", at_least=0, below=1)
     weight_decay: float = option(5e-4, "weight decay, on all parameters", group="optimiser", at_least=0)
