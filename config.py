@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from networks.catalogue import NETWORKS
 from options import REQUIRED, Interval, option
 
 CROP_SIZE = 112  # pixels per side of every crop: the ArcFace template's (insightface, face_align.py)
@@ -37,15 +38,6 @@ class Train(Device):
         group="data",
         choices=("published", "strong", "none"),
     )
-    exclude: Path | None = option(
-        None,
-        "audit.tsv of these crops: what it drops is left out, and what it would move, unless --relabel",
-        group="data",
-        metavar="FILE",
-    )
-    relabel: bool = option(
-        False, "with --exclude: move crops to the identity they show, merge and split labels", group="data"
-    )
     skip_unreadable: bool = option(
         False, "replace unreadable crops by the next one and report them, instead of stopping", group="data"
     )
@@ -57,7 +49,7 @@ class Train(Device):
         "r101",
         "r: SE-LResNet of the released family; mfn: MobileFaceNet; ir, mbf, vit: InsightFace's; adaface: AdaFace's",
         group="network",
-        choices="networks.catalogue:NAMES",
+        choices=tuple(NETWORKS),
     )
     use_se: bool = option(True, "squeeze-and-excitation in the networks of the released family", group="network")
     drop_path: float | None = option(
@@ -77,35 +69,6 @@ class Train(Device):
         below=1,
     )
     embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D", at_least=1)
-    init: str | None = option(
-        None,
-        "begin with the weights in this file: any that --checkpoint of lfw_eval.py takes, except ONNX",
-        group="fine-tuning",
-        metavar="FILE",
-    )
-    init_head: str | None = option(
-        None,
-        "where the centres begin: random, or means of each identity's embeddings; none means means with --init",
-        group="fine-tuning",
-        choices=("random", "means"),
-    )
-    freeze: list[str] = option(
-        ["none"],
-        "what is left as --init has it, with its batch norms: none, all of the network, or stages N: that many from "
-        "the input on",
-        group="fine-tuning",
-        metavar="PART",
-    )
-    freeze_epochs: float | None = option(
-        None,
-        "epochs after which --freeze ends; none means never",
-        group="fine-tuning",
-        metavar="EPOCHS",
-        above=0,
-    )
-    head_lr: float | None = option(
-        None, "full learning rate of the head; none means --lr", group="fine-tuning", metavar="LR", above=0
-    )
     loss: str = option("arcface", "the margin loss", group="loss", choices="training.losses:MEANINGS")
     margin: list[float] | None = option(
         None,
@@ -202,12 +165,6 @@ class Train(Device):
         group="optimiser",
         metavar="EPOCHS",
         at_least=0,
-    )
-    optimizer: str = option(
-        "sgd",
-        "sgd: with --momentum; adamw: for transformers, with rates near 1e-3 and --weight-decay near 0.1",
-        group="optimiser",
-        choices=("sgd", "adamw"),
     )
     momentum: float = option(0.9, "Nesterov momentum", group="optimiser", at_least=0, below=1)
     weight_decay: float = option(5e-4, "weight decay, on all parameters", group="optimiser", at_least=0)
@@ -641,52 +598,42 @@ class IjbEval(Model):
 
 
 @dataclass
-class Audit(Model):
-    """audit.py: what is wrong with a training set?"""
+class TinyfaceEval(Model):
+    """tinyface_eval.py: TinyFace."""
 
-    data: Path = option(REQUIRED, "training crops, as train.py takes them", group="data", metavar="PATH")
-    against: list[Path] = option(
-        [],
-        "test sets whose people should not be in --data: folders of a person each (photos or crops), .bin, RecordIO",
+    checkpoint: str | None = option(
+        None, "the model, as lfw_eval.py takes it; not with --features", group="model", metavar="FILE"
+    )
+    tinyface: Path | None = option(
+        None,
+        "folder of the photos: Probe/, Gallery_Match/, Gallery_Distractor/, or one above it, or all in one",
+        group="data",
+        metavar="DIR",
+    )
+    lists: Path | None = option(
+        None,
+        "folder of the lists (.mat, .txt) or a .json file of them; none means --tinyface",
         group="data",
         metavar="PATH",
     )
-    decisions: Path | None = option(
-        None, "decisions.tsv that the page of an earlier audit saved", group="data", metavar="FILE"
+    features: Path | None = option(
+        None, "features made elsewhere: an .npz with features and names", group="data", metavar="FILE"
     )
-    error_rate: float = option(
-        0.05,
-        "share of the findings about crops, and about two labels, that may be chance",
-        group="findings",
-        above=0,
-        at_most=0.5,
+    aligned: bool = option(False, "the photos are aligned crops already; no face is looked for", group="data")
+    detector_weights: Path | None = option(
+        None, "weights of the detector (.pth); none means the embedded ones", group="data", metavar="FILE"
     )
-    false_alarms: float = option(
-        0.01,
-        "share of people of a test set, of identities and of sure crops that may be taken for others by chance",
-        group="findings",
-        above=0,
-        at_most=0.2,
+    out: Path = option(REQUIRED, "folder of results.json and the features", group="results", metavar="DIR")
+    replicates: int = option(
+        1000, "draws of people behind the intervals by person", group="results", metavar="N", at_least=100
     )
-    duplicates: bool = option(True, "look for the same photo twice", group="findings")
-    shifts: bool = option(False, "quality by the crop moved by 4 pixels, too: three times the work", group="findings")
-    quality_on: Path | None = option(
-        None, "verification set that says whether the signs of quality mean anything", group="findings", metavar="PATH"
+    workers: int | None = option(
+        None,
+        "threads that read photos and find faces; none means one per CPU",
+        group="machine",
+        metavar="N",
+        at_least=0,
     )
-    far: float = option(1e-2, "false accept rate of the threshold for --quality-on", group="findings", above=0, below=1)
-    out: Path = option(REQUIRED, "folder of the tables, sheets, page and embeddings", group="results", metavar="DIR")
-
-
-@dataclass
-class AuditApply:
-    """audit.py apply: what an audit leaves, as a new set."""
-
-    data: Path = option(REQUIRED, "the crops that were audited", group="data", metavar="PATH")
-    audit: Path = option(REQUIRED, "the audit's folder, or its audit.tsv", group="data", metavar="PATH")
-    relabel: bool = option(
-        False, "also move crops to the identity they show, merge and split; without it they are left out", group="data"
-    )
-    out: Path = option(REQUIRED, "folder of the new set", group="results", metavar="DIR")
 
 
 @dataclass

@@ -9,8 +9,10 @@ after a kill, and a second run computes nothing. Price: 4 KB an image at 512 dim
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from utils import InputError
 
 FOLDER = "loose_crop"
 
+Cut = tuple[np.ndarray | None, Sequence[float]]  # a crop uint8 RGB [112, 112, 3], or None, and remarks on it
+
 
 def embed_images(
     lists: Lists, folder: Path, embedder: Embedder, cache: Path, workers: int | None = None
@@ -35,25 +39,53 @@ def embed_images(
 
     Images are numbered as in the lists. InputError if not a single one gives a feature.
     """
+    files = [folder / image for image in lists.images]
+
+    def cut(window: Sequence[int]) -> list[Cut]:
+        return [(_crop(lists, folder, number), ()) for number in window]
+
+    code = {"landmarks": _hash(lists.landmarks.tobytes()), "code": code_key(align, photos)}
+    rows = embed_all(files, cut, code, embedder, cache, lists.subset, workers)
+    gone = {number: _reason(lists, folder, number) for number in np.flatnonzero(np.isnan(rows[:, 0])).tolist()}
+    return ImageFeatures.of_rows(rows, gone), gone
+
+
+def embed_all(
+    files: Sequence[Path],
+    cut: Callable[[Sequence[int]], list[Cut]],
+    way: dict[str, Any],
+    embedder: Embedder,
+    cache: Path,
+    name: str,
+    workers: int | None = None,
+    remarks: int = 0,
+) -> np.ndarray:
+    """float32 [n, 2 D + remarks], mapped: each file's feature, that of its mirror image, and the numbers that `cut`
+    remarked on its crop. Rows of NaN have no crop or no finite feature; InputError if no other is there.
+
+    `cut` takes numbers of files to crops and is called by several threads; `way` (JSON) is what it depends on besides
+    the files.
+    """
     plain = embedder.with_preprocessing(mirror=False)
-    key = {
-        "model": plain.fingerprint,
-        "images": _hash("\0".join(lists.images).encode(), lists.landmarks.tobytes()),
-        "photos": _stamps(lists, folder),
-        "code": _hash(*(Path(module.__file__ or "").read_bytes() for module in (align, photos))),
-    }
+    key = {"model": plain.fingerprint, "files": _stamps(files), **way}
     place = cache / f"features-{_hash(repr(sorted(key.items())).encode())[:16]}"
-    store = EmbeddingStore(place, key, len(lists.images), 2 * embedder.dim)
+    store = EmbeddingStore(place, key, len(files), 2 * embedder.dim + remarks)
     todo = store.missing()
     if todo:
         numbers = [number for chunk in todo for number in store.numbers(chunk)]
-        crops = _crops(lists, folder, numbers, workers)
-        store.fill(todo, lambda part: _features(plain, crops, len(part)), f"{lists.subset}: features")
+        windows = faces.ordered_map(cut, faces.windows(numbers), utils.worker_count(workers))
+        crops = (crop for window in windows for crop in window)
+        store.fill(todo, lambda part: _features(plain, crops, len(part), store.dim), f"{name}: features")
     rows = store.values()
-    gone = {number: _reason(lists, folder, number) for number in np.flatnonzero(np.isnan(rows[:, 0])).tolist()}
-    if len(gone) == len(rows):
-        raise InputError(f"{folder}: not one of {len(rows)} images gives a feature; the first, {gone[0]}")
-    return ImageFeatures.of_rows(rows, gone), gone
+    if np.isnan(rows[:, 0]).all():
+        raise InputError(f"{files[0]}: neither this nor any of {len(files)} images gives a feature")
+    return rows
+
+
+def code_key(*modules: ModuleType) -> list[Any]:
+    """What stands for the code that cuts: a hash of the modules, versions of the libraries."""
+    libraries = utils.versions("opencv-python", "opencv-python-headless", "pillow")
+    return [utils.code_sha256(*(module.__file__ for module in modules)), libraries]
 
 
 def _hash(*parts: bytes) -> str:
@@ -63,29 +95,21 @@ def _hash(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _stamps(lists: Lists, folder: Path) -> str:
-    """A hash of the size and time of every photo."""
-    stamps = np.full((len(lists.images), 2), -1)
-    for number, image in enumerate(lists.images):
+def _stamps(files: Sequence[Path]) -> str:
+    """A hash of the name, size and time of every file."""
+    digest = hashlib.sha256()
+    for file in files:
         try:
-            status = os.stat(folder / image)  # noqa: PTH116 - half a million of them
-            stamps[number] = status.st_size, status.st_mtime_ns
+            status = os.stat(file)  # noqa: PTH116 - half a million of them
+            stamp = f"{status.st_size} {status.st_mtime_ns}"
         except OSError:  # missing: said later
-            continue
-    return _hash(stamps.tobytes())
-
-
-def _crops(lists: Lists, folder: Path, numbers: list[int], workers: int | None) -> Iterator[np.ndarray | None]:
-    """The crop of each image, uint8 RGB [112, 112, 3], or None, in order."""
-
-    def cut(window: list[int]) -> list[np.ndarray | None]:
-        return [_crop(lists, folder, number) for number in window]
-
-    for window in faces.ordered_map(cut, faces.windows(numbers), utils.worker_count(workers)):
-        yield from window
+            stamp = "missing"
+        digest.update(f"{file.name}\0{stamp}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _crop(lists: Lists, folder: Path, number: int) -> np.ndarray | None:
+    """The crop of an image, uint8 RGB [112, 112, 3]; None where it has none."""
     try:
         # The landmarks refer to the pixels as they are stored.
         return align_face(read_photo(folder / lists.images[number], orient=False), lists.landmarks[number])[..., ::-1]
@@ -105,19 +129,20 @@ def _reason(lists: Lists, folder: Path, number: int) -> str:
     return f"{image}: the network gives no finite feature"
 
 
-def _features(embedder: Embedder, crops: Iterator[np.ndarray | None], count: int) -> np.ndarray:
-    """float32 [count, 2 D] of the next crops; rows of NaN where there is no crop or no finite feature."""
-    rows = np.full((count, 2 * embedder.dim), np.nan, np.float32)
+def _features(embedder: Embedder, crops: Iterator[Cut], count: int, width: int) -> np.ndarray:
+    """float32 [count, width] of the next crops; rows of NaN where there is no crop or no finite feature."""
+    rows = np.full((count, width), np.nan, np.float32)
+    numbers = 2 * embedder.dim
     batch = np.zeros((count, CROP_SIZE, CROP_SIZE, 3), np.uint8)
     there = np.zeros(count, bool)
     for row in range(count):
-        crop = next(crops)
+        crop, rows[row, numbers:] = next(crops)
         if crop is not None:
             batch[row], there[row] = crop, True
     if there.any():
         found = batch[there]
-        rows[there] = np.hstack([embedder.features(found), embedder.features(found[:, :, ::-1])])
-        rows[~np.isfinite(rows).all(axis=1)] = np.nan
+        rows[there, :numbers] = np.hstack([embedder.features(found), embedder.features(found[:, :, ::-1])])
+    rows[~np.isfinite(rows).all(axis=1)] = np.nan
     return rows
 
 

@@ -504,11 +504,11 @@ def test_killed_it_goes_on(lfw_tree, tmp_path, monkeypatch):
 
     original = crops._features
 
-    def counted(plain, images, count):
+    def counted(plain, images, count, width):
         if len(seen) == 2:
             raise Killed
         seen.append(count)
-        return original(plain, images, count)
+        return original(plain, images, count, width)
 
     monkeypatch.setattr(crops, "_features", counted)
     with pytest.raises(Killed):

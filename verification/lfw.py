@@ -292,7 +292,7 @@ class CachedFinder:
     ) -> None:
         self.rule, self.weights, self.max_side = rule, weights, max_side
         self.device, self.cache_dir = device, cache_dir
-        self.detector = _detector_hash(weights, torch.device(device).type)
+        self.detector = detector_hash(weights, torch.device(device).type)
         self._lock = threading.Lock()
         self._finder: FaceFinder | None = None
 
@@ -346,7 +346,7 @@ def _stored_crops(path: Path, key: str) -> np.ndarray:
     return found["crops"]
 
 
-def _detector_hash(weights: str | Path | None, device: str) -> str:
+def detector_hash(weights: str | Path | None, device: str) -> str:
     """A hash of all that decides the crop of a photo, but for the rule."""
     digest = hashlib.sha256()
     for name, arrays in sorted(load_weights(weights).items()):
