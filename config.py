@@ -6,7 +6,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from networks.catalogue import NETWORKS
 from options import REQUIRED, Interval, option
 
 CROP_SIZE = 112  # pixels per side of every crop: the ArcFace template's (insightface, face_align.py)
@@ -38,6 +37,15 @@ class Train(Device):
         group="data",
         choices=("published", "strong", "none"),
     )
+    exclude: Path | None = option(
+        None,
+        "audit.tsv of these crops: what it drops is left out, and what it would move, unless --relabel",
+        group="data",
+        metavar="FILE",
+    )
+    relabel: bool = option(
+        False, "with --exclude: move crops to the identity they show, merge and split labels", group="data"
+    )
     skip_unreadable: bool = option(
         False, "replace unreadable crops by the next one and report them, instead of stopping", group="data"
     )
@@ -49,7 +57,7 @@ class Train(Device):
         "r101",
         "r: SE-LResNet of the released family; mfn: MobileFaceNet; ir, mbf, vit: InsightFace's; adaface: AdaFace's",
         group="network",
-        choices=tuple(NETWORKS),
+        choices="networks.catalogue:NAMES",
     )
     use_se: bool = option(True, "squeeze-and-excitation in the networks of the released family", group="network")
     drop_path: float | None = option(
@@ -69,6 +77,35 @@ class Train(Device):
         below=1,
     )
     embedding_size: int = option(512, "dimensions of the embedding", group="network", metavar="D", at_least=1)
+    init: str | None = option(
+        None,
+        "begin with the weights in this file: any that --checkpoint of lfw_eval.py takes, except ONNX",
+        group="fine-tuning",
+        metavar="FILE",
+    )
+    init_head: str | None = option(
+        None,
+        "where the centres begin: random, or means of each identity's embeddings; none means means with --init",
+        group="fine-tuning",
+        choices=("random", "means"),
+    )
+    freeze: list[str] = option(
+        ["none"],
+        "what is left as --init has it, with its batch norms: none, all of the network, or stages N: that many from "
+        "the input on",
+        group="fine-tuning",
+        metavar="PART",
+    )
+    freeze_epochs: float | None = option(
+        None,
+        "epochs after which --freeze ends; none means never",
+        group="fine-tuning",
+        metavar="EPOCHS",
+        above=0,
+    )
+    head_lr: float | None = option(
+        None, "full learning rate of the head; none means --lr", group="fine-tuning", metavar="LR", above=0
+    )
     loss: str = option("arcface", "the margin loss", group="loss", choices="training.losses:MEANINGS")
     margin: list[float] | None = option(
         None,
@@ -165,6 +202,12 @@ class Train(Device):
         group="optimiser",
         metavar="EPOCHS",
         at_least=0,
+    )
+    optimizer: str = option(
+        "sgd",
+        "sgd: with --momentum; adamw: for transformers, with rates near 1e-3 and --weight-decay near 0.1",
+        group="optimiser",
+        choices=("sgd", "adamw"),
     )
     momentum: float = option(0.9, "Nesterov momentum", group="optimiser", at_least=0, below=1)
     weight_decay: float = option(5e-4, "weight decay, on all parameters", group="optimiser", at_least=0)
@@ -595,6 +638,55 @@ class IjbEval(Model):
     workers: int | None = option(
         None, "threads that cut crops; none means one per CPU", group="machine", metavar="N", at_least=0
     )
+
+
+@dataclass
+class Audit(Model):
+    """audit.py: what is wrong with a training set?"""
+
+    data: Path = option(REQUIRED, "training crops, as train.py takes them", group="data", metavar="PATH")
+    against: list[Path] = option(
+        [],
+        "test sets whose people should not be in --data: folders of a person each (photos or crops), .bin, RecordIO",
+        group="data",
+        metavar="PATH",
+    )
+    decisions: Path | None = option(
+        None, "decisions.tsv that the page of an earlier audit saved", group="data", metavar="FILE"
+    )
+    error_rate: float = option(
+        0.05,
+        "share of the findings about crops, and about two labels, that may be chance",
+        group="findings",
+        above=0,
+        at_most=0.5,
+    )
+    false_alarms: float = option(
+        0.01,
+        "share of people of a test set, of identities and of sure crops that may be taken for others by chance",
+        group="findings",
+        above=0,
+        at_most=0.2,
+    )
+    duplicates: bool = option(True, "look for the same photo twice", group="findings")
+    shifts: bool = option(False, "quality by the crop moved by 4 pixels, too: three times the work", group="findings")
+    quality_on: Path | None = option(
+        None, "verification set that says whether the signs of quality mean anything", group="findings", metavar="PATH"
+    )
+    far: float = option(1e-2, "false accept rate of the threshold for --quality-on", group="findings", above=0, below=1)
+    out: Path = option(REQUIRED, "folder of the tables, sheets, page and embeddings", group="results", metavar="DIR")
+
+
+@dataclass
+class AuditApply:
+    """audit.py apply: what an audit leaves, as a new set."""
+
+    data: Path = option(REQUIRED, "the crops that were audited", group="data", metavar="PATH")
+    audit: Path = option(REQUIRED, "the audit's folder, or its audit.tsv", group="data", metavar="PATH")
+    relabel: bool = option(
+        False, "also move crops to the identity they show, merge and split; without it they are left out", group="data"
+    )
+    out: Path = option(REQUIRED, "folder of the new set", group="results", metavar="DIR")
 
 
 @dataclass

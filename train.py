@@ -5,7 +5,10 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train.py --data data/crops --out runs/r101                                         # on both of two machines
 
-With --resume the same command goes on after any interruption.
+With --resume the same command goes on after any interruption. With --init FILE it begins with somebody's weights, not
+with noise (docs/networks.md):
+
+    python train.py --data data/crops --network ir50 --init backbone.pth --lr 0.01 --head-lr 0.1 --out runs/tuned
 
 The defaults are the published recipe: ArcFace with margin 0.6 and scale 64, SGD with Nesterov momentum 0.9, weight
 decay 5e-4, batch 256, learning rate 0.1 divided by 10 at epochs 8, 16, 24, 32, gradient values clipped at 5, mirror
@@ -33,8 +36,9 @@ import utils
 from config import Train
 from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
+from formats.selection import select
 from options import parse
-from training import checkpoints, distributed, monitor, reporting
+from training import checkpoints, distributed, finetune, monitor, reporting
 from training.augment import Augmentation
 from training.distillation import Distillation, NoHead, OnlineTeacher, StoredTeacher, Teacher, open_teacher
 from training.distributed import World
@@ -66,7 +70,22 @@ def check_options(options: Train, world: World) -> None:
         distributed.check_compiler(world.device)
     if options.loss == "none" and options.teacher is None:
         raise InputError("--loss none: without a margin loss there has to be a --teacher to learn from")
+    check_beginning(options)
     check_out(options)
+
+
+def check_beginning(options: Train) -> None:
+    """Refuse what does not go together in fine-tuning."""
+    if options.init is None and options.init_head == "means":
+        raise InputError("--init-head means: the embeddings of a network without --init mean nothing")
+    if options.init is None and options.freeze != ["none"]:
+        raise InputError(f"--freeze {' '.join(options.freeze)}: there is nothing to keep without --init")
+    if options.freeze_epochs is not None and options.freeze == ["none"]:
+        raise InputError("--freeze-epochs: nothing is frozen; give --freeze all, or stages and a number")
+    if options.loss == "none" and options.freeze == ["all"]:
+        raise InputError("--freeze all: with --loss none there is nothing else to train")
+    if options.optimizer == "adamw" and options.sample_rate < 1:
+        raise InputError("--optimizer adamw: a sampled head (--sample-rate below 1) is updated by sgd only")
 
 
 def check_out(options: Train) -> None:
@@ -127,10 +146,17 @@ def build_head(options: Train, identities: int, schedule: Schedule, world: World
         raise InputError(str(error)) from error
 
 
-def build_optimizer(options: Train, *modules: nn.Module) -> torch.optim.SGD:
-    """What updates the network, a full head and a map to the teacher; a sampled head updates itself."""
+def build_optimizer(options: Train, network: nn.Module, head: nn.Module, *others: nn.Module) -> torch.optim.Optimizer:
+    """What updates the network, a map to the teacher among `others`, and a full head; a sampled head updates itself.
+
+    The second group, where there is one, is the head's.
+    """
+    groups = [[parameter for module in (network, *others) for parameter in module.parameters()], [*head.parameters()]]
+    parameters = [{"params": group} for group in groups if group]
+    if options.optimizer == "adamw":  # the other numbers are those of its paper (Loshchilov and Hutter, ICLR 2019)
+        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     return torch.optim.SGD(
-        [parameter for module in modules for parameter in module.parameters()],
+        parameters,
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
@@ -182,6 +208,26 @@ def loss_of(
     return loss + share, loss + distance, stats or by_teacher
 
 
+def begin_from(run: Run, state: State) -> None:
+    """Give the network the weights of --init, and the head the means of the identities. Collective."""
+    options, world, size = run.options, run.world, run.options.embedding_size
+    state.begun_from = finetune.load_weights(state.network, str(options.init), options.network, size)
+    digest = state.begun_from["sha256"]
+    world.check_same(digest, f"--init {options.init}: the processes do not see the same file there")
+    run.log(f"begins with {state.begun_from['network']} of {state.begun_from['file']} (SHA-256 {digest[:12]} ...)")
+    if options.init_head != "random" and isinstance(state.head, MarginHead):
+        key = {"weights": digest, "network": options.network, "crops": run.data["fingerprint"]}
+        skip = options.skip_unreadable
+        finetune.begin_with_means(state.head, state.network, run.crops, key, options.out, world, skip)
+
+
+def ready_to_train(state: State, freezing: finetune.Freezing, options: Train, world: World) -> Any:
+    """The network in training mode as far as it is not frozen now, behind data parallelism and compilation."""
+    freezing.apply(state.step)
+    model = distributed.data_parallel(state.network, world)
+    return torch.compile(model) if options.compile else model
+
+
 def gradient_norm(state: State, world: World) -> Tensor:
     """L2 norm of the whole gradient, a scalar on the device. Collective: each rank holds a part of the head's."""
     head = [p.grad for p in (*state.head.parameters(), *state.head.sampled_leaves()) if p.grad is not None]
@@ -200,10 +246,13 @@ def apply_gradients(state: State, options: Train, rate: float) -> None:
     if options.grad_clip > 0:
         parameters = [*replicated(state), *state.head.parameters(), *state.head.sampled_leaves()]
         nn.utils.clip_grad_value_(parameters, options.grad_clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    head_rate = rate if options.head_lr is None else rate * (options.head_lr / options.lr)
+    for group, group_rate in zip(state.optimizer.param_groups, (rate, head_rate), strict=False):
+        group["lr"] = group_rate
     state.optimizer.step()
-    state.head.step(rate, momentum=options.momentum, weight_decay=options.weight_decay, nesterov=options.momentum > 0)
+    state.head.step(
+        head_rate, momentum=options.momentum, weight_decay=options.weight_decay, nesterov=options.momentum > 0
+    )
     state.optimizer.zero_grad()
     state.head.zero_grad()
 
@@ -263,10 +312,12 @@ def open_run(options: Train, world: World) -> Run:
     """Open the data and the log: everything that does not change. Collective."""
     labelled = options.loss != "none"
     crops = crop_sets.open_training_set(options.data, skip_unreadable=options.skip_unreadable, labelled=labelled)
+    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=options.skip_unreadable)
+    if options.exclude is not None:
+        crops, fingerprint = select(crops, fingerprint, options.exclude, relabel=options.relabel)
     if options.decode == "gpu":
         data_gen.check_jpeg(crops)
     order = BatchOrder(len(crops), options.batch_size, options.seed, world.rank, world.size, options.accumulate)
-    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=options.skip_unreadable)
     world.check_same(fingerprint, f"{options.data}: the processes do not see the same crops there")
     data: dict[str, Any] = {"crops": len(crops), "identities": crops.identities, "fingerprint": fingerprint}
     log = monitor.RunLog(options.out / "log.txt" if world.is_main else None)
@@ -340,6 +391,7 @@ def save(run: Run, state: State, reporter: reporting.Reporter, *, epoch_ends: bo
         content = checkpoints.collect(run, state, statistics)
         if content is not None:
             checkpoints.write_last(run.options.out, content)
+            finetune.remove_leftovers(run.options.out)
             del content
             if epoch_ends:
                 reporting.publish(run, state)
@@ -357,10 +409,10 @@ def train(options: Train, world: World) -> int:
     teacher = prepare_teacher(run) if options.teacher is not None else None
     state = build(options, run.crops.identities, schedule, world, teacher)
     changes = resume(run, state) if options.resume else {}
-    model = distributed.data_parallel(state.network, world)
-    if options.compile:
-        model = torch.compile(model)
-    model.train()
+    if options.init is not None and state.step == 0:  # the first checkpoint is of a later step
+        begin_from(run, state)
+    freezing = finetune.Freezing(state.network, options.freeze, schedule.freeze_steps)
+    model = ready_to_train(state, freezing, options, world)
     begin(run, state, changes, amp)
     feeding = models.feeding_of(state.network)
 
@@ -379,6 +431,10 @@ def train(options: Train, world: World) -> int:
         saved_at = time.monotonic()
         while state.step < run.steps:
             step = state.step
+            if freezing.ends_at(step):
+                del model  # what it hung on the parameters has to go before another one comes
+                model = ready_to_train(state, freezing, options, world)
+                run.log(f"step {step}: nothing is frozen any more")
             state.head.margin = schedule.margin(step)
             torch.manual_seed(step_seed(options.seed, step, world.rank))
             total = torch.zeros((), device=world.device)
@@ -394,7 +450,8 @@ def train(options: Train, world: World) -> int:
                 if reporter.board and part == 0 and schedule.starts_epoch(step):
                     reporter.board.crops(step, data_gen.denormalise(inputs[:SAMPLE_CROPS], feeding))
                 last = part == options.accumulate - 1
-                with contextlib.nullcontext() if last or world.size == 1 else model.no_sync():
+                # A network that is frozen as a whole has no gradients to wait with.
+                with contextlib.nullcontext() if last else getattr(model, "no_sync", contextlib.nullcontext)():
                     with torch.autocast(world.device.type, torch.bfloat16, enabled=amp):
                         share, loss, stats = loss_of(state, model(inputs), labels, images, batch.indices)
                     (share / options.accumulate).backward()

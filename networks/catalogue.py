@@ -1,6 +1,6 @@
 """The networks by name: the only list of them, from which options, tests and benchmarks take theirs.
 
-Plain data that needs no PyTorch, so that config.py can offer the names at once.
+Plain data that needs no PyTorch, so that the names can be offered at once.
 """
 
 from collections.abc import Mapping
@@ -75,8 +75,4 @@ NETWORKS: dict[str, Entry] = {
     "adaface_ir_101": Entry("adaface", {"depths": (3, 13, 30, 3), "use_se": False}),
     "adaface_ir_se_50": Entry("adaface", {"depths": (3, 4, 14, 3), "use_se": True}),
 }
-
-
-def depths_of(family: str) -> set[tuple[int, ...]]:
-    """Blocks per stage of the networks of a residual family."""
-    return {entry.settings["depths"] for entry in NETWORKS.values() if entry.family == family}
+NAMES = tuple(NETWORKS)  # for config.py

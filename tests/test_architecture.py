@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BOTTOM = {"config", "options", "utils", "networks.catalogue"}  # the last is a table of names for config.py
+BOTTOM = {"config", "options", "utils"}
 
 
 @functools.cache

@@ -35,8 +35,16 @@ FREE_OPTIONS = frozenset(
 CHANGEABLE_OPTIONS = frozenset(
     "augment margin margin_warmup scale focal_gamma filter epochs lr schedule milestones warmup momentum weight_decay "
     "grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn drop_path token_mask teacher_weight "
-    "teacher_online".split()
+    "teacher_online freeze freeze_epochs head_lr".split()
 )
+
+# What SGD and AdamW keep for a parameter, by its name in a checkpoint.
+_KEPT = {
+    "momentum": "momentum_buffer",
+    "mean_gradients": "exp_avg",
+    "mean_squares": "exp_avg_sq",
+    "optimizer_steps": "step",
+}
 
 
 def collect(run: Run, state: State, statistics: Tensor | None) -> dict[str, Any] | None:
@@ -48,21 +56,15 @@ def collect(run: Run, state: State, statistics: Tensor | None) -> dict[str, Any]
     """
     options, steps_per_epoch = run.options, run.schedule.steps_per_epoch
     head = state.head.full_state()
-    head_momentum = None
-    if not state.head.sampled and (buffer := _momentum(state, state.head.weight)) is not None:
-        head_momentum = state.head.gather_rows(buffer)
+    head_kept = _kept_for_head(state)
     if not run.world.is_main:
         return None
-    momentum = {name: _momentum(state, parameter) for name, parameter in state.network.named_parameters()}
     return {
         "network": {"name": options.network, "use_se": options.use_se, "embedding_size": options.embedding_size},
         "model": {key: value.cpu() for key, value in state.network.state_dict().items()},
         "statistics": None if statistics is None else statistics.cpu(),
         "head": head,
-        "optimizer": {
-            "momentum": {name: buffer.cpu() for name, buffer in momentum.items() if buffer is not None},
-            "head_momentum": head_momentum,
-        },
+        "optimizer": _kept(state, state.network) | head_kept,
         "distillation": _distillation(state),
         "scheduler": {"name": options.schedule, "step": state.step, "steps_per_epoch": steps_per_epoch},
         "epoch": state.step // steps_per_epoch,
@@ -72,24 +74,41 @@ def collect(run: Run, state: State, statistics: Tensor | None) -> dict[str, Any]
         "shown_sums": dataclasses.asdict(state.shown_sums),
         "history": state.history,
         "skipped": sorted(state.skipped),
+        "begun_from": state.begun_from,
         "data": run.data,
         "config": plain_options(options),
     }
 
 
 def _distillation(state: State) -> dict[str, Any] | None:
-    """The map between student and teacher, where there is one, and its momentum."""
+    """The map between student and teacher, where there is one, and what the optimiser keeps for it."""
     if state.distillation is None:
         return None
-    momentum = {name: _momentum(state, parameter) for name, parameter in state.distillation.named_parameters()}
-    return {
-        "model": {key: value.cpu() for key, value in state.distillation.state_dict().items()},
-        "momentum": {name: buffer.cpu() for name, buffer in momentum.items() if buffer is not None},
-    }
+    model = {key: value.cpu() for key, value in state.distillation.state_dict().items()}
+    return {"model": model} | _kept(state, state.distillation)
 
 
-def _momentum(state: State, parameter: nn.Parameter) -> Tensor | None:
-    return state.optimizer.state.get(parameter, {}).get("momentum_buffer")
+def _kept(state: State, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What the optimiser keeps for the parameters of a module: {name in the file: {parameter: tensor}}."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in _KEPT}
+    for parameter_name, parameter in module.named_parameters():
+        values = state.optimizer.state.get(parameter, {})
+        for name, key in _KEPT.items():
+            if key in values:
+                found[name][parameter_name] = values[key].cpu()
+    return found
+
+
+def _kept_for_head(state: State) -> dict[str, Tensor | None]:
+    """The same for a full head, of all identities; None for what there is not. Collective."""
+    found: dict[str, Tensor | None] = {f"head_{name}": None for name in _KEPT}
+    if not state.head.sampled:
+        values = state.optimizer.state.get(state.head.weight, {})
+        for name, key in _KEPT.items():
+            if key in values:
+                whole = state.head.gather_rows(values[key]) if values[key].dim() else values[key].cpu()
+                found[f"head_{name}"] = whole
+    return found
 
 
 def restore(state: State, content: dict[str, Any], path: Path, world: World) -> None:
@@ -100,29 +119,36 @@ def restore(state: State, content: dict[str, Any], path: Path, world: World) -> 
         state.network.load_state_dict(content["model"])
         restore_statistics(state.network, content["statistics"], world)
         state.head.load_full_state(content["head"])
-        for name, parameter in state.network.named_parameters():
-            if name in content["optimizer"]["momentum"]:
-                _set_momentum(state, parameter, content["optimizer"]["momentum"][name])
-        whole = content["optimizer"]["head_momentum"]
-        if whole is not None and not state.head.sampled:
-            _set_momentum(state, state.head.weight, state.head.own_rows(whole))
+        _restore_kept(state, state.network, content["optimizer"])
+        for name, key in _KEPT.items():
+            whole = content["optimizer"].get(f"head_{name}")
+            if whole is not None and not state.head.sampled:
+                _keep(state, state.head.weight, key, state.head.own_rows(whole) if whole.dim() else whole)
         if state.distillation is not None:
             state.distillation.load_state_dict(content["distillation"]["model"])
-            for name, parameter in state.distillation.named_parameters():
-                if name in content["distillation"]["momentum"]:
-                    _set_momentum(state, parameter, content["distillation"]["momentum"][name])
+            _restore_kept(state, state.distillation, content["distillation"])
         state.step = content["step"]
         state.epoch_sums = Sums(**content["epoch_sums"])
         state.shown_sums = Sums(**content["shown_sums"])
         state.history = content["history"]
         state.skipped = set(content["skipped"])
+        state.begun_from = content.get("begun_from")
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not fit this run ({str(error).splitlines()[0]})") from error
 
 
-def _set_momentum(state: State, parameter: nn.Parameter, values: Tensor) -> None:
-    # Like the parameter in memory layout: the fused optimiser asks for that.
-    state.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(values).detach()
+def _restore_kept(state: State, module: nn.Module, content: dict[str, Any]) -> None:
+    for name, key in _KEPT.items():
+        kept = content.get(name, {})
+        for parameter_name, parameter in module.named_parameters():
+            if parameter_name in kept:
+                _keep(state, parameter, key, kept[parameter_name])
+
+
+def _keep(state: State, parameter: nn.Parameter, key: str, values: Tensor) -> None:
+    # Like the parameter in memory layout: the fused optimiser asks for that. A number of steps has none.
+    like = torch.empty_like(parameter) if values.dim() else torch.empty_like(values, device=parameter.device)
+    state.optimizer.state[parameter][key] = like.copy_(values).detach()
 
 
 def check_same_run(run: Run, content: dict[str, Any], path: Path) -> dict[str, list[Any]]:
@@ -130,7 +156,8 @@ def check_same_run(run: Run, content: dict[str, Any], path: Path) -> dict[str, l
 
     Raises `InputError` naming every one that must not change inside a run and did, and for other data.
     """
-    saved, now = content["config"], plain_options(run.options)
+    # A checkpoint of before an option was introduced is of its default.
+    saved, now = _default_options() | content["config"], plain_options(run.options)
     changed = {key: [saved.get(key), now[key]] for key in now if key not in FREE_OPTIONS and saved.get(key) != now[key]}
     refused = {key: values for key, values in changed.items() if key not in CHANGEABLE_OPTIONS}
     if refused:
@@ -236,3 +263,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
     utils.fsync_directory(target.parent)
+
+
+def _default_options() -> dict[str, Any]:
+    nothing = Path()
+    return plain_options(Train(data=nothing, out=nothing))

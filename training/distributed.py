@@ -136,8 +136,11 @@ def check_compiler(device: torch.device) -> None:
 
 
 def data_parallel(network: nn.Module, world: World) -> nn.Module:
-    """The network whose backward pass sums gradients over the ranks; the network itself in a world of one."""
-    if world.size == 1:
+    """The network whose backward pass sums gradients over the ranks.
+
+    The network itself in a world of one, and where all of it is frozen: it then has no gradients.
+    """
+    if world.size == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
         return network
     on_gpu = world.device.type == "cuda"
     parallel = DistributedDataParallel(
@@ -175,7 +178,8 @@ def averaged_statistics(network: nn.Module, world: World) -> Iterator[Tensor | N
     own = torch.cat([buffer.flatten() for buffer in buffers])[None]
     every = own.new_empty((world.size, own.shape[1]))
     dist.all_gather_into_tensor(every, own)
-    _fill(buffers, every.mean(0))
+    # Statistics that are the same everywhere, as those of frozen parts, stay the same to the last bit.
+    _fill(buffers, torch.where((every == every[0]).all(0), every[0], every.mean(0)))
     try:
         yield every
     finally:
@@ -259,8 +263,11 @@ class CrossRankBatchNorm(BatchNorm):
         if not self.training:
             return super().forward(input)
         count = input.numel() // input.shape[1] * dist.get_world_size()
-        values = input.to(self.weight.dtype)  # float32 also under autocast
-        output, mean, variance = _NormaliseOverRanks.apply(values, self.weight, self.bias, self.eps, count)
+        values = input.to(self.running_mean.dtype)  # float32 also under autocast
+        weight, bias = self.weight, self.bias
+        if weight is None or bias is None:
+            weight, bias = torch.ones_like(self.running_mean), torch.zeros_like(self.running_mean)
+        output, mean, variance = _NormaliseOverRanks.apply(values, weight, bias, self.eps, count)
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
@@ -276,7 +283,7 @@ def synchronise_batch_norm(network: nn.Module, world: World) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for name, module in list(network.named_children()):
         if isinstance(module, BatchNorm):
-            synchronised = CrossRankBatchNorm(module.num_features, module.eps, module.momentum)
+            synchronised = CrossRankBatchNorm(module.num_features, module.eps, module.momentum, affine=module.affine)
             synchronised.weight, synchronised.bias = module.weight, module.bias
             for key, buffer in module.named_buffers():
                 setattr(synchronised, key, buffer)

@@ -290,6 +290,7 @@ def write_run(run: Run, state: State, changes: dict[str, list[Any]]) -> None:
         earlier.append(change)
     content = {
         "options": checkpoints.plain_options(run.options),
+        "begun_from": state.begun_from,
         "data": run.data,
         "verification_sha256": {pairs.name: pairs.sha256 for pairs in run.sets},
         "changes": earlier,

@@ -44,13 +44,14 @@ class State:
 
     network: nn.Module  # without the wrappers of data-parallel training and compilation
     head: MarginHead | NoHead
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     distillation: Distillation | None = None  # where there is a teacher
     step: int = 0  # optimiser steps done
     epoch_sums: Sums = field(default_factory=Sums)  # since the epoch began
     shown_sums: Sums = field(default_factory=Sums)  # since the last point in TensorBoard; their times are not used
     history: list[dict[str, Any]] = field(default_factory=list)  # a report for each finished epoch
     skipped: set[int] = field(default_factory=set)  # unreadable crops that were replaced
+    begun_from: dict[str, Any] | None = None  # the weights of --init: file, sha256, network
 
 
 @dataclass(frozen=True)

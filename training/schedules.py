@@ -52,6 +52,12 @@ class Schedule:
         return LOSSES[options.loss].grown(full, min(1.0, step / (options.margin_warmup * self.steps_per_epoch)))
 
     @property
+    def freeze_steps(self) -> float:
+        """Steps from the beginning of the run after which nothing is frozen any more: infinity, or a whole number."""
+        epochs = self.options.freeze_epochs
+        return math.inf if epochs is None else round(epochs * self.steps_per_epoch)
+
+    @property
     def full_margin(self) -> Margin:
         """What the margin grows to: `--margin`, or the default of the loss; without a loss nothing."""
         if self.options.loss == "none":

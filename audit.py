@@ -1,0 +1,395 @@
+"""What is wrong with a training set? Labels, duplicates, and people of the test sets.
+
+    python audit.py --data data/crops --checkpoint model.onnx --out audit --against lfw lfw.bin FaceScrub_aligned
+    python train.py --data data/crops --exclude audit/audit.tsv --relabel --out runs/clean   # without copying crops
+    python audit.py apply --data data/crops --audit audit --relabel --out data/clean         # or as a new set
+
+A row for each crop in `audit.tsv` and for each identity or pair of identities in `audit_identities.tsv`, with a score
+and a reason: wrong person, stranger, unusable; two labels for one person, one label for two people; the same photo
+twice; people of the sets named by --against. Sheets show the worst of each kind; `audit.html` lets a person confirm or
+reject findings and saves `decisions.tsv`, which the next run takes by --decisions. Embeddings are kept in
+`--out`/embeddings, so that a second audit takes seconds, and a killed one goes on.
+
+The network may be the one that was trained on the very set: train, audit, train again.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import config
+import utils
+from auditing import report
+from auditing.against import people_of, same_photo
+from auditing.centres import Centres, nearest_other, robust_centres, unit_rows
+from auditing.duplicates import THUMB, Duplicate, find_duplicates
+from auditing.findings import (
+    DUPLICATE,
+    KEEP,
+    MERGE,
+    SPLIT,
+    STRANGER,
+    TEST,
+    UNUSABLE,
+    WRONG,
+    PairFinding,
+    find_merges,
+    find_splits,
+    judge_crops,
+    limits,
+    person_limit,
+)
+from auditing.measures import SIGNS, WIDTH, measure, reject_curve
+from data_gen import decode_crop
+from embedding import Embedder, open_embedder
+from formats import crop_sets, selection, tables
+from formats.embeddings import EmbeddingStore
+from options import parse
+from utils import InputError
+from verification.features import verify
+from verification.metrics import curve, operating_point
+from verification.sets import open_set
+
+SHEET = 24  # findings of a kind on a sheet
+
+
+class Findings:
+    """All that is known of each crop, filled in step by step."""
+
+    def __init__(self, crops: crop_sets.Crops) -> None:
+        count = len(crops)
+        self.crops, self.labels = crops, crops.labels
+        self.names = crops.identity_names
+        self.kinds = [KEEP] * count
+        self.reasons = [""] * count
+        self.score = np.full(count, np.nan)
+        self.action = ["keep"] * count
+        self.to: list[int | None] = [None] * count
+        self.pairs: list[PairFinding] = []
+        self.pair_actions: dict[str, str] = {}
+
+    def set(self, index: int, kind: str, reason: str, action: str, to: int | None = None) -> None:
+        self.kinds[index], self.reasons[index], self.action[index], self.to[index] = kind, reason, action, to
+
+
+def embed(options: config.Audit, crops: crop_sets.Crops, fingerprint: str, embedder: Embedder) -> tuple[Any, Any]:
+    """Features [n, D] and measures [n, WIDTH] of all crops, mapped; computed where they are not there yet."""
+    key = {"data": fingerprint, "model": embedder.fingerprint, "measures": [THUMB, *SIGNS], "shifts": options.shifts}
+    folder = options.out / "embeddings"
+    features = EmbeddingStore(folder / "features", key, len(crops), embedder.dim)
+    measures = EmbeddingStore(folder / "measures", key, len(crops), WIDTH, "float16")
+    todo = sorted({*features.missing(), *measures.missing()})
+    with utils.progress(sum(len(features.numbers(chunk)) for chunk in todo), "embed", unit="crop") as bar:
+        for chunk in todo:
+            numbers = features.numbers(chunk)
+            rows, signs = _embed_chunk(crops, numbers, embedder, options.shifts)
+            measures.save(chunk, signs)
+            features.save(chunk, rows)
+            bar.update(len(numbers))
+    return features.values(), measures.values()
+
+
+def _embed_chunk(
+    crops: crop_sets.Crops, numbers: range, embedder: Embedder, shifts: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop that cannot be decoded has a feature of zeros and measures of NaN."""
+    rows, signs = np.zeros((len(numbers), embedder.dim), np.float32), np.full((len(numbers), WIDTH), np.nan, np.float32)
+    good, pictures = [], []
+    for place, index in enumerate(numbers):
+        try:
+            pictures.append(decode_crop(crops.read(index)[0]))
+            good.append(place)
+        except (ValueError, InputError):
+            continue
+    if good:
+        rows[good], signs[good] = measure(embedder, np.stack(pictures), shifts=shifts)
+    return rows, signs
+
+
+def mark_duplicates(found: Findings, measures: np.ndarray, own: np.ndarray) -> list[Duplicate]:
+    """Find the same photo twice; of two crops the one that fits its identity less is dropped."""
+    read = found.crops.read
+    usable = np.flatnonzero(np.isfinite(measures[:, 0]))
+    pairs = find_duplicates(
+        measures[usable, : THUMB * THUMB],
+        lambda place: ((data := read(int(usable[place]))[0]), decode_crop(data)),
+    )
+    duplicates = []
+    for pair in pairs:
+        first, second = int(usable[pair.first]), int(usable[pair.second])
+        duplicates.append(Duplicate(first, second, pair.how, pair.correlation))
+        keep, drop = (
+            (second, first)
+            if np.nan_to_num(own[second], nan=-1) > np.nan_to_num(own[first], nan=-1)
+            else (first, second)
+        )
+        across = found.labels[first] != found.labels[second]
+        if across and found.kinds[first] == WRONG and found.kinds[second] != WRONG:
+            keep, drop = second, first
+        other = f" of {found.names[found.labels[keep]]}" if across else ""
+        if found.kinds[drop] == KEEP:
+            found.set(drop, DUPLICATE, f"{pair.how}: {found.crops.describe(keep)}{other}", "drop")
+            found.score[drop] = pair.correlation
+        else:
+            found.reasons[drop] += f"; {pair.how}: {found.crops.describe(keep)}{other}"
+    return duplicates
+
+
+def look_for_people(
+    options: config.Audit,
+    found: Findings,
+    features: np.ndarray,
+    centres: Centres,
+    embedder: Embedder,
+) -> tuple[list[dict[str, Any]], dict[str, list[report.Picture]]]:
+    """Compare the people of each set of --against with all identities; findings go into `found`."""
+    summaries, evidence = [], {}
+    known_limits: dict[int, tuple[float, int]] = {}
+    device = utils.choose_device(options.device)
+    none = np.full(1, -1, np.int64)
+    for path in options.against:
+        people, hits, most = 0, 0, 0.0
+        for person in people_of(path, embedder.features, options.out / "cache", device):
+            people += 1
+            size = min(len(person.embeddings), 8)
+            if size not in known_limits:
+                known_limits[size] = person_limit(features, found.labels, centres, size, options.false_alarms, device)
+            limit, _ = known_limits[size]
+            label, cosine = nearest_other(person.mean[None], none, centres.centres, device, what="")
+            most = max(most, limit)
+            if label[0] < 0 or not cosine[0] >= limit:
+                continue
+            hits += 1
+            members = np.flatnonzero(found.labels == label[0])
+            near = members[np.argsort(-(unit_rows(features[members]) @ person.mean), kind="stable")][:4]
+            pictures = [person.crop(place) for place in range(min(2, len(person.pictures)))]
+            twins = [
+                index
+                for index in near.tolist()
+                if any(same_photo(picture, decode_crop(found.crops.read(index)[0])) for picture in pictures)
+            ]
+            same = f"; {len(twins)} of its crops are photos of the set" if twins else ""
+            who = f"{person.set_name}: {person.name}"
+            finding = PairFinding(
+                TEST, int(label[0]), who, float(cosine[0]),
+                f"{found.names[label[0]]} is {who} ({cosine[0]:.3f}, limit {limit:.3f}){same}", tuple(near.tolist()),
+            )  # fmt: skip
+            found.pairs.append(finding)
+            evidence[report.pair_id(finding)] = [
+                (picture, text) for picture, text in zip(pictures, person.pictures, strict=False)
+            ]
+        summaries.append({"set": str(path), "people": people, "in_the_training_set": hits})
+    return summaries, evidence
+
+
+def decide(options: config.Audit, found: Findings, nearest: np.ndarray) -> None:
+    """What training does with each finding, a person's decisions honoured."""
+    decisions = report.read_decisions(options.decisions) if options.decisions is not None else {}
+    for index, kind in enumerate(found.kinds):
+        if kind in (KEEP, DUPLICATE):
+            rejected = kind == DUPLICATE and decisions.get(report.crop_id(index)) == "reject"
+        else:
+            rejected = decisions.get(report.crop_id(index)) == "reject"
+            to = int(nearest[index]) if kind == WRONG else None
+            found.action[index], found.to[index] = ("move", to) if kind == WRONG else ("drop", None)
+        if rejected:
+            found.action[index], found.to[index] = "keep", None
+            found.reasons[index] += "; rejected by a person"
+    usual = {MERGE: "merge", SPLIT: "split", TEST: "drop"}
+    for pair in found.pairs:
+        identifier = report.pair_id(pair)
+        found.pair_actions[identifier] = "keep" if decisions.get(identifier) == "reject" else usual[pair.kind]
+
+
+def write_tables(
+    out: Path, found: Findings, own: np.ndarray, other: np.ndarray, nearest: np.ndarray,
+    norms: np.ndarray, signs: np.ndarray,
+) -> None:  # fmt: skip
+    """audit.tsv and audit_identities.tsv."""
+
+    def crop_rows() -> Any:
+        for index in range(len(found.labels)):
+            label = int(found.labels[index])
+            yield [
+                index, found.crops.describe(index), label, found.names[label], found.kinds[index], found.score[index],
+                own[index], other[index], found.names[nearest[index]] if nearest[index] >= 0 else None,
+                found.action[index], found.to[index], norms[index], *signs[index], found.reasons[index],
+            ]  # fmt: skip
+
+    selection.write_table(out / selection.CROPS, selection.CROP_COLUMNS, crop_rows())
+    rows = []
+    for pair in found.pairs:
+        number = pair.second if pair.second.isdecimal() else ""
+        name = found.names[int(number)] if number else pair.second
+        action = found.pair_actions[report.pair_id(pair)]
+        crops = " ".join(map(str, pair.crops))
+        rows.append(
+            [pair.kind, pair.first, found.names[pair.first], number, name, pair.score, action, crops, pair.reason]
+        )
+    selection.write_table(out / selection.IDENTITIES, selection.IDENTITY_COLUMNS, rows)
+
+
+def sections_of(
+    found: Findings, centres: Centres, nearest: np.ndarray, duplicates: list[Duplicate],
+    evidence: dict[str, list[report.Picture]],
+) -> list[tuple[str, list[tuple[str, str, list[report.Picture]]]]]:  # fmt: skip
+    """Findings of each kind, the worst first, with the pictures that show them: for sheets and the page."""
+
+    def read(index: int) -> np.ndarray:
+        return decode_crop(found.crops.read(index)[0])
+
+    def members(label: int, most: int = 3) -> list[int]:
+        inside = np.flatnonzero((found.labels == label) & centres.trusted)
+        return inside[np.argsort(-np.nan_to_num(centres.own[inside]), kind="stable")][:most].tolist()
+
+    def text(index: int) -> str:
+        return found.names[found.labels[index]]
+
+    sections = []
+    for kind in (WRONG, STRANGER, UNUSABLE):
+        inside = [index for index, this in enumerate(found.kinds) if this == kind]
+        inside.sort(key=lambda index: -found.score[index])
+        findings = []
+        for index in inside[: report.PER_PAGE + 1]:
+            shown = [index, *members(int(found.labels[index]))]
+            if kind == WRONG:
+                shown += members(int(nearest[index]), 2)
+            reason = f"{found.crops.describe(index)} ({text(index)}): {found.reasons[index]}"
+            findings.append((report.crop_id(index), reason, report.pictures_of(read, shown, text)))
+        sections.append((kind, findings + [findings[-1]] * (len(inside) - len(findings)) if findings else []))
+    for kind in (MERGE, SPLIT, TEST):
+        findings = []
+        for pair in [pair for pair in found.pairs if pair.kind == kind]:
+            if kind == MERGE:
+                shown = members(pair.first) + members(int(pair.second))
+            elif kind == SPLIT:
+                shown = [*[index for index in members(pair.first, 6) if index not in pair.crops][:3], *pair.crops[:3]]
+            else:
+                shown = list(pair.crops[:3])
+            pictures = evidence.get(report.pair_id(pair), []) + report.pictures_of(read, shown, text)
+            findings.append((report.pair_id(pair), pair.reason, pictures))
+        sections.append((kind, findings))
+    pictures = [
+        (report.crop_id(pair.second), f"{pair.how} ({pair.correlation:.3f})",
+         report.pictures_of(read, (pair.first, pair.second), text))
+        for pair in duplicates[: report.PER_PAGE]
+    ]  # fmt: skip
+    sections.append((DUPLICATE, pictures))
+    return sections
+
+
+def quality(options: config.Audit, embedder: Embedder) -> list[Any]:
+    """Does each sign of quality mean anything to this model? Error versus reject on the set of --quality-on."""
+    assert options.quality_on is not None
+    pairs = open_set(options.quality_on, options.out / "cache", device=utils.choose_device(options.device))
+    result = verify(embedder, pairs, cache_dir=options.out / "cache")
+    features, measures = measure(embedder, pairs.crops, shifts=options.shifts)
+    signs = {"norm": np.linalg.norm(features, axis=1)}
+    signs |= dict(zip(SIGNS, measures[:, THUMB * THUMB :].T, strict=True))
+    genuine = pairs.same & ~pairs.missing_pairs()
+    scored = ~np.isnan(result.cosines)
+    point = operating_point(curve(result.cosines[scored], result.same[scored]), options.far)
+    if point.threshold is None:
+        raise InputError(f"--far {options.far:g}: {pairs.name} has too few impostor pairs for that rate")
+    accepted = result.cosines[genuine] >= point.threshold
+    curves = [
+        reject_curve(name, values[pairs.pairs[genuine]].min(axis=1), accepted)
+        for name, values in signs.items()
+        if np.isfinite(values).all()
+    ]
+    report.draw_rejects(
+        options.out / "quality", curves, f"{pairs.name}, {embedder.name}, threshold at FAR {options.far:g}"
+    )
+    return [{"sign": curve.sign, "gain": curve.gain, "fnmr": curve.fnmr.tolist()} for curve in curves]
+
+
+def audit(options: config.Audit) -> None:
+    """The whole audit."""
+    crops = crop_sets.open_training_set(options.data, skip_unreadable=True)
+    device = utils.choose_device(options.device)
+    embedder = open_embedder(options, device)
+    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
+    features, measures = embed(options, crops, fingerprint, embedder)
+    found = Findings(crops)
+    centres = robust_centres(features, found.labels, crops.identities)
+    nearest, other = nearest_other(features, found.labels, centres.centres, device)
+    near_centre, near_cosine = nearest_other(
+        centres.centres, np.arange(crops.identities), centres.centres, device, what="identities compared"
+    )
+    bounds = limits(features, found.labels, centres, other, near_cosine, options.error_rate, options.false_alarms)
+    found.kinds, found.score, found.reasons = judge_crops(found.labels, centres, other, nearest, bounds, found.names)
+    duplicates = mark_duplicates(found, measures, centres.own) if options.duplicates else []
+    found.pairs += find_merges(centres, near_centre, near_cosine, bounds, found.names)
+    found.pairs += find_splits(features, found.labels, centres, bounds, found.names)
+    against, evidence = look_for_people(options, found, features, centres, embedder)
+    decide(options, found, nearest)
+    norms = np.concatenate(
+        [np.linalg.norm(features[start : start + 65536], axis=1) for start in range(0, len(features), 65536)]
+    )
+    write_tables(options.out, found, centres.own, other, nearest, norms, measures[:, THUMB * THUMB :])
+    counts = {kind: found.kinds.count(kind) for kind in (WRONG, STRANGER, UNUSABLE)}
+    counts[DUPLICATE] = len(duplicates)
+    counts |= {kind: sum(pair.kind == kind for pair in found.pairs) for kind in (MERGE, SPLIT, TEST)}
+    sections = sections_of(found, centres, nearest, duplicates, evidence)
+    for name, findings in sections:
+        rows = [(reason, pictures) for _, reason, pictures in findings[:SHEET]]
+        title = f"{crops.name}: {name}, {counts[name]:,}" + (
+            f", the worst {len(rows)}" if counts[name] > len(rows) else ""
+        )
+        report.draw_sheet(options.out / f"{name.replace(',', '').replace(' ', '-')}.png", title, rows)
+    few = int((np.bincount(found.labels, minlength=crops.identities) < 3).sum())
+    summary = (
+        f"{len(crops):,} crops of {crops.identities:,} identities, {embedder.name}, error rate "
+        f"{options.error_rate:g}; some {bounds.wrong_share:.1%} of the crops do not show their identity. "
+        f"{few:,} identities have one or two crops and are judged by other identities alone."
+    )
+    report.write_page(options.out / "audit.html", f"Audit of {crops.name}", summary, counts, sections, fingerprint[:16])
+    record = {
+        "data": {"name": crops.name, "path": str(options.data), "crops": len(crops), "identities": crops.identities,
+                 "fingerprint": fingerprint},
+        "model": embedder.describe(),
+        "limits": vars(bounds),
+        "counts": counts,
+        "against": against,
+        "quality": quality(options, embedder) if options.quality_on is not None else [],
+        "environment": utils.environment(),
+    }  # fmt: skip
+    utils.write_json(options.out / selection.RECORD, record)
+    print(f"{summary}\n\n{report.summary_table(counts)}")
+    for entry in against:
+        print(f"{entry['set']}: {entry['in_the_training_set']} of {entry['people']} people are in the training set")
+    print(f"\n{options.out / selection.CROPS}; sheets and audit.html beside it")
+
+
+def apply(options: config.AuditApply) -> None:
+    """Write what the audit leaves as a new set."""
+    crops = crop_sets.open_training_set(options.data, skip_unreadable=True)
+    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
+    kept, _ = selection.select(crops, fingerprint, options.audit, relabel=options.relabel)
+    lines = []
+    with crop_sets.CropWriter(options.out) as writer, utils.progress(len(kept), "write", unit="crop") as bar:
+        for index in np.argsort(kept.labels, kind="stable").tolist():
+            payload, label = kept.read(index)
+            key = writer.write(payload, label)
+            lines.append(f"{key}\t{label}\t{tables.escape(kept.describe(index))}")
+            bar.update()
+    tables.write_identities(options.out / "identities.tsv", kept.identity_names)
+    utils.write_bytes(
+        options.out / "sources.tsv", ("\n".join(["key\tlabel\tcrop", *lines]) + "\n").encode("utf-8", "surrogateescape")
+    )
+    print(f"{options.out}: {len(kept):,} of {len(crops):,} crops, {kept.identities:,} identities; {kept.notes[-1]}")
+
+
+@utils.command
+def main() -> None:
+    """See the file's docstring."""
+    if sys.argv[1:2] == ["apply"]:
+        apply(parse(config.AuditApply, "Write the crops that an audit leaves as a new set.", sys.argv[2:]))
+    else:
+        audit(parse(config.Audit, __doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""What the centres say: crops of the wrong person, strangers, identities to merge or split, people of a test set.
+
+No constant decides; every threshold comes from the set's own distributions and a rate of error that is asked for.
+
+* *Crops.* The score of a crop is `other` - `own`. The `own` cosines of all crops are a mixture of right crops and of
+crops
+  that have nothing to do with their identity, and what the latter have is known: the cosines to random other centres.
+  Its share follows from the lower half of that distribution, where right crops are rare; what is left over is the
+  distribution of right crops. With the `other` cosines of crops that surely are right it says how many right crops lie
+  above any score, so the score from which a finding counts is the lowest one at which no more than the error rate of
+  the findings are right crops (a false discovery rate, as in Efron, "Large-scale inference", 2010, with an empirical
+  null). Above it a crop shows another *person* of the set where `other` is beyond what sure crops have by chance, and a
+  *stranger* otherwise.
+* *Two labels, one person.* By chance the nearest other centre of an identity follows an extreme value distribution
+(Gumbel,
+  fitted to the quartiles); two identities are one person from the cosine on at which no more than the error rate of the
+  findings are expected by chance.
+* *One label, two people.* The crops fall into two parts, each near to itself, that are no nearer to each other than the
+  centres of two random identities (but for the false alarm rate).
+* *A test set's person.* As many crops of an identity as that person has are nearer to some other identity than the
+limit
+  with the false alarm rate.
+
+An identity of one crop has no centre without that crop, and one of two has two crops that only speak of each other:
+their crops are judged by other identities alone, and the reason says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from auditing.centres import Centres, groups, nearest_other, unit_rows
+
+KEEP, WRONG, STRANGER, UNUSABLE, DUPLICATE = "", "wrong person", "stranger", "unusable", "duplicate"
+MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the test set"
+
+FEW = 3  # crops below which an identity has no majority
+SPLIT_ROUNDS = 10
+SPLIT_PARTS = 2, 0.2  # least crops, and least share, of the smaller part
+
+
+@dataclass
+class Limits:
+    """Thresholds on cosines (`score_limit`: on their difference), and what the set is estimated to be."""
+
+    score_limit: float  # least other - own of a finding; above 2: none
+    other_limit: float  # of `other`: from here on it is that person
+    stranger_limit: float  # a random other identity's centre is nearer than this with the false alarm rate
+    merge_limit: float
+    split_limit: float
+    wrong_share: float  # estimated share of crops that do not show their identity
+    error_rate: float
+    false_alarms: float
+    observed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairFinding:
+    """A finding about one identity or two: `first` and `second` are labels, or a label and a person's name."""
+
+    kind: str
+    first: int
+    second: str
+    score: float
+    reason: str
+    crops: tuple[int, ...] = ()  # the evidence, crops of the training set
+
+
+def _quantile(values: np.ndarray, share: float, otherwise: float) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.quantile(values, share)) if len(values) else otherwise
+
+
+def random_other(embeddings: np.ndarray, labels: np.ndarray, centres: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """Cosines of random crops and the centres of random other identities, float32."""
+    random = np.random.default_rng(seed)
+    crops = np.sort(random.integers(0, len(labels), count))
+    others = random.integers(0, len(centres), count)
+    keep = (labels[crops] != others) & centres[others].any(axis=1)
+    return np.einsum("nd,nd->n", unit_rows(embeddings[crops[keep]]), centres[others[keep]])
+
+
+def limits(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    found: Centres,
+    other: np.ndarray,
+    near_centre: np.ndarray,
+    error_rate: float,
+    false_alarms: float,
+    seed: int = 0,
+) -> Limits:
+    """The thresholds of a set.
+
+    `other` float32 [crops]: cosine to the nearest other centre; `near_centre` float32 [identities]: of each centre to
+    its nearest other. Identities without trusted crops have none.
+    """
+    strangers = random_other(embeddings, labels, found.centres, seed, 200_000)
+    stranger_limit = _quantile(strangers, 1 - false_alarms, 1.0)
+    sure = found.trusted & (found.own >= stranger_limit) & (found.own > other)
+    score_limit, wrong_share = score_threshold(found.own, other, strangers, other[sure], error_rate)
+    random = np.random.default_rng(seed)
+    known = np.flatnonzero(found.centres.any(axis=1))
+    first, second = random.choice(known, (2, 100_000)) if len(known) else np.zeros((2, 0), np.int64)
+    apart = np.einsum("nd,nd->n", found.centres[first], found.centres[second])[first != second]
+    return Limits(
+        score_limit=score_limit,
+        other_limit=_quantile(other[sure], 1 - false_alarms, 1.0),
+        stranger_limit=stranger_limit,
+        merge_limit=merge_threshold(near_centre, error_rate),
+        split_limit=_quantile(apart, 1 - false_alarms, -1.0),
+        wrong_share=wrong_share,
+        error_rate=error_rate,
+        false_alarms=false_alarms,
+        observed={"strangers": len(strangers), "sure_crops": int(sure.sum()), "centres": len(known)},
+    )
+
+
+def score_threshold(
+    own: np.ndarray, other: np.ndarray, strangers: np.ndarray, other_of_right: np.ndarray, error_rate: float
+) -> tuple[float, float]:
+    """The least score of a finding, and the share of crops that do not show their identity; see the module's text."""
+    known = np.isfinite(own) & np.isfinite(other)
+    if not known.any() or not len(strangers) or not len(other_of_right):
+        return np.inf, 0.0
+    own, score = own[known], (other - own)[known]
+    wrong = min(1.0, 2 * float((own < np.median(strangers)).mean()))
+    edges = np.linspace(-1, 1, 401)
+    mixture, null = (np.histogram(values, edges)[0] / len(values) for values in (own, strangers))
+    # Cumulated, what is left only grows; its greatest minorant that does is free of the noise of single bins.
+    left = np.minimum.accumulate(np.cumsum(mixture - wrong * null)[::-1])[::-1]
+    right = np.diff(left.clip(0), prepend=0)
+    right /= max(right.sum(), 1e-12)
+    middle = (edges[1:] + edges[:-1]) / 2
+    sorted_other, sorted_score = np.sort(other_of_right), np.sort(score)
+    limit = np.inf
+    for least in np.linspace(1.5, -0.5, 401):
+        above = 1 - np.searchsorted(sorted_other, least + middle, side="right") / len(sorted_other)
+        chance = (1 - wrong) * float((right * above).sum())
+        findings = 1 - np.searchsorted(sorted_score, least, side="right") / len(sorted_score)
+        if chance > error_rate * findings:
+            if findings > 0:
+                break
+            continue
+        limit = float(least)
+    return limit, wrong
+
+
+def merge_threshold(near_centre: np.ndarray, error_rate: float) -> float:
+    """From which cosine of two centres on no more than `error_rate` of such pairs of identities are chance."""
+    values = np.sort(near_centre[np.isfinite(near_centre)].astype(np.float64))
+    if len(values) < 20:
+        return 1.0
+    low, high = np.quantile(values, [0.25, 0.75])
+    # Gumbel's quantile function is location - scale ln(-ln p).
+    scale = (high - low) / (np.log(-np.log(0.25)) - np.log(-np.log(0.75)))
+    location = low + scale * np.log(-np.log(0.25))
+    expected = -np.expm1(-np.exp(-(values - location) / max(scale, 1e-9))) * len(values)
+    there = np.arange(len(values), 0, -1)
+    passing = expected <= error_rate * there
+    # The lowest value from which on all pass.
+    failing = np.flatnonzero(~passing)
+    first = failing[-1] + 1 if len(failing) else 0
+    return float(values[first]) if first < len(values) else float(np.nextafter(1.0, 2.0))
+
+
+def judge_crops(
+    labels: np.ndarray, found: Centres, other: np.ndarray, nearest: np.ndarray, bounds: Limits, names: Sequence[str]
+) -> tuple[list[str], np.ndarray, list[str]]:
+    """For each crop what it is (`KEEP` if nothing is wrong), a score (larger is worse) and a reason."""
+    own = found.own
+    sizes = np.bincount(labels, minlength=len(found.centres))[labels]
+    # Where there is no centre of the identity without the crop, another must be near on its own account.
+    alone = ~np.isfinite(own)
+    score = np.where(alone, other - bounds.other_limit, other - own).astype(np.float64)
+    finding = np.where(alone, other >= bounds.other_limit, score >= bounds.score_limit)
+    wrong = finding & (other >= bounds.other_limit)
+    stranger = finding & ~wrong & (sizes >= FEW)
+    no_direction = ~np.isfinite(other) if len(found.centres) > 1 else np.zeros(len(labels), bool)
+    kinds, reasons = [], []
+    for index in range(len(labels)):
+        few = f" (identity of {sizes[index]})" if sizes[index] < FEW else ""
+        if no_direction[index]:
+            kinds.append(UNUSABLE)
+            reasons.append("the model gives no finite feature other than zero")
+        elif wrong[index]:
+            kinds.append(WRONG)
+            mine = "no other crop" if not np.isfinite(own[index]) else f"own {own[index]:.3f}"
+            reasons.append(f"{names[nearest[index]]} {other[index]:.3f}, {mine}, limit {bounds.other_limit:.3f}{few}")
+        elif stranger[index]:
+            kinds.append(STRANGER)
+            reasons.append(
+                f"own {own[index]:.3f}, nearest other {other[index]:.3f}, which strangers reach too "
+                f"(limit {bounds.other_limit:.3f})"
+            )
+        else:
+            kinds.append(KEEP)
+            reasons.append(few.strip())
+    score[no_direction] = np.inf
+    return kinds, score, reasons
+
+
+def find_merges(
+    found: Centres, nearest: np.ndarray, cosine: np.ndarray, bounds: Limits, names: Sequence[str]
+) -> list[PairFinding]:
+    """Pairs of identities that are one person; `nearest`, `cosine`: of each centre among the others."""
+    pairs = {}
+    for label, (other, value) in enumerate(zip(nearest.tolist(), cosine.tolist(), strict=True)):
+        if other >= 0 and value >= bounds.merge_limit:
+            pairs[min(label, other), max(label, other)] = value
+    return [
+        PairFinding(MERGE, first, str(second), value,
+                    f"{names[first]} and {names[second]}: centres {value:.3f}, limit {bounds.merge_limit:.3f}")
+        for (first, second), value in sorted(pairs.items(), key=lambda item: -item[1])
+    ]  # fmt: skip
+
+
+def find_splits(
+    embeddings: np.ndarray, labels: np.ndarray, found: Centres, bounds: Limits, names: Sequence[str]
+) -> list[PairFinding]:
+    """Identities whose crops fall into two parts, each near to itself and no nearer to the other than strangers are."""
+    findings = []
+    for label, members in groups(labels, len(found.centres)):
+        least = max(SPLIT_PARTS[0], int(np.ceil(SPLIT_PARTS[1] * len(members))))
+        if len(members) < 2 * least:
+            continue
+        unit = unit_rows(embeddings[members])
+        part = two_means(unit)
+        sizes = [int((part == side).sum()) for side in (0, 1)]
+        if min(sizes) < least:
+            continue
+        one, other = (unit_rows(unit[part == side].sum(axis=0)[None])[0] for side in (0, 1))
+        between = float(one @ other)
+        inner = min(_cohesion(unit[part == side]) for side in (0, 1))
+        if between < bounds.split_limit and inner >= bounds.stranger_limit:
+            smaller = int(sizes[1] < sizes[0])
+            findings.append(
+                PairFinding(SPLIT, label, str(label), inner - between,
+                            f"{names[label]}: {max(sizes)} + {min(sizes)} crops, between the parts {between:.3f} "
+                            f"(limit {bounds.split_limit:.3f}), within {inner:.3f}",
+                            tuple(members[part == smaller].tolist()))
+            )  # fmt: skip
+    return sorted(findings, key=lambda finding: -finding.score)
+
+
+def two_means(unit: np.ndarray) -> np.ndarray:
+    """Two parts of unit rows [n, D] by spherical k-means from the two rows that are farthest apart;
+    int64 [n], 0 or 1."""
+    first = int(np.argmin(unit @ unit.mean(axis=0)))
+    second = int(np.argmin(unit @ unit[first]))
+    centres = unit[[first, second]]
+    part = np.zeros(len(unit), np.int64)
+    for _ in range(SPLIT_ROUNDS):
+        new = (unit @ centres.T).argmax(axis=1)
+        if (new == part).all() and new.any():
+            break
+        part = new
+        for side in (0, 1):
+            if (part == side).any():
+                centres[side] = unit_rows(unit[part == side].sum(axis=0)[None])[0]
+    return part
+
+
+def _cohesion(unit: np.ndarray) -> float:
+    """Mean cosine of each row to the sum of the others."""
+    without = unit.sum(axis=0)[None] - unit
+    return float((np.einsum("nd,nd->n", without, unit) / np.maximum(np.linalg.norm(without, axis=1), 1e-12)).mean())
+
+
+def person_limit(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    found: Centres,
+    crops: int,
+    error_rate: float,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> tuple[float, int]:
+    """From which cosine to the nearest identity a person with `crops` photos is called one of the training set.
+
+    What people who are *not* the identity that they are compared with get: the mean of as many crops of one identity,
+    against all others. Returns the limit and how many identities it comes from.
+    """
+    random = np.random.default_rng(seed)
+    means, owners = [], []
+    for label, members in groups(labels, len(found.centres)):
+        trusted = members[found.trusted[members]]
+        if len(trusted) >= max(2, min(crops, 4)):
+            chosen = random.permutation(trusted)[:crops]
+            means.append(unit_rows(embeddings[np.sort(chosen)]).sum(axis=0))
+            owners.append(label)
+    if not means:
+        return 1.0, 0
+    some = random.permutation(len(means))[:3000]
+    rows, own = np.stack(means)[some], np.array(owners, np.int64)[some]
+    _, best = nearest_other(rows, own, found.centres, device, what=f"limit for people of {crops} photos")
+    return _quantile(best, 1 - error_rate, 1.0), len(some)

@@ -1,0 +1,525 @@
+"""The audit: centres and neighbours against plain arithmetic, faults that were put in, what training makes of it."""
+
+import json
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers.training import jpegs
+
+import audit
+import utils
+from auditing import duplicates, report
+from auditing.centres import nearest_other, robust_centres, unit_rows
+from auditing.findings import (
+    KEEP,
+    STRANGER,
+    WRONG,
+    find_merges,
+    find_splits,
+    judge_crops,
+    limits,
+    merge_threshold,
+    person_limit,
+    score_threshold,
+)
+from auditing.measures import filled, reject_curve, sharpness
+from formats import crop_sets, selection
+from utils import InputError
+
+
+def people(identities=300, dim=64, spread=1.2, seed=0, least=3, most=20):
+    """Unit features [n, dim] of people who look different from photo to photo, and who they are."""
+    random = np.random.default_rng(seed)
+    middles = unit_rows(random.standard_normal((identities, dim)) + 0.3 * random.standard_normal(dim))
+    truth = np.repeat(np.arange(identities), random.integers(least, most, identities))
+    away = unit_rows(random.standard_normal((len(truth), dim))) * random.uniform(0.6, 1.6, (len(truth), 1))
+    return unit_rows(middles[truth] + spread * away), truth
+
+
+def exchanged(truth, share, seed=1):
+    random = np.random.default_rng(seed)
+    labels = truth.copy()
+    some = random.permutation(len(truth))[: round(share * len(truth))]
+    labels[some] = (labels[some] + random.integers(1, truth.max() + 1, len(some))) % (truth.max() + 1)
+    return labels
+
+
+def judged(features, labels, error_rate=0.05):
+    identities = int(labels.max()) + 1
+    found = robust_centres(features, labels, identities)
+    nearest, other = nearest_other(features, labels, found.centres)
+    near, cosine = nearest_other(found.centres, np.arange(identities), found.centres)
+    bounds = limits(features, labels, found, other, cosine, error_rate, 0.01)
+    names = list(map(str, range(identities)))
+    kinds, score, reasons = judge_crops(labels, found, other, nearest, bounds, names)
+    return found, nearest, other, bounds, np.array(kinds), score, reasons, (near, cosine), names
+
+
+# --- centres and neighbours ------------------------------------------------------------------------------------------
+
+
+def test_a_third_of_wrong_crops_does_not_move_a_centre():
+    features, truth = people(100, least=6)
+    clean = robust_centres(features, truth, 100)
+    labels = exchanged(truth, 1 / 3)
+    noisy = robust_centres(features, labels, 100)
+    cosines = np.einsum("nd,nd->n", clean.centres, noisy.centres)
+    assert np.median(cosines) > 0.95 and (cosines > 0.8).mean() > 0.95
+    plain = np.stack([unit_rows(features[labels == label].sum(axis=0)[None])[0] for label in range(100)])
+    assert np.median(cosines) > np.median(np.einsum("nd,nd->n", clean.centres, plain)) + 0.02
+    assert noisy.trusted[labels == truth].mean() > 0.8 and noisy.trusted[labels != truth].mean() < 0.1
+
+
+def test_own_leaves_the_crop_itself_out():
+    features, truth = people(20, least=2, most=4)
+    found = robust_centres(features, truth, 20)
+    for index in range(len(truth)):
+        mine = found.trusted & (truth == truth[index])
+        mine[index] = False
+        if not mine.any():
+            assert np.isnan(found.own[index])
+            continue
+        centre = unit_rows(features[mine].sum(axis=0)[None])[0]
+        assert found.own[index] == pytest.approx(float(features[index] @ centre), abs=1e-5)
+
+
+def test_an_identity_of_one_and_features_without_direction():
+    features = np.array([[1, 0], [0, 1], [0, 0.9], [np.nan, 1], [0, 0]], np.float32)
+    found = robust_centres(features, np.array([0, 1, 1, 1, 2]), 3)
+    assert np.isnan(found.own[[0, 3, 4]]).all() and found.own[1] == found.own[2] == 1
+    assert not found.centres[2].any() and found.trusted.tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("blocks", [(7, 5), (64, 1000)])
+def test_the_nearest_other_is_exact_in_any_blocks(half, blocks, monkeypatch):
+    monkeypatch.setattr("auditing.centres.BLOCK_CROPS", blocks[0])
+    monkeypatch.setattr("auditing.centres.BLOCK_CENTRES", blocks[1])
+    random = np.random.default_rng(3)
+    # Many centres that half precision cannot tell apart, and some that are equal.
+    base = unit_rows(random.standard_normal((6, 16)))
+    centres = unit_rows(base[random.integers(0, 6, 60)] + 1e-4 * random.standard_normal((60, 16)))
+    centres[40:50] = centres[10:20]
+    rows, own = unit_rows(random.standard_normal((50, 16))), random.integers(-1, 60, 50)
+    label, cosine = nearest_other(rows, own, centres, half=half)
+    products = rows.astype(np.float64) @ centres.T.astype(np.float64)
+    products[np.arange(50)[own >= 0], own[own >= 0]] = -2
+    np.testing.assert_allclose(cosine, products.max(axis=1), atol=1e-6)
+    np.testing.assert_allclose(products[np.arange(50), label], products.max(axis=1), atol=2e-7)
+    assert not np.isin(label, np.arange(40, 50))[~np.isin(own, np.arange(10, 20))].any()  # the smaller of equal ones
+
+
+def test_without_another_identity_there_is_no_nearest():
+    label, cosine = nearest_other(np.eye(2, dtype=np.float32), np.zeros(2, np.int64), np.eye(2, dtype=np.float32)[:1])
+    assert label.tolist() == [-1, -1] and np.isnan(cosine).all()
+
+
+# --- findings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.5])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+def test_exchanged_labels_are_found_at_the_error_rate_that_was_asked_for(share, spread):
+    features, truth = people(spread=spread)
+    labels = exchanged(truth, share)
+    _, nearest, _, bounds, kinds, score, _, _, _ = judged(features, labels)
+    wrong, called = labels != truth, np.isin(kinds, (WRONG, STRANGER))
+    assert bounds.wrong_share == pytest.approx(share, abs=0.03)
+    assert (wrong & called).sum() / called.sum() > 0.92  # no more than 5 % chance, and the noise of the estimate
+    assert (wrong & called).sum() / wrong.sum() > 0.8
+    assert (nearest[wrong] == truth[wrong]).mean() > 0.65
+    assert score[wrong].min() > np.median(score[~wrong])
+
+
+def test_a_clean_set_has_next_to_no_findings():
+    features, truth = people(spread=0.8)
+    _, _, _, bounds, kinds, _, _, (near, cosine), names = judged(features, truth)
+    assert (kinds != KEEP).mean() < 0.005 and bounds.wrong_share < 0.02
+    found = robust_centres(features, truth, 300)
+    assert len(find_merges(found, near, cosine, bounds, names)) <= 1
+    assert len(find_splits(features, truth, found, bounds, names)) <= 1
+
+
+def test_strangers_are_told_from_people_of_the_set():
+    features, truth = people(spread=0.9)
+    random = np.random.default_rng(5)
+    strangers = unit_rows(random.standard_normal((150, 64)))
+    features = np.concatenate([features, strangers])
+    labels = np.concatenate([exchanged(truth, 0.05), random.integers(0, 300, 150)])
+    kinds = judged(features, labels)[4]
+    assert (kinds[-150:] == STRANGER).mean() > 0.8
+    assert (kinds[:-150][labels[:-150] != truth] == WRONG).mean() > 0.9
+
+
+def test_split_and_merged_people_are_found():
+    features, truth = people(spread=0.8, least=8)
+    labels = truth.copy()
+    parted, joined = np.arange(0, 20), np.arange(100, 140, 2)
+    for number, label in enumerate(parted):
+        labels[np.flatnonzero(truth == label)[::2]] = 300 + number
+    for label in joined:
+        labels[truth == label + 1] = label
+    _, labels = np.unique(labels, return_inverse=True)
+    found, _, _, bounds, _, _, _, (near, cosine), names = judged(features, labels)
+    pairs = {(pair.first, int(pair.second)) for pair in find_merges(found, near, cosine, bounds, names)}
+    truly = {
+        (int(labels[np.flatnonzero(truth == label)[1]]), int(labels[np.flatnonzero(truth == label)[0]]))
+        for label in parted
+    }
+    assert len(pairs & truly) >= 18 and len(pairs - truly) <= 2
+    splits = {pair.first for pair in find_splits(features, labels, found, bounds, names)}
+    mixed = {int(labels[np.flatnonzero(truth == label)[0]]) for label in joined}
+    assert len(splits & mixed) >= 17 and len(splits - mixed) <= 2
+
+
+def test_the_limit_for_people_of_a_test_set_keeps_its_false_alarm_rate():
+    features, truth = people(600, spread=1.0)
+    inside = truth < 300
+    found = robust_centres(features[inside], truth[inside], 300)
+    limit, from_ = person_limit(features[inside], truth[inside], found, 3, 0.01)
+    assert from_ > 250
+    outside = [unit_rows(features[truth == label][:3].sum(axis=0)[None])[0] for label in range(300, 600)]
+    best = (np.stack(outside) @ found.centres.T).max(axis=1)
+    assert (best >= limit).mean() < 0.04
+    same = [unit_rows(features[truth == label][-3:].sum(axis=0)[None])[0] for label in range(300)]
+    assert ((np.stack(same) @ found.centres.T).max(axis=1) >= limit).mean() > 0.95
+
+
+def test_thresholds_of_sets_that_say_nothing():
+    nothing = np.array([], np.float32)
+    assert score_threshold(nothing, nothing, nothing, nothing, 0.05) == (np.inf, 0.0)
+    assert merge_threshold(np.full(3, 0.5), 0.05) == 1.0
+    assert merge_threshold(np.full(100, 0.5), 0.05) > 0.5  # all alike: nobody is conspicuous
+
+
+# --- the same photo twice ---------------------------------------------------------------------------------------------
+
+
+def variants(rgb, how):
+    if how == "encoded":
+        data = cv2.imencode(".jpg", rgb, [cv2.IMWRITE_JPEG_QUALITY, 70])[1]
+        return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if how == "resized":
+        return cv2.resize(cv2.resize(rgb, (80, 80), interpolation=cv2.INTER_AREA), (112, 112))
+    return rgb[:, ::-1].copy()
+
+
+@pytest.mark.parametrize("how", ["encoded", "resized", "mirrored"])
+def test_changed_photos_are_found_among_faces(shared, how):
+    crops = crop_sets.open_training_set(shared / "faces")
+    pictures = [
+        cv2.imdecode(np.frombuffer(crops.read(index)[0], np.uint8), cv2.IMREAD_COLOR) for index in range(0, 1500, 3)
+    ]
+    copied = np.random.default_rng(0).permutation(500)[:80]
+    pictures += [variants(pictures[index], how) for index in copied]
+    encoded = [cv2.imencode(".png", picture)[1].tobytes() for picture in pictures]
+    thumbs = np.stack([duplicates.thumbnail(picture) for picture in pictures])
+    found = duplicates.find_duplicates(thumbs, lambda index: (encoded[index], pictures[index]))
+    pairs = {(pair.first, pair.second) for pair in found if pair.second >= 500}
+    truly = {(int(index), 500 + place) for place, index in enumerate(copied)}
+    assert len(pairs & truly) >= 78
+    assert all(
+        pair.how == ("mirrored" if how == "mirrored" else "encoded again") for pair in found if pair.second >= 500
+    )
+
+
+def test_bytes_that_are_equal_are_called_identical():
+    rgb = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    assert duplicates.compare((b"a", rgb), (b"a", rgb), False) == ("identical", 1.0)
+    assert duplicates.compare((b"a", rgb), (b"b", rgb), False)[0] == "encoded again"
+    assert duplicates.compare((b"a", rgb), (b"b", rgb[:, ::-1]), True)[0] == "mirrored"
+    other = np.random.default_rng(1).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    assert duplicates.compare((b"a", rgb), (b"b", other), False) is None
+    grey = np.full((112, 112, 3), 127, np.uint8)
+    assert duplicates.compare((b"a", grey), (b"b", grey), False) is None  # two empty pictures are no photo twice
+
+
+def test_many_crops_of_one_code_stay_linear():
+    first, second = duplicates._sharing(np.zeros(1000, np.int64))
+    assert len(first) <= 1000 * duplicates.LARGEST_BUCKET and (first != second).all()
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def test_signs_of_quality():
+    sharp = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    assert sharpness(sharp) > sharpness(cv2.GaussianBlur(sharp, (0, 0), 3)) + 2
+    padded = sharp.copy()
+    padded[:28] = 0
+    assert filled(sharp) == 1.0 and filled(padded) == pytest.approx(0.75) and filled(np.zeros_like(sharp)) == 0.0
+
+
+def test_a_reject_curve_falls_for_a_sign_that_knows_and_not_for_one_that_does_not():
+    random = np.random.default_rng(0)
+    accepted = random.random(4000) > 0.2
+    knows = accepted + random.random(4000)
+    curve = reject_curve("knows", knows, accepted)
+    assert curve.fnmr[0] == pytest.approx(1 - accepted.mean()) and curve.fnmr[-1] == 0 and curve.gain > 0.5
+    assert abs(reject_curve("does not", random.random(4000), accepted).gain) < 0.1
+
+
+# --- what training makes of it -----------------------------------------------------------
+
+
+def write_audit(folder, crops, actions, identity_rows=(), fingerprint=None):
+    rows = []
+    for index in range(len(crops)):
+        action, to = actions.get(index, ("keep", None))
+        label = int(crops.labels[index])
+        rows.append(
+            [index, crops.describe(index), label, label, "", None, None, None, None, action, to, *[None] * 5, ""]
+        )
+    selection.write_table(folder / selection.CROPS, selection.CROP_COLUMNS, rows)
+    selection.write_table(folder / selection.IDENTITIES, selection.IDENTITY_COLUMNS, list(identity_rows))
+    utils.write_json(folder / selection.RECORD, {"data": {"fingerprint": fingerprint or crop_sets.fingerprint(crops)}})
+    return folder / selection.CROPS
+
+
+@pytest.fixture
+def crops(tmp_path):
+    crop_sets.write_crops(tmp_path / "crops", jpegs(6, 4))
+    return crop_sets.open_training_set(tmp_path / "crops")
+
+
+def chosen(crops, path, relabel=False):
+    return selection.select(crops, crop_sets.fingerprint(crops), path, relabel=relabel)
+
+
+def test_what_is_dropped_moved_merged_and_split(crops, tmp_path):
+    rows = [
+        ["two labels, one person", 0, "0", 1, "1", 0.9, "merge", "", ""],
+        ["one label, two people", 2, "2", 2, "2", 0.9, "split", "8 9", ""],
+        ["in the test set", 3, "3", "", "lfw: x", 0.9, "drop", "12", ""],
+        ["two labels, one person", 4, "4", 5, "5", 0.9, "keep", "", "rejected"],
+    ]
+    path = write_audit(tmp_path / "audit", crops, {0: ("drop", None), 4: ("move", 5), 16: ("move", 1)}, rows)
+    kept, fingerprint = chosen(crops, path, relabel=True)
+    labels = {int(index): int(label) for index, label in zip(kept.indices, kept.labels, strict=True)}
+    assert 0 not in labels and not {12, 13, 14, 15} & labels.keys()
+    groups = {}
+    for index, label in labels.items():
+        groups.setdefault(label, set()).add(index)
+    assert {1, 2, 3, 5, 6, 7, 16} in groups.values()  # 0 and 1 are one person, to whom crop 16 was moved
+    assert {8, 9} in groups.values() and {10, 11} in groups.values()
+    assert {4, 20, 21, 22, 23} in groups.values() and {17, 18, 19} in groups.values()
+    assert kept.identities == len(groups) == len(kept.identity_names) and set(kept.labels) == set(range(len(groups)))
+    assert [kept.read(index) for index in range(3)] == [(crops.read(i)[0], labels[i]) for i in list(labels)[:3]]
+    assert "5 dropped, 2 moved, 1 merged labels, 1 split labels" in kept.notes[-1]
+    rows[0][6], rows[1][0:3] = "keep", ["in the test set", 1, "1"]
+    rows[1][6] = "drop"
+    gone, _ = chosen(
+        crops, write_audit(tmp_path / "gone", crops, {16: ("move", 1), 5: ("move", 0)}, rows), relabel=True
+    )
+    assert not {4, 6, 7, 16} & set(gone.indices) and 5 in gone.indices  # with whom was moved to them
+    plain, other = chosen(crops, path)
+    left_out = {0, 4, 16, 8, 9, 12, 13, 14, 15}
+    assert set(plain.indices) == set(range(24)) - left_out and other != fingerprint
+    assert (np.diff(crops.labels[plain.indices]) >= 0).all() and len(set(plain.labels)) == 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text.replace("keep", "kepp", 1), "line 2: expected crop 0 with one of keep, drop, move"),
+        (lambda text: text[:-9], "the last line is cut off"),
+        (lambda text: text.rpartition("23\t")[0], "not one row for each of 24 crops"),
+        (lambda text: text.replace("index", "indices"), "not a table of an audit"),
+        (lambda text: text.replace("\tkeep\t\t", "\tmove\t77\t", 1), "moves to '77', which is no label of the set"),
+        (lambda text: text.replace("\n0\t", "\n0 "), "line 2: 16 columns instead of 17"),
+    ],
+)
+def test_damaged_audits_are_one_line(crops, tmp_path, damage, message):
+    path = write_audit(tmp_path / "audit", crops, {})
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=r"audit\.tsv") as error:
+        chosen(crops, path, relabel=True)
+    assert message in str(error.value)
+
+
+def test_an_audit_of_other_crops_is_refused(crops, tmp_path):
+    path = write_audit(tmp_path / "audit", crops, {}, fingerprint="other")
+    with pytest.raises(InputError, match="an audit of other crops"):
+        chosen(crops, path)
+    path.with_name(selection.RECORD).unlink()
+    with pytest.raises(InputError, match="No such file"):
+        chosen(crops, path)
+    everything = write_audit(tmp_path / "all", crops, dict.fromkeys(range(24), ("drop", None)))
+    with pytest.raises(InputError, match="leaves not one crop"):
+        chosen(crops, everything)
+
+
+# --- the command ---------------------------------------------------------------------------
+
+
+def write_projection(path, dim=48):
+    """An ONNX model whose features are random projections of a crop's coarse colours."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    matrix = np.random.default_rng(0).standard_normal((3 * 14 * 14, dim)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("AveragePool", ["crops"], ["small"], kernel_shape=[8, 8], strides=[8, 8]),
+            helper.make_node("Flatten", ["small"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "matrix"], ["feature"]),
+        ],
+        "projection",
+        [helper.make_tensor_value_info("crops", TensorProto.FLOAT, ["n", 3, 112, 112])],
+        [helper.make_tensor_value_info("feature", TensorProto.FLOAT, ["n", dim])],
+        [numpy_helper.from_array(matrix, "matrix")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def portraits(identities, each, seed=4):
+    """(JPEG, label) of crops that share their coarse colours within an identity and differ in light and detail."""
+    random = np.random.default_rng(seed)
+    for label in range(identities):
+        face = random.integers(0, 255, (7, 7, 3)).astype(np.float32)
+        for _ in range(each):
+            crop = cv2.resize(face, (112, 112), interpolation=cv2.INTER_CUBIC)
+            change = random.normal(0, 45, (14, 14, 3)).astype(np.float32)
+            crop = crop + cv2.resize(change, (112, 112), interpolation=cv2.INTER_CUBIC)
+            yield cv2.imencode(".jpg", crop.clip(0, 255).astype(np.uint8))[1].tobytes(), label
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """40 identities of 8 crops of which 16 have another's label, one crop twice, and a person of the test set."""
+    folder = tmp_path_factory.mktemp("audit")
+    entries = list(portraits(40, 8))
+    random = np.random.default_rng(0)
+    labels = [label for _, label in entries]
+    moved = random.permutation(len(entries))[:16]
+    for index in moved:
+        labels[index] = (labels[index] + 7) % 40
+    again = cv2.imencode(
+        ".jpg", cv2.imdecode(np.frombuffer(entries[3][0], np.uint8), 1), [cv2.IMWRITE_JPEG_QUALITY, 85]
+    )
+    entries.append((again[1].tobytes(), 0))
+    labels.append(labels[3])
+    order = np.argsort(labels, kind="stable")
+    crop_sets.write_crops(folder / "crops", [(entries[index][0], labels[index]) for index in order])
+    for name, person in (("known", 5), ("unknown", 41)):
+        (folder / "test" / name).mkdir(parents=True)
+        for number, (data, _) in enumerate(entry for entry in portraits(42, 8) if entry[1] == person):
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), 1)
+            cv2.imwrite(str(folder / "test" / name / f"{number}.png"), image)
+    truth = {int(np.flatnonzero(order == index)[0]) for index in moved}
+    return folder, truth, write_projection(folder / "model.onnx")
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["audit.py", *map(str, words)])
+    return audit.main()
+
+
+def test_the_command_finds_what_was_put_in_and_training_takes_it(faulty, tmp_path, monkeypatch, capsys):
+    folder, truth, model = faulty
+    words = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--no-mirror"]
+    words += ["--against", folder / "test", "--device", "cpu"]
+    assert run(monkeypatch, *words, "--out", tmp_path / "audit") == 0
+    printed = capsys.readouterr().out
+    assert "1 of 2 people are in the training set" in printed
+    rows = list(selection._rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
+    called = {index for index, (_, row) in enumerate(rows) if row["kind"] in (WRONG, STRANGER)}
+    assert len(called & truth) >= 15 and len(called - truth) <= 1
+    assert sum(row["kind"] == "duplicate" for _, row in rows) == 1
+    people_rows = list(selection._rows(tmp_path / "audit" / "audit_identities.tsv", selection.IDENTITY_COLUMNS))
+    assert [row["other_identity"] for _, row in people_rows if row["kind"] == "in the test set"] == ["test: known"]
+    page = (tmp_path / "audit" / "audit.html").read_text()
+    assert "http://" not in page and "https://" not in page and page.count('class="finding"') >= 16
+    assert (tmp_path / "audit" / "wrong-person.png").stat().st_size > 10_000
+
+    # A second audit computes no feature again, and honours what a person decided.
+    one = min(called & truth)
+    decisions = tmp_path / "decisions.tsv"
+    decisions.write_text(f"finding\tdecision\n{report.crop_id(one)}\treject\n")
+    monkeypatch.setattr(audit, "_embed_chunk", None)
+    assert run(monkeypatch, *words, "--out", tmp_path / "audit", "--decisions", decisions) == 0
+    rows = list(selection._rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
+    assert rows[one][1]["action"] == "keep" and "rejected by a person" in rows[one][1]["reason"]
+
+    assert (
+        run(
+            monkeypatch,
+            "apply",
+            "--data",
+            folder / "crops",
+            "--audit",
+            tmp_path / "audit",
+            "--relabel",
+            "--out",
+            tmp_path / "clean",
+        )
+        == 0
+    )
+    clean = crop_sets.open_training_set(tmp_path / "clean")
+    assert 40 * 8 - 20 < len(clean) < 40 * 8 and clean.identities == 39  # the person of the test set is gone
+    assert (tmp_path / "clean" / "sources.tsv").read_text().count("\n") == len(clean) + 1
+
+
+def test_a_killed_audit_goes_on_and_another_model_is_not_mixed_in(faulty, tmp_path, monkeypatch, capsys):
+    folder, _, model = faulty
+    words = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
+    plain, done = audit._embed_chunk, []
+
+    def stops(crops, numbers, *rest):
+        if done:
+            raise KeyboardInterrupt
+        done.append(numbers)
+        return plain(crops, numbers, *rest)
+
+    monkeypatch.setattr(audit, "_embed_chunk", stops)
+    assert run(monkeypatch, *words, "--out", tmp_path / "killed") == 130
+    again = []
+    monkeypatch.setattr(
+        audit, "_embed_chunk", lambda crops, numbers, *rest: again.append(numbers) or plain(crops, numbers, *rest)
+    )
+    assert run(monkeypatch, *words, "--out", tmp_path / "killed") == 0
+    assert done and again and not set(done) & set(again)
+    assert run(monkeypatch, *words, "--out", tmp_path / "whole") == 0
+    for name in (selection.CROPS, selection.IDENTITIES):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    other = write_projection(tmp_path / "other.onnx", dim=32)
+    words[3] = other
+    capsys.readouterr()
+    assert run(monkeypatch, *words, "--out", tmp_path / "whole") == 1
+    assert "holds embeddings of something else" in capsys.readouterr().err
+
+
+def test_an_unreadable_crop_is_unusable_and_the_rest_is_audited(faulty, tmp_path, monkeypatch):
+    _folder, _, model = faulty
+    people_folder = tmp_path / "people"
+    for label in range(4):
+        (people_folder / f"p{label}").mkdir(parents=True)
+    for number, (data, label) in enumerate(portraits(4, 6)):
+        (people_folder / f"p{label}" / f"{number:02}.jpg").write_bytes(data if number != 7 else b"no image")
+    shutil.copy(model, tmp_path / "model.onnx")
+    words = ["--data", people_folder, "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
+    assert run(monkeypatch, *words, "--out", tmp_path / "audit") == 0
+    rows = [row for _, row in selection._rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS)]
+    assert [row["crop"].endswith("07.jpg") for row in rows if row["kind"] == "unusable"] == [True]
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text())["counts"]["unusable"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--against", "nowhere"], "--against nowhere: no such file or folder"),
+        (["--decisions", "nowhere"], "nowhere"),
+        (["--error-rate", "0"], "--error-rate 0.0: must be above 0"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+    ],
+)
+def test_wrong_input_is_one_line(faulty, tmp_path, monkeypatch, capsys, words, message):
+    folder, _, model = faulty
+    usual = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
+    assert run(monkeypatch, *usual, "--out", tmp_path / "audit", *words) == 1
+    assert message in capsys.readouterr().err
