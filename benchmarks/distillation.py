@@ -1,0 +1,60 @@
+"""What a teacher is worth to a small network, at equal steps: without it, beside the margin loss, and alone.
+
+    python benchmarks/distillation.py faces_large --teacher model.onnx --val lfw dev_pairs.bin --out results/teacher
+    python benchmarks/distillation.py faces_large --teacher model.onnx --val lfw --out results/teacher -- --epochs 2
+
+Everything but the teacher is alike. The teacher's embeddings are computed once and shared; it is measured itself on the
+same sets first. Options of train.py after -- replace those of the recipe. Killed, the same command goes on. Writes
+distillation.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules of this folder
+
+import trials
+
+import utils
+from embedding import load_embedder
+from verification import features
+from verification.sets import open_set
+
+RECIPE = (
+    "--network mfn --embedding-size 128 --augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.1 "
+    "--warmup 1 --margin 0.4 --margin-warmup 3 --scale 32 --val-every 4"
+).split()
+
+
+@utils.command
+def main() -> None:
+    """See the file's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--val", type=Path, nargs="+", required=True)
+    parser.add_argument("--weights", type=float, nargs="+", default=[10.0], metavar="W", help="of the teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options, more = trials.parse(parser)
+    sets = [open_set(path, options.out / "sets") for path in options.val]
+    teacher = load_embedder(options.teacher)
+    cache = options.out / "cache"
+    own = {pairs.name: features.verify(teacher, pairs, cache_dir=cache).accuracy for pairs in sets}
+    common = [*RECIPE, "--data", str(options.data), "--seed", str(options.seed)]
+    common += ["--val", *map(str, options.val), *more]
+    taught = ["--teacher", options.teacher, "--teacher-embeddings", str(options.out / "embeddings")]
+    ways = {"without a teacher": []}
+    ways |= {f"teacher, weight {weight:g}": [*taught, "--teacher-weight", str(weight)] for weight in options.weights}
+    ways["teacher alone"] = [*taught, "--loss", "none"]
+    rows = [{"trial": "the teacher itself", "options": [], "last": own, "best": own}]
+    for name, arguments in ways.items():
+        rows += trials.run({name: arguments}, common, options.out, options.processes)
+        trials.write(options.out / "distillation.json", __doc__.splitlines()[0], common, rows)
+    print(trials.table(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
