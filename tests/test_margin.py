@@ -102,7 +102,7 @@ def test_two_batches_before_their_backward_passes(loss):
     assert torch.equal(torch.autograd.grad(first, head.weight)[0], alone)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(LOSSES),
     st.sampled_from(list(VARIANTS)),
