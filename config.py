@@ -321,6 +321,13 @@ class PreProcess(FaceSearch):
         group="detector",
         choices=("central", "largest", "best_score"),
     )
+    turn: str = option(
+        "auto",
+        "photos that lie on their side or head: auto looks in four orientations where the face is not plausible as it "
+        "stands, always at every photo, never at none",
+        group="detector",
+        choices=("auto", "always", "never"),
+    )
     min_side: int = option(
         32, "photos narrower or lower than this are too small", group="crops", metavar="PX", at_least=1
     )

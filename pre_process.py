@@ -63,7 +63,9 @@ def photo_at(folder: Path, file: str) -> Photo:
 
 def detecting(options: config.PreProcess, files: Sequence[str]) -> Work:
     """What finds, chooses and aligns the faces of a window of photos."""
-    finder = FaceFinder(open_detector(options), options.rule, min_side=options.min_side, min_face=options.min_face)
+    finder = FaceFinder(
+        open_detector(options), options.rule, min_side=options.min_side, min_face=options.min_face, turn=options.turn
+    )
 
     def work(numbers: Sequence[int]) -> list[tuple[FaceRow, bytes | None]]:
         photos = [photo_at(options.photos, files[number]) for number in numbers]
@@ -111,7 +113,7 @@ def check(options: config.PreProcess) -> None:
 def settings_of(options: config.PreProcess, listing: Listing) -> dict[str, Any]:
     """Everything that the result depends on."""
     if options.from_detections is None:
-        search = {**detector_settings(options), "rule": options.rule}
+        search = {**detector_settings(options), "rule": options.rule, "turn": options.turn}
     else:
         search = {"detections": utils.sha256_of(options.from_detections)}
     return {

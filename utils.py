@@ -39,7 +39,14 @@ _IMAGE_STARTS = {
     b"P6\n": ".ppm",
 }
 # ISO base media files: the brand after "ftyp" says which image it is.
-_IMAGE_BRANDS = {b"avif": ".avif", b"avis": ".avif", b"heic": ".heic", b"heix": ".heic", b"mif1": ".heif"}
+_IMAGE_BRANDS = {
+    b"avif": ".avif",
+    b"avis": ".avif",
+    b"heic": ".heic",
+    b"heix": ".heic",
+    b"hevc": ".heic",
+    b"mif1": ".heif",
+}
 # What a write to an open file fails with; Python does not know its name then.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 # Control characters, and those that turn the direction of writing: in a file's name they could rewrite what a terminal

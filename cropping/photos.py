@@ -8,12 +8,14 @@ data is missing. Price: the few photos with that very grey in their last corner 
 data that the decoders get over is not noticed; OpenCV may remark on it on standard error.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
 import os
 import re
 import stat
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,7 +31,7 @@ from formats.names import is_litter
 from utils import InputError, image_suffix
 
 # Formats that hold photos. Pillow knows others that start programs (EPS runs Ghostscript) or are not pictures.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
 
 # Files that accompany photos in the known data sets (lists, annotations, MegaFace's .json per photo). Everything else
 # counts as a photo, with or without an extension, and gets a row.
@@ -38,9 +40,21 @@ COMPANIONS = frozenset(
     ".idx .rec .bin .npy .npz .mat .pkl .py .sh".split()
 )
 
-# 100 megapixels: more than any single-lens camera writes by default, 300 MB once decoded.
+# What a photo may cost. A JPEG of 100 megapixels, more than nearly all cameras write, takes 300 MB and some seconds.
+# The other formats need copies on their way (JPEG 2000 19 bytes a pixel, WebP 18, the rest 10 to 12), so that half as
+# many pixels take about 1 GB. Of those, one that is larger than `_LARGE` is decoded at a time, whatever the workers.
 MAX_PIXELS = 100_000_000
-MAX_BYTES = 1 << 30
+MAX_PIXELS_OTHERS = 50_000_000
+MAX_BYTES = 256 << 20
+_LARGE = 12_000_000
+# A bomb says in few bytes that it is large. Photos have 0.1 bytes a pixel and more, drawings of one colour 0.003.
+_PIXELS_PER_BYTE = 500
+_PLAUSIBLE = 4_000_000  # pixels that any file may have
+# Each scan of a progressive JPEG goes over the whole picture, at 2 to 20 ms a megapixel; encoders write about ten.
+MAX_SCANS = 100
+_MAX_SCANNED = 1_500_000_000  # scans times pixels
+_MAX_SEGMENTS = 20_000  # of a JPEG
+_large_ones = threading.Lock()
 
 _ORIENTATION_TAG = 0x0112
 # What ends a run of compressed JPEG data: any marker but a stuffed zero byte, a restart mark or a fill byte.
@@ -85,11 +99,19 @@ def read_photo(
         raise PhotoError("empty file")
     image = _open(data)
     width, height = image.size
-    if width * height > max_pixels:
-        raise PhotoError("too large", f"{width}x{height}, the limit is {max_pixels / 1e6:g} megapixels")
+    is_jpeg = image.format in ("JPEG", "MPO")
+    limit = max_pixels if is_jpeg else min(max_pixels, MAX_PIXELS_OTHERS)
+    if width * height > limit:
+        raise PhotoError("too large", f"{width}x{height}, the limit is {limit / 1e6:g} megapixels")
+    if width * height > max(_PLAUSIBLE, _PIXELS_PER_BYTE * len(data)):
+        raise PhotoError("too large", f"{width}x{height} pixels out of {len(data)} bytes, which no photo has")
     if min(width, height) < min_side:
         raise PhotoError("too small", f"{width}x{height}, the limit is {min_side}")
-    bgr = _decode_jpeg(image, data) if image.format in ("JPEG", "MPO") else _decode(image, data)
+    if is_jpeg:
+        bgr = _decode_jpeg(image, data)
+    else:
+        with _large_ones if width * height > _LARGE else contextlib.nullcontext():
+            bgr = _decode(image, data)
     return _upright(bgr, _orientation(image)) if orient else bgr
 
 
@@ -127,7 +149,11 @@ def content_of(path: str | Path) -> str:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this build of Pillow has."""
+    """Those of `FORMATS` that this build of Pillow has, and HEIF where pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -146,8 +172,8 @@ def _open(data: bytes) -> Image.Image:
 
 def _unidentified(data: bytes) -> PhotoError:
     suffix = image_suffix(data)
-    if suffix in (".heic", ".heif"):
-        return PhotoError("unreadable", "HEIC; convert it to JPEG first")
+    if suffix in (".heic", ".heif") and "HEIF" not in _formats():
+        return PhotoError("unreadable", "HEIC needs pillow-heif: pip install pillow-heif")
     if _is_cut(data):
         return PhotoError("truncated", "the header is not complete")
     if suffix is not None:
@@ -211,7 +237,7 @@ def _to_bgr(image: Image.Image) -> NDArray[np.uint8]:
     """Pixels of any mode as BGR uint8 [H, W, 3]."""
     image.load()
     if image.mode.startswith("I"):  # 16 bits, also where Pillow keeps them in 32
-        upper = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        upper = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
         return cv2.cvtColor(upper, cv2.COLOR_GRAY2BGR)
     if image.mode == "F":
         raise PhotoError("unreadable", "pixels are 32-bit floats of unknown range")
@@ -236,8 +262,11 @@ class _Marks:
 
 
 def _follow_marks(data: bytes) -> _Marks:
-    """Walk over the segments of the first image in a JPEG file (a thumbnail or a second image has marks of its own)."""
-    at, progressive = 2, False
+    """Walk over the segments of the first image in a JPEG file (a thumbnail or a second image has marks of its own).
+
+    `PhotoError` for one with more scans than a photo has, which would take minutes to decode.
+    """
+    at, progressive, segments, scans, pixels = 2, False, 0, 0, 0
     missing: dict[int, int] = {}  # component -> bit mask of the 64 coefficients that have not come in full
     while (found := _JPEG_MARKER.search(data, at)) is not None:
         mark, start = data[found.end() - 1], found.end()
@@ -245,8 +274,13 @@ def _follow_marks(data: bytes) -> _Marks:
             return _Marks(found.start(), progressive, not any(missing.values()))
         length = int.from_bytes(data[start : start + 2], "big")
         segment = data[start + 2 : start + length]
+        segments += 1
+        scans += mark == _START_OF_SCAN
+        if segments > _MAX_SEGMENTS or scans > MAX_SCANS or scans * pixels > _MAX_SCANNED:
+            raise PhotoError("unreadable", f"{scans} scans and {segments} segments so far, which no photo has")
         if mark == _PROGRESSIVE_FRAME and len(segment) > 5:
             progressive = True
+            pixels = int.from_bytes(segment[1:3], "big") * int.from_bytes(segment[3:5], "big")
             missing = dict.fromkeys(segment[6::3], (1 << 64) - 1)
         if mark == _START_OF_SCAN and progressive and len(segment) >= 6:
             _note_scan(segment, missing)
@@ -380,9 +414,11 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
             continue
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or is_litter(entry.name):
+                if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
+                    if is_litter(entry.name):
+                        continue
                     waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))
                 elif entry.is_file():
                     yield f"{prefix}{entry.name}", entry.stat()

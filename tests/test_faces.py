@@ -214,6 +214,58 @@ def test_links_to_devices_and_pipes_are_rows_at_once(tmp_path, target):
     assert [row.reason for row in rows] == ["not a photo: a device or a pipe, not a file"]
 
 
+class AnyWay(PaintedFaces):
+    """Finds a lying face too, less surely, as if it stood upright (its landmarks are nonsense) or with them lying."""
+
+    def __init__(self, lying):
+        super().__init__()
+        self.lying = lying
+
+    def _one(self, bgr):
+        found = super()._one(bgr)
+        found.scores[:] = 0.9995
+        for turn in range(1, 4):
+            if not len(found.scores):
+                found = super()._one(np.ascontiguousarray(np.rot90(bgr, turn)))
+                found.scores[:] = 0.97
+                if self.lying:
+                    found.landmarks[:] = found.landmarks[..., ::-1]
+        return found
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+@pytest.mark.parametrize("turn", ["auto", "always", "never"])
+@pytest.mark.parametrize("lying", [True, False])
+def test_photos_that_lie_are_turned(tmp_path, quarters, turn, lying):
+    upright = paint(120, 90, [(20, 30, 40)])
+    bgr = np.ascontiguousarray(np.rot90(upright, quarters))
+    row, crop = one(tmp_path, bgr, AnyWay(lying), turn=turn)
+    assert row.status == CROP
+    expected = {0: "", 1: "upright when turned by -90", 2: "upright when turned by 180", 3: "upright when turned by 90"}
+    if turn == "never":
+        assert row.reason == "" and shows_a_face(crop) == (quarters == 0)
+        return
+    assert row.reason == expected[quarters] and shows_a_face(crop)
+    reference = one(tmp_path, upright, PaintedFaces())[1]
+    assert np.abs(crop.astype(int) - reference).mean() < 2
+    # The row's landmarks are those of the photo as it is: the crop can be made again from them.
+    save(tmp_path / "id" / "photo.png", bgr)
+    again = realign(Photo(tmp_path / "id" / "photo.png", "id/photo.png", "id"), row)
+    assert (again[1] == crop).all()
+
+
+def test_a_face_that_is_plausible_in_no_orientation_says_so(tmp_path):
+    class Nonsense(PaintedFaces):
+        def detect(self, images):
+            found = super().detect(images)
+            for one in found:
+                one.landmarks[:] = one.landmarks[:, ::-1]
+            return found
+
+    row, crop = one(tmp_path, paint(100, 100, [(20, 20, 50)]), Nonsense(), turn="auto")
+    assert crop is not None and row.reason == "not plausible: its eyes are not above its mouth"
+
+
 # Boxes, the second look and the last resort
 
 

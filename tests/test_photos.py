@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from cropping import photos
 from cropping.photos import PhotoError, identity_of, in_order, list_photos, read_photo
 from formats import archives
 from utils import InputError
@@ -341,7 +342,7 @@ def test_folders_may_lie_deeper_than_python_recurses(tmp_path):
     sys.setrecursionlimit(len(inspect.stack(0)) + 100)
     try:
         found = list_photos(tmp_path).files
-        members = [name for name, _ in archives._walk(tmp_path)]
+        members = [name for name, *_ in archives._walk(tmp_path)]
     finally:
         sys.setrecursionlimit(before)
     assert found == members == [expected]
@@ -353,3 +354,72 @@ def test_listing_of_nothing_is_an_error(tmp_path):
     make_tree(tmp_path, ["a/readme.txt"])
     with pytest.raises(InputError, match="no photos"):
         list_photos(tmp_path)
+
+
+# What a photo may cost
+
+
+def heic(image, **options):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    return encode(image, "HEIF", quality=95, **options)
+
+
+def test_heic_of_phones():
+    image = scene(120, 90)
+    data = heic(image)
+    assert np.abs(read_photo(data).astype(int) - np.asarray(image)[..., ::-1]).mean() < 12
+    for cut in (30, len(data) // 2, len(data) - 10):
+        assert reason(data[:cut]) in ("truncated", "unreadable")
+
+
+def test_heic_is_turned_once_however_it_says_so():
+    image = scene(120, 90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = read_photo(heic(image, exif=exif.tobytes()))
+    assert turned.shape == (120, 90, 3)
+    expected = np.asarray(image.transpose(Image.Transpose.ROTATE_270))[..., ::-1]
+    assert np.abs(turned.astype(int) - expected).mean() < 12
+
+
+@pytest.mark.parametrize("name", ["JPEG2000", "WEBP", "GIF", "PNG", "TIFF"])
+def test_few_bytes_are_no_large_photo(name):
+    buffer = io.BytesIO()
+    options = {"compression": "tiff_lzw"} if name == "TIFF" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Image.new("L" if name in ("GIF", "PNG", "TIFF") else "RGB", (3000, 3000), 99).save(buffer, name, **options)
+    data = buffer.getvalue()
+    if 500 * len(data) < 3000 * 3000:
+        assert reason(data) == "too large"
+    assert read_photo(data + bytes(20_000)).shape == (3000, 3000, 3)  # a density, not a size
+
+
+def test_other_formats_than_jpeg_have_a_lower_limit(monkeypatch):
+    monkeypatch.setattr(photos, "MAX_PIXELS_OTHERS", 60 * 47)
+    assert read_photo(encode(scene(61, 47), "JPEG")).shape == (47, 61, 3)
+    assert reason(encode(scene(61, 47), "PNG")) == "too large"
+
+
+@pytest.mark.parametrize("scans", [95, 2000])
+def test_hundreds_of_scans_are_refused_before_they_are_decoded(scans, monkeypatch):
+    whole = encode(Image.new("RGB", (64, 64), (90, 30, 200)), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    bomb = whole[:-2] + whole[last:-2] * scans + b"\xff\xd9"
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    assert reason(bomb) == "unreadable"
+    monkeypatch.setattr(photos, "MAX_SCANS", 10_000)
+    monkeypatch.setattr(photos, "_MAX_SCANNED", 64 * 64 * 20)  # as many on a larger picture
+    assert reason(bomb) == "unreadable"
+
+
+def test_sixteen_bits_take_no_eight_bytes_a_pixel():
+    import tracemalloc
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 1 << 16, (1000, 1000), np.uint16)).save(buffer, "PNG")
+    tracemalloc.start()
+    read_photo(buffer.getvalue())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000
