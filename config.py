@@ -531,6 +531,18 @@ class LfwEval(Model, PhotoFaces):
 
 
 @dataclass
+class Report:
+    """report.py: one page about runs."""
+
+    runs: list[Path] = option(
+        REQUIRED, "folders of runs or of results; several stand side by side", metavar="DIR", positional=True
+    )
+    together: bool = option(False, "the folders are of one model: one column instead of several")
+    title: str | None = option(None, "first line of the report; none names the runs", metavar="TEXT")
+    out: Path = option(Path("report.html"), "the file to write; the model card is written beside it", metavar="FILE")
+
+
+@dataclass
 class Compare:
     """compare.py: two models on the same pairs."""
 

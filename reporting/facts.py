@@ -1,0 +1,465 @@
+"""What the stages wrote about a run, as figures: each with its interval, its command, and the hashes behind it.
+
+Files are known by what is in them. A file that is none of the known kinds, or is damaged, is named in the report and
+never passed over in silence; a figure that a file does not have is left out.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils import InputError
+
+NAMES = ("results.json", "comparison.json", "report.json", "audit.json")
+DEPTH = 4  # folders below a run that are looked through
+MOST = 200  # results files of one run
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number: what it is of, its value and 95 % interval as text, and the SHA-256 of the data behind it."""
+
+    label: str
+    value: str
+    interval: str = ""
+    data_sha256: str | None = None
+
+
+@dataclass
+class Source:
+    """One results file. kind: the section it belongs to; subject: what was measured on; models: (name, sha256)."""
+
+    path: Path
+    kind: str
+    subject: str
+    command: str
+    models: list[tuple[str, str | None]]
+    data: list[tuple[str, str | None]]
+    figures: list[Figure]
+    pictures: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """A folder with everything found in it. history: epochs of a training; options: as run.json has them."""
+
+    label: str
+    folder: Path
+    sources: list[Source]
+    history: list[dict[str, Any]]
+    options: dict[str, Any]
+    embedding_sha256: str | None
+    unread: list[str]
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Read every results file in a folder and below it; InputError if there is none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of a run")
+    run = Run(label, folder, [], [], {}, None, [])
+    for path in _files(folder):
+        try:
+            content = json.loads(path.read_bytes())
+            sources = _read(path, content, run) if isinstance(content, dict) else None
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
+            run.unread.append(f"{path}: damaged, or of another version ({error!r})")
+            continue
+        if sources is None:
+            run.unread.append(f"{path}: of no kind that is known here")
+        else:
+            run.sources += sources
+    if not run.sources:
+        raise InputError(f"{folder}: no results in it or below (results.json of any stage)" + _said(run.unread))
+    return run
+
+
+def _said(unread: Sequence[str]) -> str:
+    return f"; {unread[0]}" if unread else ""
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    found = []
+    for root, folders, names in os.walk(folder):
+        depth = len(Path(root).relative_to(folder).parts)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "cache") * (depth < DEPTH)
+        found += [Path(root) / name for name in NAMES if name in names]
+    if len(found) > MOST:
+        raise InputError(f"{folder}: {len(found)} files of results, more than {MOST}; name the runs one by one")
+    return sorted(found)
+
+
+def _read(path: Path, content: dict[str, Any], run: Run) -> list[Source] | None:
+    for fits, read in _KINDS:
+        if fits(content):
+            return read(path, content, run)
+    return None
+
+
+# --- small things ---------------------------------------------------------------------------------------------------
+
+
+def percent(value: Any) -> str:
+    """A rate as text; "-" for what is not there."""
+    return f"{100 * value:.2f} %" if isinstance(value, int | float) else "-"
+
+
+def span(bounds: Any) -> str:
+    """The ends of an interval of a rate, "" if there is none."""
+    ends = bounds.get("interval_95") if isinstance(bounds, dict) else bounds
+    return f"{100 * ends[0]:.2f} ... {100 * ends[1]:.2f}" if ends else ""
+
+
+def _command(path: Path, content: dict[str, Any]) -> str:
+    """The command that wrote a file: from the file itself, or from the run.json beside it."""
+    environment = content.get("environment")
+    if not environment:
+        beside = _run_json(path)
+        environment = beside.get("environment") or (beside.get("environments") or [{}])[-1]
+    words = environment.get("command") or []
+    return shlex.join(["python", Path(words[0]).name, *map(str, words[1:])]) if words else ""
+
+
+def _run_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path.parent / "run.json").read_bytes())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _model(content: Mapping[str, Any]) -> tuple[str, str | None]:
+    model = content.get("model") or {}
+    return str(model.get("name", "unknown")), model.get("sha256")
+
+
+def _pictures(folder: Path, *names: str) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+# --- kinds of files -------------------------------------------------------------------------------------------------
+
+
+def _training(path: Path, content: dict[str, Any], run: Run) -> list[Source]:
+    recorded = _run_json(path)
+    data = content.get("data") or {}
+    name = str(data.get("name") or data.get("path") or "training data")
+    sha = data.get("fingerprint") or data.get("sha256")
+    if not run.history or len(content["history"]) > len(run.history):
+        run.history, run.options = content["history"], recorded.get("options") or {}
+    run.embedding_sha256 = content.get("embedding_sha256")
+    best, last = content["best"], content["last"]
+    figures = [
+        Figure(
+            "epochs",
+            f"{last['epoch']} of {content['epochs']}" + ("" if content["finished"] else ", not finished"),
+            "",
+            sha,
+        ),
+        Figure("loss, last epoch", f"{last['loss']:.4f}", "", sha),
+        Figure("top-1 on the training crops, last epoch", percent(last["top1"]), "", sha),
+        Figure("crops per second, last epoch", f"{last['crops_per_second']:.0f}", "", sha),
+    ]
+    for label in ("crops", "identities"):
+        if label in data:
+            figures.insert(0, Figure(label, f"{data[label]:,}", "", sha))
+    for set_name, entry in (best.get("verification") or {}).items():
+        interval = span((entry.get("by_identity") or {}).get("accuracy"))
+        measured_on = entry.get("sha256") or (best.get("sets") or {}).get(set_name)
+        figures.append(
+            Figure(
+                f"accuracy on {set_name}, best epoch {best['epoch']}", percent(entry["accuracy"]), interval, measured_on
+            )
+        )
+    skipped = content.get("unreadable_crops") or []
+    notes = [f"{len(skipped)} crops could not be read and were replaced"] if skipped else []
+    model = ("embedding.pt", run.embedding_sha256)
+    return [Source(path, "Training", name, _command(path, content), [model], [(name, sha)], figures, notes=notes)]
+
+
+def _verification(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    sources = []
+    for entry in content["sets"]:
+        sha = entry["sha256"]
+        by = entry.get("by_identity") or {}
+        figures = [
+            Figure("pairs of one person + two", f"{entry['genuine_pairs']:,} + {entry['impostor_pairs']:,}", "", sha)
+        ]
+        if entry["accuracy_kfold_mean"] is not None:
+            figures.append(
+                Figure("accuracy over folds", percent(entry["accuracy_kfold_mean"]), span(by.get("accuracy")), sha)
+            )
+        else:
+            figures.append(
+                Figure(
+                    "accuracy at the best threshold",
+                    percent(entry["accuracy_best_threshold"]),
+                    span(by.get("accuracy")),
+                    sha,
+                )
+            )
+        figures.append(Figure("EER", percent(entry["eer"]), span(by.get("eer")), sha))
+        for point in entry["tar_at_far"]:
+            if point["resolved"]:
+                interval = (by.get("tar_at_far") or {}).get(f"{point['far']:g}") or point["tar_interval_95"]
+                threshold = f", cosine from {point['threshold']['cosine']:.4f}"
+                figures.append(
+                    Figure(f"TAR at FAR {point['far']:g}", percent(point["tar"]) + threshold, span(interval), sha)
+                )
+        lost = sum(entry["pairs_without_face"].values())
+        if lost:
+            figures.append(Figure("pairs without a face (counted as wrong)", f"{lost:,}", "", sha))
+        stem = str((entry.get("scores") or {}).get("file", entry["name"])).removesuffix("-scores.npz")
+        pictures = _pictures(path.parent, f"{stem}-roc.png", f"{stem}-angles.png", f"{stem}-errors.png")
+        common = (_command(path, content), [_model(content)], [(entry["name"], sha)])
+        sources.append(
+            Source(path, "Verification", entry["name"], *common, figures, pictures, notes=list(entry["notes"]))
+        )
+        sources += [_group(path, entry, group, stem, common) for group in entry.get("groups") or []]
+    return sources
+
+
+def _group(path: Path, entry: dict[str, Any], group: dict[str, Any], stem: str, common: Any) -> Source:
+    sha = entry["sha256"]
+    cosine = group["threshold"]["cosine"]
+    figures = [Figure("threshold", f"cosine {cosine:.4f} ({group['threshold_chosen']})", "", sha)]
+    for row in group["groups"]:
+        for label, rate in (("FMR", row["fmr"]), ("FNMR", row["fnmr"])):
+            if rate["rate"] is not None:
+                interval = span(rate["by_identity"] or rate["interval_95"])
+                figures.append(Figure(f"{label}, {row['name']}", percent(rate["rate"]), interval, sha))
+    texts = [group[key]["sentence"] for key in ("largest_fmr_ratio", "largest_fnmr_ratio") if group[key]]
+    pictures = [
+        picture for picture in sorted(path.parent.glob("*.png"))
+        if picture.stem.startswith(f"{stem}-groups-") and picture.stem.endswith(group["column"])
+    ]  # fmt: skip
+    subject = f"{entry['name']} by {group['column']}"
+    return Source(path, "Error rates by group", subject, *common, figures, pictures, list(group["notes"]), texts)
+
+
+def _identification(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    data = [(source["folder"], source["sha256"]) for source in content["data"]]
+    sha = " + ".join(str(digest) for _, digest in data)
+    people, photos, lost = (
+        " + ".join(f"{source[key]:,}" for source in content["data"])
+        for key in ("people", "photos", "photos_without_face")
+    )
+    checked = content["verification"]
+    figures = [
+        Figure("people", people, "", sha),
+        Figure("photos (without a face)", f"{photos} ({lost})", "", sha),
+        Figure(
+            "all pairs of one person + two", f"{checked['genuine_pairs']:,} + {checked['impostor_pairs']:,}", "", sha
+        ),
+        Figure("EER", percent(checked["eer"]), "", sha),
+    ]
+    for point in checked["tar_at_far"]:
+        if point["resolved"]:
+            said = f"{percent(point['tar'])}, cosine from {point['threshold']['cosine']:.4f}"
+            figures.append(Figure(f"TAR at FAR {point['far']:g}", said, span(point["tar_by_identity"]), sha))
+    for row in (content["closed_set"] or {}).get("ranks", []):
+        figures.append(Figure(f"closed set, rank {row['rank']}", percent(row["rate"]), span(row["by_identity"]), sha))
+    for point in (content["open_set"] or {}).get("dir_at_fpir", []):
+        if point["resolved"]:
+            figures.append(
+                Figure(
+                    f"open set, DIR at FPIR {point['fpir']:g}", percent(point["dir"]), span(point["by_identity"]), sha
+                )
+            )
+    notes = list(content["notes"])
+    needed = [row for row in checked["people_needed"] if row["more_people_to_resolve"]]
+    notes += [f"FAR {row['far']:g} takes at least {row['more_people_to_resolve']:,} more people" for row in needed]
+    subject = Path(data[-1][0]).name
+    pictures = _pictures(path.parent, "scores.png", "cmc.png", "dir.png", "worst.png")
+    return [
+        Source(
+            path, "Identification", subject, _command(path, content), [_model(content)], data, figures, pictures, notes
+        )
+    ]
+
+
+def _ijb(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    name = str(content.get("protocol") or content.get("subset") or "IJB")
+    hashes = _hashes(content.get("data"))
+    sha = " + ".join(hashes) or None
+    figures = []
+    for treatment, found in (content.get("one_to_one") or {}).items():
+        usual = treatment.replace("_", "").upper() == "N0D1F1"
+        for point in found["far_not_exceeded"] if usual or len(content["one_to_one"]) == 1 else []:
+            if point["resolved"]:
+                interval = span(point.get("tar_interval_95_by_identity") or point.get("tar_interval_95"))
+                figures.append(
+                    Figure(f"1:1 TAR at FAR {point['far']:g}, not exceeded", percent(point["tar"]), interval, sha)
+                )
+        if usual:
+            for far, tar in found["as_printed"].items():
+                if far != "auc":
+                    figures.append(Figure(f"1:1 TAR at FAR {far}, as public code prints it", percent(tar), "", sha))
+    many = content.get("one_to_many") or {}
+    for key, row in many.get("of_mated_probes", {}).items():
+        if row:
+            figures.append(Figure(f"1:N {key.replace('_', ' ')}, mated probes", percent(row["value"]), span(row), sha))
+    for gallery, found in many.items():
+        for point in found.get("fpir_not_exceeded", []) if isinstance(found, dict) else []:
+            if point["resolved"]:
+                interval = span(point["tpir_interval_95_by_identity"] or point["tpir_interval_95"])
+                figures.append(
+                    Figure(f"1:N TPIR at FPIR {point['fpir']:g}, {gallery}", percent(point["tpir"]), interval, sha)
+                )
+    data = [(name, sha)]
+    return [
+        Source(
+            path,
+            "IJB",
+            name,
+            _command(path, content),
+            [_model(content)],
+            data,
+            figures,
+            _pictures(path.parent, "roc.png"),
+        )
+    ]
+
+
+def _hashes(value: Any) -> list[str]:
+    """Every SHA-256 in a piece of JSON, in its order."""
+    if isinstance(value, dict):
+        return [digest for inner in value.values() for digest in _hashes(inner)]
+    if isinstance(value, list):
+        return [digest for inner in value for digest in _hashes(inner)]
+    looks = isinstance(value, str) and len(value) == 64 and all(mark in "0123456789abcdef" for mark in value)
+    return [value] if looks else []
+
+
+def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    sides = [content["probes"], content["distractors"]]
+    hashes = [digest for side in sides for digest in _hashes(side)[:1]]
+    sha = " + ".join(hashes) or None
+    figures = []
+    for row in content["results"]:
+        where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
+        for key in ("rank_1", "rank_10"):
+            figures.append(
+                Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), span(row.get(f"{key}_interval_95")), sha)
+            )
+        for point in row.get("verification", []):
+            if point.get("resolved"):
+                figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
+    pictures = sorted(path.parent.glob("*.png"))[:6]
+    data = [("probes and distractors", sha)]
+    return [
+        Source(path, "MegaFace", "Challenge 1", _command(path, content), [_model(content)], data, figures, pictures)
+    ]
+
+
+def _stress(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    sources = []
+    people = content["people"]
+    sha = next(iter(_hashes(people)), None)
+    subject = f"{people.get('identities')} synthetic people"
+    if sha is None:  # they are a function of their settings, which say all that decides them
+        sha = "synthetic: " + ", ".join(
+            f"{key} {value}" for key, value in sorted(people.items()) if not isinstance(value, dict)
+        )
+    for model in content["models"]:
+        figures = []
+        for factor, found in model["factors"].items():
+            worst = max(found["levels"], key=lambda level: level.get("fnmr") or 0)
+            bounds = next((worst[key] for key in ("fnmr_interval_95", "fnmr_interval") if worst.get(key)), None)
+            figures.append(
+                Figure(f"FNMR, {factor}: worst level {worst['level']}", percent(worst.get("fnmr")), span(bounds), sha)
+            )
+        pictures = _pictures(path.parent, "curves.png", "named.png")
+        name = (str(model.get("name", model["label"])), model.get("sha256"))
+        sources.append(
+            Source(path, "Stress", subject, _command(path, content), [name], [(subject, sha)], figures, pictures)
+        )
+    return sources
+
+
+def _audit(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    data = content["data"]
+    sha = data.get("fingerprint") or data.get("sha256")
+    figures = [Figure("crops", f"{data['crops']:,}", "", sha), Figure("identities", f"{data['identities']:,}", "", sha)]
+    figures += [Figure(str(kind), f"{count:,}", "", sha) for kind, count in content["counts"].items()]
+    figures += [
+        Figure(
+            f"people of {entry.get('set')} in the training set",
+            f"{entry['in_the_training_set']} of {entry['people']}",
+            "",
+            sha,
+        )
+        for entry in content.get("against") or []
+        if "in_the_training_set" in entry
+    ]
+    name = str(data.get("name", "training data"))
+    return [
+        Source(path, "Data", f"audit of {name}", _command(path, content), [_model(content)], [(name, sha)], figures)
+    ]
+
+
+def _crops(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    sha = next(iter(_hashes(content)), None) or str(content["settings"].get("photos"))
+    figures = [
+        Figure(key.replace("_", " "), f"{value:,}", "", sha)
+        for key, value in content.items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    ]
+    without = content.get("identities_without_crop") or []
+    figures.append(Figure("identities without a crop", f"{len(without):,}", "", sha))
+    name = path.parent.name
+    return [Source(path, "Data", f"crops in {name}", "", [], [(name, sha)], figures)]
+
+
+def _held_out(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    sha = f"seed {content['seed']}"
+    figures = [Figure("people held out", f"{content['held_out']['people']:,}", "", sha)]
+    return [Source(path, "Data", "people held out", "", [], [(str(content["source"]), None)], figures)]
+
+
+def _comparison(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    models = [_model(content["a"]), _model(content["b"])]
+    sources = []
+    for found in content["sets"]:
+        sha = found["sha256"]
+        rows = [("accuracy", found["accuracy"]), *((f"TAR at FAR {row['far']:g}", row) for row in found["tar_at_far"])]
+        figures = [
+            Figure(
+                f"{label}, A - B",
+                f"{100 * row['difference']:+.2f} points (p = {row['p_by_identity']:.2g})",
+                span(row),
+                sha,
+            )
+            for label, row in rows
+        ]
+        data = [(found["name"], sha)]
+        sources.append(
+            Source(path, "Comparison", found["name"], _command(path, content), models, data, figures,
+                   notes=list(found["notes"]), texts=[found["sentence"]])
+        )  # fmt: skip
+    return sources
+
+
+Reader = Callable[[Path, dict[str, Any], Run], list[Source]]
+_KINDS: list[tuple[Callable[[dict[str, Any]], bool], Reader]] = [
+    (lambda c: "history" in c and "best" in c, _training),
+    (lambda c: c.get("kind") == "identification", _identification),
+    (lambda c: c.get("kind") == "comparison", _comparison),
+    (lambda c: "one_to_one" in c or "one_to_many" in c, _ijb),
+    (lambda c: "probes" in c and "distractors" in c and "results" in c, _megaface),
+    (lambda c: "models" in c and "people" in c, _stress),
+    (lambda c: "counts" in c and "limits" in c, _audit),
+    (lambda c: isinstance(c.get("sets"), list) and "model" in c, _verification),
+    (lambda c: "held_out" in c and "hold_out" in c, _held_out),
+    (lambda c: isinstance(c.get("settings"), dict) and "photos" in c, _crops),
+]
+# The order of the sections.
+SECTIONS = (
+    "Data", "Training", "Verification", "Error rates by group", "Identification", "IJB", "MegaFace", "Stress",
+    "Comparison",
+)  # fmt: skip

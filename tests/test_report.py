@@ -1,0 +1,202 @@
+"""report.py: what stands in results files stands in the report and the card, and nothing else does."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from reporting.card import card
+from reporting.facts import read_run
+
+MODEL, OTHER, DATA = "a" * 64, "b" * 64, "d" * 64
+
+
+def point(far, tar):
+    return {
+        "far": far,
+        "resolved": tar is not None,
+        "tar": tar,
+        "tar_interval_95": tar and [tar - 0.1, tar + 0.1],
+        "threshold": tar and {"cosine": 0.25, "angle": 75.5},
+    }
+
+
+def verification(name="lfw", sha=DATA, model=MODEL, accuracy=0.9, groups=()):
+    entry = {
+        "name": name, "sha256": sha, "genuine_pairs": 300, "impostor_pairs": 300, "accuracy_kfold_mean": accuracy,
+        "accuracy_best_threshold": 0.91, "eer": 0.1, "tar_at_far": [point(0.01, 0.5), point(1e-6, None)],
+        "pairs_without_face": {"genuine": 1, "impostor": 0}, "notes": ["a note"], "groups": list(groups),
+        "by_identity": {"accuracy": {"interval_95": [0.88, 0.92]}, "eer": None, "tar_at_far": {}},
+    }  # fmt: skip
+    return {"model": {"name": "net.pt", "sha256": model}, "sets": [entry]}
+
+
+def training(embedding=MODEL):
+    history = [
+        {"epoch": epoch, "loss": 9.0 - epoch, "top1": epoch / 10, "crops_per_second": 10.0, "sets": {"val": DATA},
+         "verification": {"val": {"accuracy": 0.5 + epoch / 10}}}
+        for epoch in (1, 2, 3)
+    ]  # fmt: skip
+    return {
+        "finished": True, "epochs": 3, "best_epoch": 3, "best": history[-1], "last": history[-1], "history": history,
+        "embedding_sha256": embedding, "unreadable_crops": [],
+        "data": {"name": "faces", "crops": 1000, "identities": 10, "fingerprint": "f" * 64},
+
+    }  # fmt: skip
+
+
+def rate(value):
+    return {
+        "errors": 1,
+        "pairs": 9,
+        "rate": value,
+        "interval_95": [0.0, 0.9],
+        "by_identity": {"interval_95": [0.1, 0.8]},
+    }
+
+
+GROUP = {
+    "column": "hand", "threshold": {"cosine": 0.3}, "threshold_chosen": "given, 60 degrees", "notes": [],
+    "groups": [{"name": "left", "fmr": rate(0.125), "fnmr": rate(None)}],
+    "largest_fmr_ratio": {"sentence": "left above right"}, "largest_fnmr_ratio": None,
+}  # fmt: skip
+
+
+def put(folder, content, name="results.json", command=("/x/lfw_eval.py", "--lfw", "my data")):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    run = {"options": {"lr": 0.1, "network": "mfn"}, "environment": {"command": list(command)}}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["report.py", *map(str, words)])
+    return report.main()
+
+
+class Page(html.parser.HTMLParser):
+    """The text of a page, its tags balanced, and everything that it would load."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.loads, self.tags = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for key, value in attributes if key in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return "\n".join(self.texts)
+
+
+def test_every_figure_with_interval_command_and_hashes(tmp_path, monkeypatch):
+    put(tmp_path / "run" / "train", training(), command=("/x/train.py", "--data", "d"))
+    put(tmp_path / "run" / "lfw", verification(groups=[GROUP]))
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "run" / "lfw" / "lfw-roc.png")
+    (tmp_path / "run" / "lfw" / "lfw-angles.png").write_bytes(b"no picture")
+    assert run(monkeypatch, tmp_path / "run", "--out", tmp_path / "r" / "report.html") == 0
+    page = Page((tmp_path / "r" / "report.html").read_text())
+    for wanted in (
+        "90.00 %", "88.00 ... 92.00", "50.00 %, cosine from 0.2500", "40.00 ... 60.00", "12.50 %", "10.00 ... 80.00",
+        "left above right", "python lfw_eval.py --lfw 'my data'", "python train.py --data d", MODEL, DATA, "f" * 64,
+        "a note", "pairs without a face (counted as wrong)", "3 of 3", "80.00 %", "not a picture",
+    ):  # fmt: skip
+        assert wanted in page.text, wanted
+    assert "1e-06" not in page.text
+    assert all(value.startswith(("#", "data:image/")) for value in page.loads)
+    assert sum(value.startswith("data:") for value in page.loads) == 1 + 3  # the ROC; loss, top-1, accuracy
+    text = (tmp_path / "r" / "MODEL_CARD.md").read_text()
+    assert "# Model card: net.pt" in text and f"`{MODEL}`" in text and f"- data: `{DATA}`" in text
+    assert "| accuracy over folds | 90.00 % | 88.00 ... 92.00 |" in text
+    assert "IJB (`ijb_eval.py`)" in text and "Verification (`lfw_eval.py`)" not in text
+
+
+def test_two_runs_stand_side_by_side(tmp_path, monkeypatch):
+    put(tmp_path / "a" / "run", verification(accuracy=0.9))
+    put(tmp_path / "b" / "run", verification(accuracy=0.8, model=OTHER))
+    assert run(monkeypatch, tmp_path / "a" / "run", tmp_path / "b" / "run", "--out", tmp_path / "both.html") == 0
+    text = (tmp_path / "both.html").read_text()
+    assert re.search(r"<th>accuracy over folds</th><td>90.00 %.*?</td><td>80.00 %", text)
+    assert "do not compare" not in text and "<th>a/run</th><th>b/run</th>" in text
+    assert text.count("a note") == 1
+    assert (tmp_path / "MODEL_CARD-a_run.md").exists() and (tmp_path / "MODEL_CARD-b_run.md").exists()
+    put(tmp_path / "b" / "run", verification(sha="e" * 64, model=OTHER))
+    assert run(monkeypatch, tmp_path / "a" / "run", tmp_path / "b" / "run", "--out", tmp_path / "both.html") == 0
+    assert "do not compare" in (tmp_path / "both.html").read_text()
+
+
+def test_the_card_refuses_figures_without_the_hash_of_their_data_or_of_another_model(tmp_path):
+    put(tmp_path / "train", training())
+    put(tmp_path / "good", verification("good"))
+    put(tmp_path / "nohash", verification("nohash", sha=None, accuracy=0.7777))
+    put(tmp_path / "foreign", verification("foreign", model=OTHER, accuracy=0.6666))
+    put(tmp_path / "unknown", verification("unknown", model=None, accuracy=0.5555))
+    text = card(read_run(tmp_path, "run"))
+    assert "## Verification: good" in text
+    for name, accuracy in (("nohash", "77.77"), ("foreign", "66.66"), ("unknown", "55.55")):
+        assert f"## Verification: {name}" not in text and accuracy not in text
+        assert f"- Verification, {name}: " in text
+    assert "no hash of the data" in text and "another model" in text and "nothing says which model" in text
+
+
+def test_names_are_text_and_never_html(tmp_path, monkeypatch):
+    evil = '<script>alert(1)</script>"|`x`\n# heading'
+    content = verification(evil)
+    content["sets"][0]["notes"] = [evil]
+    put(tmp_path / "run", content, command=("/x/lfw_eval.py", evil))
+    assert run(monkeypatch, tmp_path / "run", "--out", tmp_path / "r.html", "--title", evil) == 0
+    page = Page((tmp_path / "r.html").read_text())
+    assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "<script>" not in text and "\n# heading" not in text
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    put(tmp_path / "run" / "good", verification())
+    put(tmp_path / "run" / "cut", json.dumps(verification())[:50])
+    put(tmp_path / "run" / "strange", {"hello": 1})
+    put(tmp_path / "run" / "old", {"model": {}, "sets": [{"name": "x"}]})
+    put(tmp_path / "run" / "cache" / "deep", "never looked at")
+    assert run(monkeypatch, tmp_path / "run", "--out", tmp_path / "r.html") == 0
+    said = capsys.readouterr().out
+    for name in ("cut", "strange", "old"):
+        assert f"{name}/results.json" in said
+        assert f"{name}/results.json" in Page((tmp_path / "r.html").read_text()).text
+    assert "deep" not in said
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["empty"], ["bad"], ["good", "good"]])
+def test_nothing_to_report_is_an_error(tmp_path, monkeypatch, capsys, words):
+    (tmp_path / "empty").mkdir()
+    put(tmp_path / "bad", "{")
+    put(tmp_path / "good", verification())
+    assert run(monkeypatch, *(tmp_path / word for word in words), "--out", tmp_path / "r.html") == 1
+    assert "error: " in capsys.readouterr().err and not (tmp_path / "r.html").exists()
+
+
+def test_folders_of_one_model_together(tmp_path, monkeypatch):
+    put(tmp_path / "train", training())
+    put(tmp_path / "lfw", verification())
+    words = [tmp_path / "train", tmp_path / "lfw", "--together", "--out", tmp_path / "r.html"]
+    assert run(monkeypatch, *words) == 0
+    assert [path.name for path in tmp_path.glob("*.md")] == ["MODEL_CARD.md"]
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "## Training: faces" in text and "## Verification: lfw" in text
