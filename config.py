@@ -396,16 +396,9 @@ class Synthesize(Device):
 
 
 @dataclass
-class Model(Device):
-    """An embedding model and how it is fed; shared by the stages that take any (see embedding.open_embedder)."""
+class Feeding(Device):
+    """How a model is fed, where its file does not say."""
 
-    checkpoint: str = option(
-        REQUIRED,
-        "the model: weights of a network of ours, of InsightFace's or AdaFace's (docs/networks.md), an .onnx embedding "
-        "model, an address, or released for the published network",
-        group="model",
-        metavar="FILE",
-    )
     mean: list[float] | None = option(
         None,
         "one or three numbers, in the order of --channels; none means as the file says, for our networks ImageNet's",
@@ -437,6 +430,49 @@ class Model(Device):
         group="machine",
         metavar="N",
         at_least=1,
+    )
+
+
+@dataclass
+class Model(Feeding):
+    """An embedding model and how it is fed; shared by the stages that take any (see embedding.open_embedder)."""
+
+    checkpoint: str = option(
+        REQUIRED,
+        "the model: weights of a network of ours, of InsightFace's or AdaFace's (docs/networks.md), an .onnx embedding "
+        "model, an address, or released for the published network",
+        group="model",
+        metavar="FILE",
+    )
+
+
+@dataclass
+class Stress(Feeding):
+    """stress.py: what breaks a model. How the models are fed is said for all of them."""
+
+    checkpoint: list[str] = option(
+        REQUIRED, "the models, as for lfw_eval.py: files, addresses, or released", group="model", metavar="FILE"
+    )
+    labels: list[str] = option([], "a name for each model; none means the files' own", group="model", metavar="TEXT")
+    identities: int = option(200, "how many people", group="people", metavar="N", at_least=5, at_most=10_000)
+    first: int = option(0, "number of the first person", group="people", metavar="N", at_least=0)
+    seed: int = option(1, "another seed gives other people", group="people", at_least=0)
+    size: int = option(192, "pixels of a photo's side", group="people", metavar="PX", at_least=96, at_most=1024)
+    factors: list[str] = option([], "factors to move, by name; none means all", group="people", metavar="NAME")
+    far: float = option(1e-3, "false accept rate of the threshold", group="results", above=0, below=1)
+    out: Path = option(Path("results/stress"), "folder of people, figures and results", group="results", metavar="DIR")
+    shard: str | None = option(
+        None,
+        "photograph part K of N of the people, as K/N; none takes what torchrun or Slurm says, or all",
+        group="machine",
+        metavar="K/N",
+    )
+    workers: int | None = option(
+        None,
+        "processes that photograph; none means one per core, 0 the program's own",
+        group="machine",
+        metavar="N",
+        at_least=0,
     )
 
 

@@ -21,26 +21,20 @@ downloaded at run time). About 12 photos/s on one core; the first run compiles f
 import sys
 
 import config
+import synthetic
 import utils
 from options import parse
 from processes import Shard
 from utils import InputError
-
-PACKAGES = {"warp": "warp-lang", "threadpoolctl": "threadpoolctl"}  # by the names of their modules
 
 
 @utils.command
 def main() -> None:
     """Read the options, make what is missing, merge."""
     options = parse(config.Synthesize, __doc__)
-    try:
+    with synthetic.needed():
         from synthetic import dataset
         from synthetic.parameters import ABLATIONS
-    except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
-            raise
-        package = PACKAGES[error.name]
-        raise InputError(f"the package {package} is missing: pip install -r requirements-synthetic.txt") from error
 
     if options.crops and options.layout != "photos":
         raise InputError(f"--layout {options.layout}: is of photos, --crops writes none")

@@ -15,12 +15,12 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import cv2
 import numpy as np
@@ -107,7 +107,7 @@ class People(Chunks):
 
     def open(self, outputs: Sequence[str]) -> bool:
         """As in stage 2; besides, photos that no run here has made are not overwritten, and lost ones are noticed."""
-        begun = (self._folder / "settings.json").exists()
+        begun = (self._parts / "settings.json").exists()
         finished = self._report.exists()
         folders = range(0 if self.plan.crops else self.count)
         if not begun and not finished:
@@ -129,6 +129,15 @@ class People(Chunks):
         if self.plan.crops or self._report.exists():
             return sorted(missing)
         return [chunk for chunk in range(self.count) if chunk in missing or not self._photos(chunk).is_dir()]
+
+    @property
+    def images(self) -> int:
+        """Photos of an identity."""
+        return self.plan.images
+
+    def maker(self, device: str) -> Callable[[int], int]:
+        """What makes an identity, for one process."""
+        return Maker(self, device).make
 
     def _photos(self, chunk: int) -> Path:
         return self.out / self.plan.folder(self.plan.first + chunk)
@@ -161,9 +170,6 @@ class Maker:
     """Makes one identity after the other on one device and writes its files."""
 
     def __init__(self, people: People, device: str) -> None:
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
-        threadpool_limits(1)  # NumPy's BLAS; its idle threads spin, and so slowed every process down on busy cores
         self.people = people
         self.renderer = Renderer(torch.device(device))
 
@@ -231,10 +237,29 @@ def _row(plan: Plan, identity: Identity, photo: Photo, truth: Truth) -> str:
     return "\t".join(fields) + "\n"
 
 
-_maker: Maker | None = None
+class Making(Protocol):
+    """A set whose identities are made one after the other, each by itself."""
+
+    count: int
+
+    @property
+    def images(self) -> int:
+        """Photos of an identity, for the progress bar."""
+
+    def working(self, shard: Shard) -> contextlib.AbstractContextManager[None]:
+        """A section that one process per shard enters."""
+
+    def missing(self) -> list[int]:
+        """The identities that are not finished."""
+
+    def maker(self, device: str) -> Callable[[int], int]:
+        """What makes an identity and writes its files, for one process; returns how many photos it made."""
 
 
-def _start_worker(people: People, device: str) -> None:
+_maker: Callable[[int], int] | None = None
+
+
+def _start_worker(people: Making, device: str) -> None:
     global _maker
     parent = multiprocessing.parent_process()
     if parent is not None:  # of a killed run no process stays behind
@@ -244,21 +269,24 @@ def _start_worker(people: People, device: str) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
-    _maker = Maker(people, device)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    threadpool_limits(1)  # NumPy's BLAS; its idle threads spin, and so slowed every process down on busy cores
+    _maker = people.maker(device)
 
 
 def _work(chunk: int) -> int:
     assert _maker is not None
-    return _maker.make(chunk)
+    return _maker(chunk)
 
 
-def make_people(people: People, shard: Shard, device: torch.device, workers: int) -> list[int]:
+def make_people(people: Making, shard: Shard, device: torch.device, workers: int) -> list[int]:
     """Make the shard's identities with a progress bar; returns the identities (of all shards) still missing."""
     data_folder()  # says what is missing before processes are started that need it
     with people.working(shard):
         mine = [chunk for chunk in range(people.count) if shard.owns(chunk)]
         todo = [chunk for chunk in people.missing() if shard.owns(chunk)]
-        images = people.plan.images
+        images = people.images
         if not todo:
             return people.missing()
         place = str(device) if device.type == "cuda" else "cpu"
@@ -307,7 +335,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
         handler(signal.SIGINT, None)
 
 
-def _results(people: People, todo: list[int], device: str, workers: int) -> Iterator[int]:
+def _results(people: Making, todo: list[int], device: str, workers: int) -> Iterator[int]:
     workers = min(workers, len(todo))
     if workers <= 1:
         _start_worker(people, device)

@@ -237,6 +237,35 @@ def _box(size: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
     return corners[faces].reshape(-1, 3), np.arange(36).reshape(-1, 3)  # split corners keep the edges sharp
 
 
+def mask_piece(photo: Photo, field: RadiusField) -> Piece:
+    """A medical mask: cloth from the bridge of the nose to below the chin and halfway to the ears, and its loops."""
+    what = photo.occluder
+    assert what is not None
+    columns, rows = 25, 17
+    azimuth = np.linspace(-72, 72, columns)
+    side = np.abs(azimuth) / 72
+    top, bottom = 15 - 20 * side**1.5, -52 + 16 * side**2
+    t = np.linspace(0, 1, rows)[:, None]
+    elevation = bottom[None] * (1 - t) + top[None] * t
+    direction = skin.unit(np.radians(np.broadcast_to(azimuth, elevation.shape)), np.radians(elevation)).reshape(-1, 3)
+    radius = field(direction).reshape(rows, columns).astype(np.float32)
+    # Cloth spans the hollows beside nose and mouth.
+    radius = np.maximum(radius, cv2.GaussianBlur(radius, (0, 0), 2.5, borderType=cv2.BORDER_REPLICATE)) + 0.45
+    points = CENTRE + direction.reshape(rows, columns, 3) * radius[..., None]
+    colours = np.array(what["colour"]) * (1 - 0.12 * (np.arange(rows) % 4 == 0))[:, None, None]  # pleats
+    colours = np.broadcast_to(colours, points.shape).reshape(-1, 3)
+    # Seen from both sides: the tracer takes what it meets.
+    cloth = piece(points.reshape(-1, 3), _grid_faces(rows, columns, wrap=False), colours, WOVEN)
+    loops = []
+    for column in (0, columns - 1):
+        ear = (
+            CENTRE + skin.unit(np.array(np.sign(azimuth[column]) * np.radians(100)), np.array(np.radians(-14.0))) * 8.6
+        )
+        for row in (1, rows - 2):
+            loops.append(piece(*tube(np.stack([points[row, column], ear]), 0.09), (0.8, 0.8, 0.8)))
+    return join([cloth, *loops])
+
+
 ANCHORS = {
     "chin": (1.5, -10.5, 3.2),
     "cheek": (5.6, -5.0, 1.2),

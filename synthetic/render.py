@@ -17,7 +17,7 @@ import torch
 import warp as wp
 
 from synthetic import hair, kernels, props, skin
-from synthetic.head import EYE, LASH, SKIN, load_head
+from synthetic.head import LASH, SKIN, load_head
 from synthetic.parameters import IRIS_COLOURS, Identity, Photo
 from synthetic.photo import background, develop
 
@@ -48,11 +48,6 @@ def head_rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
     nod = np.array([[1, 0, 0], [0, np.cos(p), -np.sin(p)], [0, np.sin(p), np.cos(p)]])
     lean = np.array([[np.cos(r), -np.sin(r), 0], [np.sin(r), np.cos(r), 0], [0, 0, 1]])
     return lean @ nod @ turn
-
-
-def _direction(azimuth: float, elevation: float) -> np.ndarray:
-    a, e = np.radians([azimuth, elevation])
-    return np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
 
 
 class Person:
@@ -111,7 +106,6 @@ class Renderer:
         face = (place[:, 2] > -5.5) & (place[:, 1] > -12.5) & (place[:, 1] < 5.5) & (head.torso_share < 0.05)
         face &= np.isin(np.arange(len(place)), skin_vertices) & (np.abs(place[:, 0]) < 7.2)
         self.face_vertices = np.nonzero(face)[0]
-        self.eye_vertex = np.unique(head.faces[head.material == EYE])
         self._kept: tuple[Any, Any, Any, Any] = (None, None, None, None)
         self._tables: dict[int, tuple[wp.array, np.ndarray]] = {}  # uniforms on the host, by number of photos
 
@@ -421,7 +415,8 @@ class Renderer:
         if photo.scarf:
             pieces.append(props.scarf_piece(photo, np.random.default_rng([photo.seed, 9])))
         if photo.occluder:
-            pieces.append(props.occluder_piece(photo))
+            mask = photo.occluder["kind"] == "mask"
+            pieces.append(props.mask_piece(photo, person.field) if mask else props.occluder_piece(photo))
         return (props.join(pieces) if pieces else None), lens_points, lens_faces
 
     def _prop_arrays(self, pieces: list[Any]) -> dict[str, Any]:
