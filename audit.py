@@ -42,7 +42,7 @@ from auditing.findings import (
     person_limit,
 )
 from auditing.measures import SIGNS, WIDTH, measure, reject_curve
-from data_gen import decode_crop
+from cropping.photos import decode_crop
 from embedding import Embedder, open_embedder
 from formats import crop_sets, selection, tables
 from formats.embeddings import EmbeddingStore

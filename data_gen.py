@@ -32,6 +32,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from config import CROP_SIZE
 from cropping import photos
+from cropping.photos import decode_crop
 from embedding import Preprocessing
 from formats.crop_sets import Crops
 from networks.catalogue import RELEASED, Feeding
@@ -115,24 +116,6 @@ _NOTHING = torch.empty(0)
 PREFETCH = 4  # batches that a worker makes ahead
 SHARED_MEMORY = "/dev/shm"  # through which workers hand batches over
 ENCODED_CROP = 16_384  # bytes of an encoded crop, rather too many
-
-
-def decode_crop(encoded: bytes) -> np.ndarray:
-    """An encoded crop as RGB uint8 [112, 112, 3]. Raises `ValueError` with the reason when it cannot be used."""
-    if not encoded:
-        raise ValueError("empty")
-    try:
-        rgb = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error:
-        rgb = None
-    if rgb is None:
-        kind = image_suffix(encoded)
-        raise ValueError("not an image" if kind is None else f"{kind[1:]} image, but damaged or cut short")
-    if rgb.shape != (CROP_SIZE, CROP_SIZE, 3):
-        raise ValueError(
-            f"{rgb.shape[1]}x{rgb.shape[0]} pixels, not {CROP_SIZE}x{CROP_SIZE}; align it with pre_process.py"
-        )
-    return rgb
 
 
 def _empty_images(count: int) -> Tensor:

@@ -32,6 +32,7 @@ import config
 import retinaface.engines
 import utils
 from config import CROP_SIZE
+from cropping.photos import decode_crop
 from embedding import Embedder, Preprocessing, load_embedder, normalise
 from formats import crop_sets
 from models import feeding_of, name_of
@@ -170,10 +171,10 @@ def calibration_crops(path: Path, count: int) -> np.ndarray:
 
 def _decode(crops: crop_sets.Crops, index: int) -> np.ndarray:
     payload, _ = crops.read(index)
-    rgb = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if rgb is None or rgb.shape != (CROP_SIZE, CROP_SIZE, 3):
-        raise InputError(f"{crops.describe(index)}: not a {CROP_SIZE}x{CROP_SIZE} crop")
-    return rgb
+    try:
+        return decode_crop(payload)
+    except ValueError as error:
+        raise InputError(f"{crops.describe(index)}: {error}") from error
 
 
 def _random_crops() -> np.ndarray:

@@ -14,8 +14,7 @@ import torch
 
 from auditing.centres import groups, unit_rows
 from config import CROP_SIZE, DETECTION_SIDE
-from cropping.photos import PhotoError, identity_of, list_photos, read_photo
-from data_gen import decode_crop
+from cropping.photos import PhotoError, decode_crop, identity_of, list_photos, read_photo
 from formats import crop_sets
 from utils import InputError
 from verification import lfw, sets

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from config import CROP_SIZE
 from formats.names import is_litter
 from utils import InputError, image_suffix
 
@@ -70,6 +71,8 @@ _PADDING = bytes(16)
 # bar. The guard against decompression bombs is `MAX_PIXELS`.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# So would OpenCV's remarks on damaged files.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class PhotoError(Exception):
@@ -113,6 +116,33 @@ def read_photo(
         with _large_ones if width * height > _LARGE else contextlib.nullcontext():
             bgr = _decode(image, data)
     return _upright(bgr, _orientation(image)) if orient else bgr
+
+
+def decode_crop(encoded: bytes) -> NDArray[np.uint8]:
+    """An encoded crop as RGB uint8 [112, 112, 3], turned as its EXIF says. `ValueError` with the reason if it is none.
+
+    The one way from a crop's bytes to its pixels, for training, evaluation and export. OpenCV first, which is several
+    times as fast as `read_photo` and gives the same pixels.
+    """
+    if not encoded:
+        raise ValueError("empty")
+    try:
+        rgb = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:
+        rgb = None
+    if rgb is None:
+        kind = image_suffix(encoded)
+        if kind in (None, ".jpg", ".png"):
+            raise ValueError("not an image" if kind is None else f"{kind[1:]} image, but damaged or cut short")
+        try:
+            rgb = np.ascontiguousarray(read_photo(encoded)[..., ::-1])  # a format that OpenCV does not know
+        except PhotoError as error:
+            raise ValueError(error.reason) from error
+    if rgb.shape != (CROP_SIZE, CROP_SIZE, 3):
+        raise ValueError(
+            f"{rgb.shape[1]}x{rgb.shape[0]} pixels, not {CROP_SIZE}x{CROP_SIZE}; align it with pre_process.py"
+        )
+    return rgb
 
 
 def read_file(path: str | Path) -> bytes:

@@ -57,6 +57,11 @@ class _Type:
     code: str
 
 
+def _kind(value: object) -> str:
+    """What a value of a file is called in a message."""
+    return "NumPy array" if isinstance(value, _Array) else type(value).__name__.strip("_")
+
+
 @dataclass
 class _Array:
     """A numpy array: its bytes as they stand in the file and how to read them."""
@@ -147,7 +152,7 @@ class _Machine:
     def extend(self, values: list[Any]) -> None:
         target = self.pop()
         if not isinstance(target, list):
-            raise _Refused(f"corrupt: appends to a {type(target).__name__}")
+            raise _Refused(f"corrupt: appends to a {_kind(target)}")
         target.extend(values)
         self.push(target)
 
@@ -330,10 +335,10 @@ def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
 
 def _interpret(value: Any) -> tuple[list[bytes], np.ndarray]:
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise _Refused(f"holds a {type(value).__name__}, not the pair (images, flags)")
+        raise _Refused(f"holds a {_kind(value)}, not the pair (images, flags)")
     entries, flags = value
     if not isinstance(entries, tuple | list):
-        raise _Refused(f"its images are a {type(entries).__name__}, not a list")
+        raise _Refused(f"its images are a {_kind(entries)}, not a list")
     same = _flags(flags)
     if len(entries) != 2 * len(same):
         raise _Refused(f"{len(entries)} images for {len(same)} pairs; there must be two per pair")
@@ -345,11 +350,11 @@ def _interpret(value: Any) -> tuple[list[bytes], np.ndarray]:
 def _flags(flags: Any) -> np.ndarray:
     values = flags.flat().tolist() if isinstance(flags, _Array) else flags
     if not isinstance(values, tuple | list):
-        raise _Refused(f"its flags are a {type(values).__name__}, not a list")
+        raise _Refused(f"its flags are a {_kind(values)}, not a list")
     for index, value in enumerate(values):
         if not isinstance(value, bool | int) or value not in (0, 1):
             raise _Refused(
-                f"flag {index} is {'a ' + type(value).__name__ if not isinstance(value, int) else value}, not a bool"
+                f"flag {index} is {'a ' + _kind(value) if not isinstance(value, int) else value}, not a bool"
             )
     return np.array(values, bool)
 
@@ -361,7 +366,7 @@ def _image(entry: Any, index: int) -> bytes:
             raise _Refused(f"image {index} is an array, but not one of encoded bytes")
         data = entry.data
     if not isinstance(data, bytes):
-        raise _Refused(f"image {index} (pair {index // 2}) is a {type(data).__name__}, not an encoded image")
+        raise _Refused(f"image {index} (pair {index // 2}) is a {_kind(data)}, not an encoded image")
     if utils.image_suffix(data) is None:
         raise _Refused(f"image {index} (pair {index // 2}): {len(data)} bytes that do not begin as an image file does")
     return data

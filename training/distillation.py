@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Train
-from data_gen import decode_crop
+from cropping.photos import decode_crop
 from embedding import Embedder, load_embedder, normalise, triple
 from formats.crop_sets import Crops
 from formats.embeddings import EmbeddingStore
