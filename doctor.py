@@ -30,6 +30,7 @@ from config import CROP_SIZE
 from embedding import Embedder, Preprocessing, open_embedder
 from models import MEAN, STD
 from options import parse
+from training import storage
 from utils import InputError
 from verification.features import verify
 from verification.metrics import VerificationResult, worst_scores
@@ -153,8 +154,11 @@ def inner_mistakes(embedder: Embedder, checkpoint: Path) -> Iterator[tuple[str, 
     way = embedder.preprocessing
     yield "training mode", Embedder.from_network(_InTrainingMode(network), device, preprocessing=way)
     content = utils.load_checkpoint(checkpoint, mmap=True)
-    if "format" in content and len(content["head"]["centres"]):
-        logits = _Logits(network, content["head"]["centres"]).to(device)
+    if "format" in content:
+        centres = storage.open_stored(checkpoint).content["head"]["centres"][:]
+        if len(centres) == 0:
+            return
+        logits = _Logits(network, centres).to(device)
         yield "head instead of embedding", Embedder.from_network(logits, device, preprocessing=way)
 
 

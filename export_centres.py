@@ -17,7 +17,7 @@ import utils
 from config import ExportCentres
 from formats import tables
 from options import parse
-from training import checkpoints
+from training import storage
 from utils import InputError
 
 
@@ -25,22 +25,20 @@ from utils import InputError
 def main() -> None:
     """See the file's docstring."""
     options = parse(ExportCentres, __doc__)
-    content = utils.load_checkpoint(options.checkpoint, mmap=True)
-    if "head" not in content:
-        raise InputError(f"{options.checkpoint}: weights alone; the centres are in a training checkpoint (best.pt)")
+    content = storage.open_stored(options.checkpoint).content
     if options.out.resolve() == options.checkpoint.resolve().parent:
-        raise InputError(f"--out {options.out}: the folder of the run, whose {checkpoints.EMBEDDING} would be replaced")
-    centres = torch.nn.functional.normalize(content["head"]["centres"].float(), dim=-1)
+        raise InputError(f"--out {options.out}: the folder of the run, whose {storage.EMBEDDING} would be replaced")
+    centres = torch.nn.functional.normalize(content["head"]["centres"][:].float(), dim=-1)
     if len(centres) == 0:
         raise InputError(f"{options.checkpoint}: trained without labels (--loss none), so there are no centres")
-    table = options.checkpoint.with_name(checkpoints.IDENTITIES)
+    table = options.checkpoint.with_name(storage.IDENTITIES)
     names = tables.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]
     if len(names) != len(centres):
         raise InputError(f"{table}: {len(names)} identities, but the checkpoint has {len(centres)} centres")
-    checkpoints.write_embedding(options.out / checkpoints.EMBEDDING, content["model"])
+    storage.write_embedding(options.out / storage.EMBEDDING, content["model"])
     with utils.atomic_path(options.out / "centres.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, centres.numpy())
-    tables.write_identities(options.out / checkpoints.IDENTITIES, names)
+    tables.write_identities(options.out / storage.IDENTITIES, names)
     *count, dimensions = centres.shape
     count = " x ".join(map(str, count))
     print(f"{options.out}: network of step {content['step']}, {count} centres of {dimensions} dimensions")

@@ -22,7 +22,6 @@ else the last), results.json, run.json (configuration, environment, hashes), log
 import contextlib
 import os
 import signal
-import sys
 import time
 from typing import Any
 
@@ -38,7 +37,7 @@ from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
 from formats.selection import select
 from options import parse
-from training import checkpoints, distributed, finetune, monitor, reporting
+from training import checkpoints, distributed, finetune, monitor, reporting, storage, validation
 from training.augment import Augmentation
 from training.distillation import Distillation, NoHead, OnlineTeacher, StoredTeacher, Teacher, open_teacher
 from training.distributed import World
@@ -46,6 +45,7 @@ from training.margin import MarginHead
 from training.run import Run, State
 from training.schedules import Schedule
 from utils import InputError
+from verification.metrics import VerificationResult
 from verification.sets import VerificationSet, open_set
 
 STOP, SAVE = 2, 1  # what the hosts agree on after a step; the larger one wins
@@ -90,7 +90,7 @@ def check_beginning(options: Train) -> None:
 
 def check_out(options: Train) -> None:
     """Refuse a folder for the run that holds another one, or whose files would get among the crops."""
-    if not options.resume and (options.out / checkpoints.CHECKPOINT).exists():
+    if not options.resume and (options.out / storage.CHECKPOINT).exists():
         raise InputError(f"{options.out}: holds a run; add --resume to go on with it, or choose another --out")
     try:
         str(options.out).encode()
@@ -183,14 +183,12 @@ def resume(run: Run, state: State) -> dict[str, list[Any]]:
     """
     changes: dict[str, list[Any]] = {}
     options, world = run.options, run.world
-    found = checkpoints.load_last(options.out, run.log)
+    found = storage.find_last(options.out, world, run.log)
     if found is not None:
-        changes = checkpoints.check_same_run(run, *found)
-        checkpoints.restore(state, *found, world)
-    if world.largest(state.step) != -world.largest(-state.step):
-        raise InputError(f"{options.out}: not all processes find the same checkpoint; the nodes must share this folder")
-    if found is not None and world.is_main:
-        checkpoints.keep(found[1])
+        changes = checkpoints.check_same_run(run, found)
+        checkpoints.restore(state, found, world)
+        if world.is_main:
+            storage.keep(found.path)
     return changes
 
 
@@ -338,13 +336,18 @@ def prepare_teacher(run: Run) -> Teacher:
 
 
 def open_verification_sets(options: Train, world: World) -> list[VerificationSet]:
-    """The sets of --val, on rank 0; raises `InputError` if two have the same name."""
-    if not world.is_main:
-        return []
-    sets = [open_set(path, options.out / "val", device=world.device) for path in options.val]
-    names = [pairs.name for pairs in sets]
-    if len(set(names)) < len(names):
-        raise InputError(f"--val: two sets have the same name ({', '.join(names)}); rename one")
+    """The sets of --val; raises `InputError` if two have the same name. Collective.
+
+    Rank 0 comes first: it finds the faces of folders of photos, and the others take them from the cache.
+    """
+    sets: list[VerificationSet] = []
+    for turn in (True, False):
+        if world.is_main == turn:
+            sets = [open_set(path, options.out / "val", device=world.device) for path in options.val]
+            names = [pairs.name for pairs in sets]
+            if len(set(names)) < len(names):
+                raise InputError(f"--val: two sets have the same name ({', '.join(names)}); rename one")
+        world.wait()
     return sets
 
 
@@ -365,37 +368,69 @@ def begin(run: Run, state: State, changes: dict[str, list[Any]], amp: bool) -> N
         run.log(f"note: {note}")
     if changes:
         run.log(f"note: goes on with {checkpoints.describe_changes(changes)}")
-    if state.history and state.history[-1]["sets"] != {pairs.name: pairs.sha256 for pairs in run.sets}:
+    past = [report["sets"] for report in state.history if report["step"] < state.step]
+    if past and past[-1] != {pairs.name: pairs.sha256 for pairs in run.sets}:
         run.log("note: --val changed; which epoch is the best is decided anew among those to come")
     if advice := monitor.advice_for_few_identities(run):
         run.log(f"warning: {advice}")
     if world.is_main:
         monitor.write_run(run, state, changes)
         counts = np.bincount(crops.labels, minlength=crops.identities).tolist()
-        tables.write_identities(options.out / checkpoints.IDENTITIES, crops.identity_names, counts)
-        checkpoints.remove_leftovers(options.out)
-    if state.history and state.history[-1]["step"] == state.step:
-        with distributed.averaged_statistics(state.network, world):
-            if world.is_main:
-                reporting.publish(run, state)  # in case the run was killed just after this checkpoint
+        tables.write_identities(options.out / storage.IDENTITIES, crops.identity_names, counts)
+        storage.remove_leftovers(options.out)
 
 
-def save(run: Run, state: State, reporter: reporting.Reporter, *, epoch_ends: bool) -> None:
-    """Write a checkpoint; at the end of an epoch also its report, and what is published of it. Collective."""
+def save(
+    run: Run, state: State, reporter: reporting.Reporter, writer: storage.Writer, termination: Termination, ends: bool
+) -> bool:
+    """Have a checkpoint written, and after it verify and publish an epoch that `ends`. Collective.
+
+    Returns False if a signal came while the epoch was verified: it is done anew when the run goes on.
+    """
     reporter.read()  # a checkpoint of a broken state must not be written
     check_finite(state, run.options, run.world)
     reporting.note_skipped(run.world.union(state.skipped), run, state)
     with distributed.averaged_statistics(state.network, run.world) as statistics:
-        if epoch_ends:
+        if ends:
             reporter.end_epoch()
-        content = checkpoints.collect(run, state, statistics)
-        if content is not None:
-            checkpoints.write_last(run.options.out, content)
-            finetune.remove_leftovers(run.options.out)
-            del content
-            if epoch_ends:
-                reporting.publish(run, state)
+        writer.submit(checkpoints.collect(run, state, statistics))
+        finished = not ends or verify(run, state, reporter, writer, termination)
     run.world.wait()
+    return finished
+
+
+def verify(
+    run: Run, state: State, reporter: reporting.Reporter, writer: storage.Writer, termination: Termination
+) -> bool:
+    """Measure --val if it is its turn, publish the epoch; False if a signal came meanwhile. Collective.
+
+    To be called with the averaged statistics, and with the epoch's checkpoint on its way.
+    """
+    results: dict[str, VerificationResult] | None = {}
+    if reporting.due(run, state):
+        results = validation.measure(run, state.network, lambda: termination.received is not None)
+    if results is None:
+        return False
+    reporter.show_epoch(results)
+    writer.wait()
+    if run.world.is_main:
+        finetune.remove_leftovers(run.options.out)
+        reporting.publish(run, state)
+    return True
+
+
+def make_good(
+    run: Run, state: State, reporter: reporting.Reporter, writer: storage.Writer, termination: Termination
+) -> bool:
+    """Verify and publish an epoch whose checkpoint is the last thing that was done for it. As `verify`. Collective."""
+    if not state.history or state.history[-1]["step"] != state.step:
+        return True
+    with distributed.averaged_statistics(state.network, run.world):
+        if run.world.shared(reporting.recall(run, state)):
+            if run.world.is_main:
+                reporting.publish(run, state)
+            return True
+        return verify(run, state, reporter, writer, termination)
 
 
 def train(options: Train, world: World) -> int:
@@ -426,10 +461,13 @@ def train(options: Train, world: World) -> int:
         # Workers are forked before the reporter has threads.
         data_gen.loading(dataset, order, state.step, run.steps, workers=workers, pin_memory=pin) as batches,
         contextlib.closing(reporting.Reporter(run, state)) as reporter,
+        contextlib.closing(storage.Writer(options.out, world)) as writer,
     ):
         window = reporter.window
+        finished = make_good(run, state, reporter, writer, termination)
         saved_at = time.monotonic()
-        while state.step < run.steps:
+        window.since = time.perf_counter()
+        while finished and state.step < run.steps:
             step = state.step
             if freezing.ends_at(step):
                 del model  # what it hung on the parameters has to go before another one comes
@@ -466,19 +504,23 @@ def train(options: Train, world: World) -> int:
             if shown:
                 reporter.read(norm)
 
+            writer.check()
             action = world.largest(next_action(options, state.step, time.monotonic() - saved_at, termination))
             epoch_ends = schedule.starts_epoch(state.step)
             if not action and not epoch_ends:
                 continue
-            save(run, state, reporter, epoch_ends=epoch_ends)
+            finished = save(run, state, reporter, writer, termination, epoch_ends)
             saved_at = time.monotonic()
             window.since = time.perf_counter()
-            if action == STOP and state.step < run.steps:
-                run.log(f"stopped after step {state.step} of {run.steps}; the same command with --resume goes on")
-                return 128 + termination.received if termination.received else 128 + signal.SIGTERM
+            if action == STOP:
+                break
+        writer.wait()
+        if not finished or state.step < run.steps:
+            run.log(f"stopped after step {state.step} of {run.steps}; the same command with --resume goes on")
+            return 128 + (termination.received or signal.SIGTERM)
         reporter.show_result()
         best = reporting.best_report(state)["epoch"]
-        run.log(f"done: {run.steps} steps; {options.out / checkpoints.EMBEDDING} is of epoch {best}")
+        run.log(f"done: {run.steps} steps; {options.out / storage.EMBEDDING} is of epoch {best}")
         return 0
 
 
@@ -497,4 +539,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main)

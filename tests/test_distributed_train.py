@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -31,12 +33,15 @@ from torch import nn
 
 import config
 import data_gen
+import processes as launched
 import train
-from formats import crop_sets
+import utils
+from formats import crop_sets, verification_bin
 from options import parse
-from training import augment, checkpoints, distributed
+from training import augment, checkpoints, distributed, storage, validation
 from training.run import Run
 from training.schedules import Schedule
+from utils import InputError
 
 STEPS = 4
 
@@ -67,7 +72,7 @@ def some_steps(line, out, dtype, first, last, small=True):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # one mask for each rank: not meant to be the same on another number of ranks
         if first:
-            checkpoints.restore(state, load(out / f"{first}.pt"), out, world)
+            checkpoints.restore(state, storage.find_last(out / str(first), world, print), world)
         model = distributed.data_parallel(state.network, world).train()
         dataset = data_gen.CropDataset(data, augment.Augmentation.named("published"), 0)
         losses = []
@@ -90,9 +95,12 @@ def some_steps(line, out, dtype, first, last, small=True):
             train.apply_gradients(state, settings, settings.lr)
             state.step += 1
         with distributed.averaged_statistics(state.network, world) as statistics:
-            content = checkpoints.collect(whole, state, statistics)
-            if world.is_main:
-                torch.save(content | {"losses": losses, "norm": norm}, out / f"{last}.pt")
+            writer = storage.Writer(out / str(last), world)
+            writer.submit(checkpoints.collect(whole, state, statistics))
+            writer.wait()
+        if world.is_main:
+            content = storage.whole(out / str(last) / "checkpoint.pt")
+            torch.save(content | {"losses": losses, "norm": norm}, out / f"{last}.pt")
     return 0
 
 
@@ -267,3 +275,148 @@ def test_bad_input_is_one_line(crops, tmp_path):
     assert text.count("error:") == text.count(f"{expected}\n") == 2  # one for each process
     code, text = train_run(options(crops, tmp_path / "a", device="cuda:0", batch_size=4), tmp_path / "output", size=2)
     assert code == 1 and "error: --device cuda:0: with several processes it is auto, cuda" in text
+
+
+# --- started, stopped, left alone ------------------------------------------------------------------------------------
+
+
+def test_tasks_of_slurm_train_as_one(crops, tmp_path):
+    line = options(crops, tmp_path / "run", batch_size=12, epochs=1)
+    processes = start(train_main, line, output=tmp_path / "output", size=2, launcher="srun")
+    assert finish(processes) == [0, 0], (tmp_path / "output").read_text()
+    assert "mfn on 2 x cpu" in (tmp_path / "output").read_text()
+    assert train_run(options(crops, tmp_path / "torchrun", batch_size=12, epochs=1), tmp_path / "other", size=2)[0] == 0
+    assert_same_state(load(tmp_path / "run" / "checkpoint.pt"), load(tmp_path / "torchrun" / "checkpoint.pt"))
+
+
+def leave_the_other(folder):
+    """Rank 1 finds something wrong while rank 0 is inside a collective that it will never join."""
+
+    def main():
+        with distributed.join("cpu") as world:
+            if world.rank == 1:
+                raise InputError("rank 1 found something wrong")
+            world.sum(torch.zeros(3))
+        return 0
+
+    distributed.leave(utils.command(main))
+
+
+def test_after_an_error_nobody_waits(tmp_path):
+    codes = finish(start(leave_the_other, tmp_path, output=tmp_path / "output", size=2))
+    text = (tmp_path / "output").read_text()
+    assert codes == [1, 1], text
+    assert "error: rank 1 found something wrong\n" in text
+    assert "error: process 0 of 2: another process of this run has ended; its own message says why\n" in text
+    assert "Traceback" not in text
+
+
+def two_sets(folder):
+    """Sets of 150 and 5 crops: more than two chunks, and less than one."""
+    for name, number in (("many", 150), ("few", 5)):
+        faces = [data for data, _ in jpegs(number // 5, 5, seed=number)]
+        pairs = [(faces[i], faces[(i * 7 + 1) % number], i % 2 == 0) for i in range(number)]
+        encoded = [face for first, second, _ in pairs for face in (first, second)]
+        verification_bin.write_bin(folder / f"{name}.bin", encoded, [same for _, _, same in pairs])
+    return [folder / "many.bin", folder / "few.bin"]
+
+
+def measured(line, out):
+    chosen = parse(config.Train, argv=line)
+    with distributed.join("cpu") as world:
+        sets = train.open_verification_sets(chosen, world)
+        run = Run(chosen, world, None, {}, None, Schedule(chosen, 1), sets, print)
+        torch.manual_seed(0)
+        network = SmallNetwork(16).train()
+        results = validation.measure(run, network, lambda: False)
+        assert network.training
+        assert validation.measure(run, network, lambda: world.rank == world.size - 1) is None
+        if world.is_main:
+            cosines = {name: torch.from_numpy(result.cosines) for name, result in results.items()}
+            torch.save(cosines, out / f"{world.size}.pt")
+        else:
+            assert results == {}
+
+
+def test_verification_shared_by_processes_is_that_of_one_to_the_bit(tmp_path):
+    line = options("unused", tmp_path, val=two_sets(tmp_path))
+    found = []
+    for size in (1, 2, 3):
+        run(measured, line, tmp_path, output=tmp_path / "output", size=size)
+        found.append(torch.load(tmp_path / f"{size}.pt"))
+    assert found[0].keys() == {"many", "few"} and found[0]["many"].std() > 0
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def slow_verification(line, folder):
+    """train.py whose verification takes a while for each chunk, and says when it has begun."""
+    plain = validation._features
+
+    def slow(*arguments):
+        (folder / "verifying").touch()
+        time.sleep(0.2)
+        return plain(*arguments)
+
+    validation._features = slow
+    validation.features.CHUNK = 4
+    return train_main(line, small=False)
+
+
+def test_a_signal_while_an_epoch_is_verified_ends_at_once_and_it_is_verified_later(crops, tmp_path):
+    """The checkpoint is written first: torchrun sends SIGKILL 30 seconds after SIGTERM."""
+    out, output, sets = tmp_path / "run", tmp_path / "output", two_sets(tmp_path)
+    line = options(crops, out, epochs=1, batch_size=84, val=sets)
+    processes = start(slow_verification, line, tmp_path, output=output, size=2)
+    until = time.monotonic() + 120
+    while not (tmp_path / "verifying").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert finish(processes) == [128 + signal.SIGTERM] * 2, output.read_text()
+    assert "stopped after step 1 of 1; the same command with --resume goes on" in output.read_text()
+    stopped = load(out / "checkpoint.pt")
+    assert stopped["step"] == 1 and stopped["history"][0]["verification"] == {}
+    assert not (out / "results.json").exists()
+    code, text = train_run([*line, "--resume"], output, size=2, small=False)
+    assert code == 0, text
+    results = json.loads((out / "results.json").read_text())
+    assert results["finished"] and results["best"]["verification"].keys() == {"many", "few"}
+    assert results["best"]["loss"] == stopped["history"][0]["loss"]
+    # Done once more, it is not measured again.
+    code, text = train_run([*line, "--resume"], output, small=False)
+    assert code == 0 and "features" not in text
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+# --- machines --------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_other_machines_cannot_reach(monkeypatch):
+    two_nodes = launched.Task(0, 4, 0, 2, "torchrun")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    with pytest.raises(InputError, match=r"stands for 127.0.1.1, .* export GLOO_SOCKET_IFNAME=NAME.*here there are: "):
+        distributed.check_addresses(two_nodes)
+    distributed.check_addresses(launched.Task(0, 2, 0, 2, "torchrun"))  # one machine
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # two launchers on one machine
+    distributed.check_addresses(two_nodes)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    distributed.check_addresses(two_nodes)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.2")
+    distributed.check_addresses(two_nodes)
+
+
+def test_a_process_that_sees_one_gpu_takes_it(monkeypatch):
+    """As Slurm's --gpus-per-task=1 shows them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert distributed._device_of("auto", 3) == torch.device("cuda:0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # one GPU in the machine, and four processes
+    with pytest.raises(InputError, match="--device cuda:3: this machine has 1 CUDA devices"):
+        distributed._device_of("auto", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert distributed._device_of("auto", 3) == torch.device("cuda:3")

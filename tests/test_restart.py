@@ -13,7 +13,7 @@ from helpers.training import assert_same_state, finish, load, options, record_se
 
 import config
 import utils
-from training import checkpoints
+from training import checkpoints, storage
 
 STEPS = 120
 RECIPE = {
@@ -201,9 +201,9 @@ def test_a_kill_between_checkpoint_and_results_is_made_good(crops, tmp_path):
     out, output = tmp_path / "run", tmp_path / "output"
     line = options(crops, out, epochs=1, batch_size=12, resume=True)
     assert train_run(line, output)[0] == 0
-    for name in (checkpoints.BEST, checkpoints.EMBEDDING, "results.json"):
+    for name in (storage.BEST, storage.EMBEDDING, "results.json"):
         (out / name).unlink()
     assert train_run(line, output)[0] == 0
-    assert_same_state(load(out / checkpoints.BEST), load(out / checkpoints.CHECKPOINT))
-    assert load(out / checkpoints.EMBEDDING).keys() == load(out / checkpoints.CHECKPOINT)["model"].keys()
+    assert_same_state(load(out / storage.BEST), load(out / storage.CHECKPOINT))
+    assert load(out / storage.EMBEDDING).keys() == load(out / storage.CHECKPOINT)["model"].keys()
     assert (out / "results.json").exists()

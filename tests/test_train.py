@@ -36,7 +36,7 @@ import utils
 from config import Train
 from formats import crop_sets, recordio, tables, verification_bin
 from options import Interval, parse
-from training import checkpoints, monitor, reporting
+from training import monitor, reporting, storage
 from training.distributed import World
 from training.run import Run
 from training.schedules import Schedule
@@ -306,7 +306,10 @@ def test_centres_by_identity(finished, tmp_path):
     done = subprocess.run(
         [*command, tmp_path / "embedding.pt", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1 and "weights alone; the centres are in a training checkpoint" in done.stderr
+    assert (
+        done.returncode == 1
+        and "weights alone; what is wanted is a training checkpoint, such as best.pt" in done.stderr
+    )
     done = subprocess.run(
         [*command, out / "best.pt", "--out", out], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -650,7 +653,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
 
 def test_embedding_files_are_plain_float32_in_the_released_order(tmp_path):
     network = models.build_network("mfn", embedding_size=8).to(memory_format=torch.channels_last)
-    checkpoints.write_embedding(tmp_path / "embedding.pt", network.state_dict())
+    storage.write_embedding(tmp_path / "embedding.pt", network.state_dict())
     state = load(tmp_path / "embedding.pt")
     assert list(state) == list(network.state_dict())
     assert all(value.is_contiguous() and torch.equal(value, network.state_dict()[key]) for key, value in state.items())

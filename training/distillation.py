@@ -207,9 +207,9 @@ class NoHead(nn.Module):
         """None."""
         return 0.0
 
-    def full_state(self) -> dict[str, Any]:
-        """As `MarginHead.full_state`."""
-        return {"centres": self.centres.cpu(), "steps": self.steps}
+    def own_state(self) -> dict[str, Any]:
+        """As `MarginHead.own_state`."""
+        return {"centres": self.centres.cpu(), "steps": self.steps, "identities": 0}
 
     def load_full_state(self, state: dict[str, Any]) -> None:
         """As `MarginHead.load_full_state`."""

@@ -1,8 +1,11 @@
-"""One process or many: what `torchrun` starts, and what a single process does without any process group.
+"""One process or many: what `torchrun` or `srun` starts, and what a single process does without any process group.
 
-`join` reads torchrun's environment. With one process nothing is initialised and every function here is a no-op, so that
-training has one code path. With more, tensors go through NCCL on GPUs and gloo on CPU, and a second, gloo group
-carries the few decisions that the hosts take together (stop, save), because those must not wait for a GPU.
+`join` reads what the launcher says. With one process nothing is initialised and every function here is a no-op, so that
+training has one code path. With more, tensors go through NCCL on GPUs and gloo on CPU. Two more groups, both gloo,
+belong to the hosts: one carries the few decisions that they take together (stop, save), because those must not wait for
+a GPU, the other is for the threads that write checkpoints. Who waits for a process that writes or measures waits in
+the hosts' group, for hours if need be; in the GPUs' group nobody waits longer than steps differ, so there a process
+that hangs is found out in minutes.
 
 Gradients of the network are summed over ranks, not averaged: the margin head's loss is the mean over the global batch,
 and what reaches a rank's features is its share of that gradient.
@@ -12,35 +15,50 @@ import contextlib
 import datetime
 import hashlib
 import os
+import re
 import shlex
 import shutil
+import socket
+import sys
 import sysconfig
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import processes
 import utils
 from training.torch_internals import BatchNorm
 from utils import InputError
 
-# Rank 0 measures verification sets while the others wait; the default of 10 minutes is short for that.
+# Of the hosts' groups, where processes wait for one that opens data, writes or finds faces; and of NCCL's.
 TIMEOUT = datetime.timedelta(hours=2)
+GPU_TIMEOUT = datetime.timedelta(minutes=15)
+
+# What torch says when another process has gone, and when one did not come in time.
+_GONE = re.compile(r"[Cc]onnection (closed|reset)|Broken pipe|remote process exited|Connection refused")
+_LATE = re.compile(r"[Tt]imed? ?out")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them. `control` is a gloo group for decisions of the hosts, None in a world of one."""
+    """This process among all of them.
+
+    `control` is a gloo group for decisions of the hosts, `writers` one for the threads that write checkpoints; None in
+    a world of one.
+    """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    writers: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -78,37 +96,131 @@ class World:
         dist.all_gather(parts, own, group=self.control)
         return set(torch.cat(parts).tolist()) - {-1}
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each process brings (anything that pickle takes), in order of rank, on the hosts. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def shared(self, value: Any) -> Any:
+        """What rank 0 brings. Collective."""
+        return self.gather(value)[0]
+
     def wait(self) -> None:
         """Go on when all processes are here. Collective."""
         self.largest(0)
 
+    def meet_to_write(self) -> None:
+        """Go on when the writing threads of all processes are here. Collective among these threads."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1), group=self.writers)
+
 
 @contextlib.contextmanager
 def join(device_name: str) -> Iterator[World]:
-    """The world as torchrun describes it in RANK, LOCAL_RANK and WORLD_SIZE; a world of one without them."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    """The world as torchrun or srun describes it (see `processes.task`); a world of one without them.
+
+    After an error the groups are left as they are, because to take them down would wait for processes inside a
+    collective, until their time-out, before anybody has read why: the process has to end at once (see `leave`). When
+    another process has gone or does not come, `InputError` says so in one line.
+    """
+    task = processes.task()
+    if task.size == 1:
         device = utils.choose_device(device_name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # else what asks for "cuda" (pinned memory, the compiler) takes the first one
         yield World(0, 1, device)
         return
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device_of(device_name, local_rank)
+    if task.launcher == "srun":
+        _speak_as_torchrun(task)
+    check_addresses(task)
+    device = _device_of(device_name, task.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield World(rank, size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
-    finally:
-        dist.destroy_process_group()
+        if device.type == "cuda":
+            # With a device the communicators are opened on it at once; else sending would open some on GPU 0.
+            dist.init_process_group("nccl", timeout=GPU_TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
+        yield World(task.rank, task.size, device, *groups)
+    except RuntimeError as error:
+        text = str(error)
+        if _GONE.search(text):
+            raise InputError(
+                f"process {task.rank} of {task.size}: another process of this run has ended; its own message says why"
+            ) from error
+        if _LATE.search(text):
+            raise InputError(
+                f"process {task.rank} of {task.size}: waited too long for the other processes; one of them hangs, has "
+                f"ended, or cannot be reached ({text.splitlines()[0]})"
+            ) from error
+        raise
+    dist.destroy_process_group()
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and end this process with its exit code; after an error at once, even if others still wait for it."""
+    try:
+        code = main()
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_available() and dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
+def _speak_as_torchrun(task: processes.Task) -> None:
+    """Put Slurm's description into torchrun's variables, which torch reads."""
+    host, port = processes.meeting_point()
+    os.environ.update(
+        RANK=str(task.rank),
+        WORLD_SIZE=str(task.size),
+        LOCAL_RANK=str(task.local_rank),
+        LOCAL_WORLD_SIZE=str(task.local_size),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
+
+
+def check_addresses(task: processes.Task) -> None:
+    """Raise `InputError` where gloo would give the other machines an address that only this one can reach.
+
+    gloo tells the others the address that this machine's own name stands for; on Debian and Ubuntu that is 127.0.1.1.
+    """
+    if task.nodes == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = "no address"
+    meeting = os.environ.get("MASTER_ADDR", "")
+    if (address.startswith("127.") or address == "no address") and not meeting.startswith(("127.", "localhost", "::1")):
+        names = ", ".join(name for _, name in socket.if_nameindex() if name != "lo") or "none"
+        raise InputError(
+            f"this machine's name {name} stands for {address}, where the other machines cannot reach it: export "
+            f"GLOO_SOCKET_IFNAME=NAME, the network interface between them (here there are: {names})"
+        )
 
 
 def _device_of(name: str, local_rank: int) -> torch.device:
     if name not in ("auto", "cuda", "cpu"):
         raise InputError(f"--device {name}: with several processes it is auto, cuda (one GPU for each) or cpu")
     device = utils.choose_device(name)
-    return utils.choose_device(f"cuda:{local_rank}") if device.type == "cuda" else device
+    if device.type != "cuda":
+        return device
+    # Slurm's --gpus-per-task shows each process one GPU, its own.
+    alone = torch.cuda.device_count() == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    return utils.choose_device("cuda:0" if alone else f"cuda:{local_rank}")
 
 
 def prepare_device(device: torch.device) -> None:

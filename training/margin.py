@@ -245,6 +245,14 @@ class MarginHead(nn.Module):
         super().zero_grad(set_to_none)
         self._drawn.clear()
 
+    def own_state(self) -> dict[str, Any]:
+        """What `full_state` gives, with this rank's rows instead of all, and `identities`. Copies on the CPU."""
+        state: dict[str, Any] = {"centres": _copy_on_host(self.centres), "steps": self.steps}
+        state["identities"] = self.identities
+        if self.sampled:
+            state["velocity"] = _copy_on_host(self._velocity[:-1])
+        return state | {name: _copy_on_host(value) for name, value in self.loss.named_buffers()}
+
     def full_state(self) -> dict[str, Any] | None:
         """State for a checkpoint, independent of the number of ranks; on rank 0, None on the others. Collective.
 
@@ -505,6 +513,10 @@ def _exclude(block: Tensor, columns: Tensor) -> None:
     index = columns.clamp(0, width - 1)[:, None]
     inside = ((columns >= 0) & (columns < width))[:, None]
     block.scatter_(1, index, torch.where(inside, -math.inf, block.gather(1, index)))
+
+
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _degrees(cosine: Tensor) -> Tensor:

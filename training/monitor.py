@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from training import checkpoints
+from training import checkpoints, storage
 from training.losses import LOSSES
 from training.run import Run, State
 from utils import InputError
@@ -278,7 +278,7 @@ def write_run(run: Run, state: State, changes: dict[str, list[Any]]) -> None:
 
     `changes` are the options that are other ones from the present step on (see `checkpoints.check_same_run`).
     """
-    path = run.options.out / checkpoints.RUN
+    path = run.options.out / storage.RUN
     try:
         before = json.loads(path.read_bytes()) if path.exists() else {"environments": [], "changes": []}
         environments, earlier = list(before["environments"]), list(before["changes"])

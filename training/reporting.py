@@ -1,18 +1,18 @@
 """What a run says of itself while it goes on: measurements every few steps, a report for each epoch, its results."""
 
 import itertools
+import json
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 import utils
-from embedding import Embedder
-from training import checkpoints, monitor
+from training import checkpoints, monitor, storage
 from training.augment import Augmentation
 from training.run import Run, State, Sums
 from utils import InputError
-from verification import features
+from verification.metrics import VerificationResult
 
 HISTOGRAM_READINGS = 10  # distributions go to TensorBoard at every tenth reading
 WAIT_WORTH_A_WORD = 0.1  # share of an epoch's time spent waiting for data
@@ -97,7 +97,7 @@ class Reporter:
         )
 
     def end_epoch(self) -> None:
-        """Add the epoch's report to the history; on rank 0, measure the verification sets first if it is their turn."""
+        """Add the epoch's report to the history; what it is verified by comes later (see `show_epoch`)."""
         options, sums = self.run.options, self.state.epoch_sums
         report: dict[str, Any] = {
             "epoch": self.run.schedule.epoch(self.state.step - 1),
@@ -107,19 +107,21 @@ class Reporter:
             "seconds": sums.seconds,
             "crops_per_second": sums.steps * options.batch_size / sums.seconds,
             "data_wait": sums.waited / sums.seconds,
-            "sets": {pairs.name: pairs.sha256 for pairs in self.run.sets},
+            "sets": {},
             "verification": {},
         }
         self.state.epoch_sums = Sums()
         self.state.history.append(report)
+
+    def show_epoch(self, results: dict[str, VerificationResult]) -> None:
+        """Add what was measured to the last epoch's report, and show both on rank 0."""
+        options, report = self.run.options, self.state.history[-1]
+        report["sets"] = {pairs.name: pairs.sha256 for pairs in self.run.sets}
         if self.board is None:
             return
-        due = report["epoch"] % options.val_every == 0 or report["epoch"] == options.epochs
-        embedder = Embedder.from_network(self.state.network, self.run.world.device, name=options.network)
-        for pairs in self.run.sets if due else []:
-            result = features.verify(embedder, pairs)
-            report["verification"][pairs.name] = {"accuracy": result.accuracy} | result.to_json()
-            self.board.verification(self.state.step, pairs.name, result)
+        for name, result in results.items():
+            report["verification"][name] = {"accuracy": result.accuracy} | result.to_json()
+            self.board.verification(self.state.step, name, result)
         figures = "".join(f", {name} {result['accuracy']:.2%}" for name, result in report["verification"].items())
         self.run.log(
             f"epoch {report['epoch']}/{options.epochs}: loss {report['loss']:.3f}, top-1 {report['top1']:.1%}, "
@@ -166,23 +168,45 @@ def best_report(state: State) -> dict[str, Any]:
     return max(same, key=score)
 
 
+def due(run: Run, state: State) -> bool:
+    """Whether the epoch that has just ended is to be verified."""
+    epoch = state.history[-1]["epoch"]
+    return epoch % run.options.val_every == 0 or epoch == run.options.epochs
+
+
+def recall(run: Run, state: State) -> bool:
+    """Take the last epoch's verification over from results.json; whether it was there.
+
+    A checkpoint is written before its epoch is verified. What is recalled is of this very epoch: the times that the
+    report holds are no other's.
+    """
+    try:
+        measured = json.loads((run.options.out / storage.RESULTS).read_bytes())["last"]
+        if {**measured, "sets": {}, "verification": {}} != state.history[-1]:
+            return False
+        state.history[-1].update(sets=dict(measured["sets"]), verification=dict(measured["verification"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return True
+
+
 def publish(run: Run, state: State) -> None:
     """After an epoch's checkpoint: best.pt and embedding.pt if it is the best one, and results.json. Idempotent."""
     out, best = run.options.out, best_report(state)
     if best["epoch"] == state.history[-1]["epoch"]:
-        checkpoints.write_best(out, state.network)
+        storage.write_best(out, state.network)
     results = {
         "finished": len(state.history) == run.options.epochs,
         "epochs": run.options.epochs,
         "best_epoch": best["epoch"],
         "best": best,
-        "embedding_sha256": utils.sha256_of(out / checkpoints.EMBEDDING),  # whose figures "best" are
+        "embedding_sha256": utils.sha256_of(out / storage.EMBEDDING),  # whose figures "best" are
         "last": state.history[-1],
         "history": state.history,
         "data": run.data,
         "unreadable_crops": [run.crops.describe(index) for index in sorted(state.skipped)],
     }
-    utils.write_json(out / checkpoints.RESULTS, results)
+    utils.write_json(out / storage.RESULTS, results)
 
 
 def note_skipped(skipped: Iterable[int], run: Run, state: State) -> None:

@@ -64,7 +64,7 @@ class Run:
     data: dict[str, Any]  # crops, identities, fingerprint: by which a restart recognises the data
     order: BatchOrder
     schedule: Schedule
-    sets: list[VerificationSet]  # on rank 0; the others measure nothing
+    sets: list[VerificationSet]
     log: Callable[[str], None]
 
     @property

@@ -31,7 +31,15 @@ def verify(
     With `cache_dir`, features are kept there in chunks named by what they were computed from, so that an interrupted
     run goes on where it was. Raises InputError, naming the image, when a feature is not finite or zero.
     """
-    cosines = pair_cosines(embedder, pairs, cache_dir)
+    found = _features(embedder, pairs, cache_dir)
+    return result_of(found, pairs, embedder.name, far_levels=far_levels)
+
+
+def result_of(
+    features: np.ndarray, pairs: VerificationSet, model: str, *, far_levels: Sequence[float] = FAR_LEVELS
+) -> VerificationResult:
+    """What the features of the crops of `chunks_of`, one after the other, say about the set; see `verify`."""
+    cosines = _cosines(features, pairs, model)
     result = evaluate(cosines, pairs.same, pairs.folds, name=pairs.name, far_levels=far_levels)
     result.notes[:0] = pairs.notes
     return result
@@ -39,13 +47,26 @@ def verify(
 
 def pair_cosines(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | None = None) -> np.ndarray:
     """Cosines float64 [P] of all pairs; NaN where a crop is missing."""
-    present = np.setdiff1d(np.arange(len(pairs.crops)), list(pairs.missing))
-    embeddings = normalise(_features(embedder, pairs, present, cache_dir))
+    return _cosines(_features(embedder, pairs, cache_dir), pairs, embedder.name)
+
+
+def chunks_of(pairs: VerificationSet) -> list[list[int]]:
+    """The crops that are there, by index, in the chunks whose features are computed together."""
+    return list(faces.windows(_present(pairs).tolist(), CHUNK))
+
+
+def _present(pairs: VerificationSet) -> np.ndarray:
+    return np.setdiff1d(np.arange(len(pairs.crops)), list(pairs.missing))
+
+
+def _cosines(features: np.ndarray, pairs: VerificationSet, model: str) -> np.ndarray:
+    present = _present(pairs)
+    embeddings = normalise(features)
     broken = np.flatnonzero(np.isnan(embeddings).any(axis=1))
     if len(broken):
         image = pairs.names[present[broken[0]]]
         raise InputError(
-            f"{pairs.name}: {embedder.name} gives no finite feature other than zero for {len(broken)} of "
+            f"{pairs.name}: {model} gives no finite feature other than zero for {len(broken)} of "
             f"{len(present)} images; the first is {image}"
         )
     row = np.full(len(pairs.crops), -1)
@@ -57,10 +78,10 @@ def pair_cosines(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | N
     return np.clip(cosines, -1.0, 1.0)
 
 
-def _features(embedder: Embedder, pairs: VerificationSet, present: np.ndarray, cache_dir: Path | None) -> np.ndarray:
+def _features(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | None) -> np.ndarray:
     chunks = []
-    parts = faces.windows(present.tolist(), CHUNK)
-    with utils.progress(len(present), f"{pairs.name}: features", unit="crop") as bar:
+    parts = chunks_of(pairs)
+    with utils.progress(sum(map(len, parts)), f"{pairs.name}: features", unit="crop") as bar:
         # One thread decodes ahead of the network, two chunks at most.
         for crops in faces.ordered_map(lambda part: pairs.crops[part], parts, 1):
             chunks.append(cached_features(embedder, crops, cache_dir))

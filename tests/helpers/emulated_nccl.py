@@ -70,8 +70,8 @@ def emulated_ranks():
     """This process, started with torchrun's environment, has an emulated GPU and NCCL."""
     start = dist.init_process_group
 
-    def init_process_group(backend, **settings):
-        assert backend == "nccl"
+    def init_process_group(backend, device_id, **settings):
+        assert backend == "nccl" and device_id == torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         start("gloo", **settings)
 
     with contextlib.ExitStack() as stack:

@@ -20,7 +20,7 @@ from torch import nn
 import models
 import train
 from formats import crop_sets
-from training import monitor
+from training import monitor, storage
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240  # seconds until a run counts as hanging
@@ -107,8 +107,11 @@ def _child(environment, output, target, arguments):
     sys.exit(code or 0)
 
 
-def start(target, *arguments, output, size=1):
-    """Start `target(*arguments)` in `size` processes with torchrun's environment; returns them. Output is appended."""
+def start(target, *arguments, output, size=1, launcher="torchrun"):
+    """Start `target(*arguments)` in `size` processes with torchrun's or srun's environment; returns them.
+
+    Output is appended.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -120,6 +123,15 @@ def start(target, *arguments, output, size=1):
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
         }
+        if launcher == "srun":  # which says nothing of where to meet but the list of nodes
+            environment = {
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_NTASKS": str(size),
+                "SLURM_NODEID": "0",
+                "SLURM_TASKS_PER_NODE": str(size),
+                "SLURM_JOB_ID": str(port),
+            }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         process = _server().Process(target=_child, args=(environment, str(output), target, arguments))
         process.start()
@@ -182,8 +194,9 @@ def train_run(line, output, size=1, small=True):
 
 
 def load(path):
-    """A checkpoint as anybody would load it."""
-    return torch.load(path, weights_only=True)
+    """A checkpoint as anybody would load it; with its parts, if it has any."""
+    content = torch.load(path, weights_only=True)
+    return storage.whole(path) if "parts" in content else content
 
 
 def tensors(content, prefix=""):
