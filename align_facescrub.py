@@ -11,6 +11,8 @@ without a photo and photos that cannot be read have a row without a crop. Lines 
 DST/report.json. A killed run goes on when it is started again; --shard and torchrun share the work.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import contextlib
 import sys
 from pathlib import Path

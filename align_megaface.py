@@ -9,6 +9,8 @@ largest square in its middle, marked `centre_crop` in DST/faces.tsv; one that ca
 that says why. A killed run goes on when it is started again.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 
 import config

@@ -9,6 +9,8 @@ A gallery is a folder with a folder of photos per person, or with one photo per 
 the one that `make demo` trained on synthetic people. Pictures go to --out.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

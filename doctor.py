@@ -11,6 +11,8 @@ model: features taken in training mode, and the head's cosines taken for the emb
 what the model wants, and whether the difference to how it is fed now is more than chance.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import dataclasses
 import sys
 from collections.abc import Iterator

@@ -13,6 +13,8 @@ threshold at --far, with its confidence interval, go into the files' metadata, w
 With --layout insightface it writes backbone.pth alone, the weights as InsightFace's arcface_torch loads them.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import dataclasses
 import json
 import logging

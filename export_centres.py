@@ -8,6 +8,8 @@ sub-centres [identities, K, D]) and identities.tsv (label, identity; from the ru
 alike, or stand twice in the data, shows in the centres' cosines.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 
 import numpy as np

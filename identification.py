@@ -17,6 +17,8 @@ are kept in the cache by content: the same command goes on where an interrupted 
 folder for each person whom the network will not have seen, OUT/pairs.csv pairs of them for lfw_eval.py and make_bin.py.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 from collections.abc import Callable
 from pathlib import Path

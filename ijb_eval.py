@@ -10,6 +10,8 @@ Writes to --out: results.json, the ROC of the usual treatment (roc.png), and the
 goes on after an interruption and a second run computes none.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 
 import numpy as np

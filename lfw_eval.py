@@ -9,6 +9,8 @@ a sheet of the worst errors and the list of all of them. Faces and features are 
 command goes on where an interrupted run stopped, and a second model needs no second detection.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 
 import config

@@ -10,6 +10,8 @@ folds that readers cut are those of the list if it has ten of one length. Beside
 was made from, with hashes.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 from pathlib import Path
 

@@ -15,6 +15,8 @@ missing distractor matches nothing but still counts; OUT/missing.tsv names them 
 or of the distractors are missing, no figure is given.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import hashlib
 import json
 import re

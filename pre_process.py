@@ -16,6 +16,8 @@ A killed run goes on when it is started again, and every way of cutting the work
 same bytes on the same kind of machine. Settings or photos that differ from those of the run in OUT are an error.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace

@@ -18,6 +18,8 @@ Needs `pip install -r requirements-synthetic.txt` (head geometry: CC0 data insid
 downloaded at run time). About 12 photos/s on one core; the first run compiles for half a minute.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 
 import config

@@ -19,6 +19,8 @@ state with the best accuracy on --val), embedding.pt (the embedding network alon
 else the last), results.json, run.json (configuration, environment, hashes), log.txt, identities.tsv and tensorboard/.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import contextlib
 import os
 import signal

@@ -180,7 +180,7 @@ def test_no_head_has_the_interface_of_the_margin_head():
     assert not list(head.parameters()) and not head.sampled_leaves()
     head.step(0.1, momentum=0.9, weight_decay=0.0, nesterov=True)
     again = NoHead(4, torch.device("cpu"))
-    again.load_full_state(head.full_state())
+    again.load_full_state(head.own_state())
     assert again.steps == 1
     with pytest.raises(ValueError, match=r"\(0, 4\), not \(0, 5\)"):
-        NoHead(5, torch.device("cpu")).load_full_state(head.full_state())
+        NoHead(5, torch.device("cpu")).load_full_state(head.own_state())

@@ -550,6 +550,23 @@ def test_warnings_come_once_and_say_what_to_do():
     )
 
 
+def test_steps_that_take_several_times_as_long_are_worth_a_line():
+    pace = monitor.Pace()
+
+    def note(seconds, steps=20):
+        return pace.note(monitor.Reading(0, [1.0] * steps, [0.0] * steps, seconds * steps, 0.3 * steps, {}))
+
+    assert [note(seconds) for seconds in (9.0, 1.0, 1.1, 0.9, 1.0)] == [
+        None
+    ] * 5  # the first compiles, or tries kernels
+    assert note(2.5) is None and note(1.0, steps=3) is None
+    text = note(4.0)
+    assert text.startswith("a step takes 4 s, 4.0 times what it did (1 s); of these 0.3 s are waiting for data, and ")
+    assert note(5.0) is None and note(2.0) is None
+    assert note(1.0) == "a step takes 1 s again"
+    assert note(4.0).startswith("a step takes 4 s")
+
+
 def test_a_small_set_with_the_settings_of_a_large_one_is_worth_a_line():
     advice = monitor.advice_for_few_identities
     text = advice(a_run(identities=494, scale=64))

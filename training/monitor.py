@@ -11,8 +11,10 @@ import json
 import math
 import os
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ PATIENCE = 1000
 # Below this many identities margin and scale of the published recipe, made for 85 thousand, mostly teach nothing.
 FEW_IDENTITIES = 5000
 LARGE_COST = 20.0  # scale times what the margin takes: 36 for the published recipe, 12 for the one advised
+# Readings after which the time of a step is known, and how many times as long it has to take to be worth a line.
+PACE_KNOWN, SLOWDOWN = 5, 3.0
 # How many times its first level the mean feature norm may reach before it is called an explosion.
 NORM_GROWTH = 20.0
 
@@ -142,6 +146,38 @@ class Watch:
         new = [text for text in found if text.split(":")[0] not in self.given]
         self.given.update(text.split(":")[0] for text in new)
         return new
+
+
+@dataclass
+class Pace:
+    """Notices when steps take several times what they did: another program has come, a disk or a GPU is throttled."""
+
+    usual: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds per step of the last readings
+    slow: bool = False
+
+    def note(self, reading: Reading) -> str | None:
+        """A line when the steps have become slow, and one when they are as fast as before again."""
+        steps = len(reading.losses)
+        seconds = reading.seconds / steps
+        if len(self.usual) < PACE_KNOWN:
+            self.usual.append(seconds)
+            return None
+        median = statistics.median(self.usual)
+        if seconds > SLOWDOWN * median:
+            known, self.slow = self.slow, True
+            if known:
+                return None
+            cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+            return (
+                f"a step takes {seconds:.2g} s, {seconds / median:.1f} times what it did ({median:.2g} s); of these "
+                f"{reading.waited / steps:.2g} s are waiting for data, and {load:.1f} programs want the {cores} cores "
+                "of this machine"
+            )
+        self.usual.append(seconds)
+        if not self.slow or seconds > 1.5 * median:
+            return None
+        self.slow = False
+        return f"a step takes {seconds:.2g} s again"
 
 
 def advice_for_few_identities(run: Run) -> str | None:

@@ -27,6 +27,7 @@ class Reporter:
         # Each micro-batch draws its own sample of centres.
         crops = run.options.batch_size // run.options.accumulate
         self.watch = monitor.Watch(state.head.centres_seen(crops), 0.0)
+        self.pace = monitor.Pace()
         self.board, self.bar = None, None
         if run.world.is_main:
             self.board = monitor.Board(monitor.board_folder(run.options.out), state.step + 1 if state.step else 0)
@@ -59,6 +60,8 @@ class Reporter:
         self.watch.margin_cost = self.state.head.cost_of_margin(feature_norm)
         for text in self.watch.warnings(reading, feature_norm, rate / options.lr):
             self.run.log(f"warning: {text}")
+        if text := self.pace.note(reading):
+            self.run.log(f"note: {text}")
         values = {
             "train/loss": shown.loss / shown.steps,
             "train/top1": shown.top1 / shown.steps,
