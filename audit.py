@@ -13,6 +13,8 @@ reject findings and saves `decisions.tsv`, which the next run takes by --decisio
 The network may be the one that was trained on the very set: train, audit, train again.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 from pathlib import Path
 from typing import Any

@@ -9,6 +9,8 @@ McNemar's exact test, which takes pairs as independent, and a paired bootstrap b
 people and is the one to believe. The last line is the sentence for a paper. With --out, comparison.json has everything.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 from pathlib import Path
 from typing import Any

@@ -12,6 +12,8 @@ MODEL_CARD.md beside it (one for each run: MODEL_CARD-NAME.md) says the same of 
 without the hash of the data it was measured on.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import os
 import shlex
 import sys

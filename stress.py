@@ -15,6 +15,8 @@ Crops are cut where the landmarks truly are: the figures are of the embedding al
 synthetic people can and cannot show is said in docs/stress.md. Needs `pip install -r requirements-synthetic.txt`.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import dataclasses
 import difflib
 import sys

@@ -10,6 +10,8 @@ the report says how often. Writes results.json and the features to --out; the sa
 interruption.
 """
 
+import passive_threads  # noqa: F401  # isort: skip
+
 import sys
 from pathlib import Path
 from typing import Any
