@@ -13,6 +13,7 @@ goes on after an interruption and a second run computes none.
 import passive_threads  # noqa: F401  # isort: skip
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,8 @@ def _one_to_one(options: config.IjbEval, lists: Lists, templates: Templates, nam
     person = identities(pairs, templates, _people(lists))
     del pairs
     people = ManyPairs(person[scorer.first], person[scorer.second], scorer.same, replicates=options.replicates)
-    results, saved = [], {}
+    results: list[Verification] = []
+    saved: dict[str, Any] = {}
     with utils.progress(len(TREATMENTS), f"{lists.subset}: 1:1", unit="treatment") as bar:
         for treatment in TREATMENTS:
             scores = scorer.scores(templates.embeddings(treatment))

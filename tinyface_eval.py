@@ -48,7 +48,7 @@ def main() -> None:
     else:
         if options.tinyface is None:
             raise InputError("--checkpoint needs the photos: --tinyface DIR")
-        embeddings, model, preparation = _embed(options, lists)
+        embeddings, model, preparation = _embed(options, options.tinyface, lists)
     found = search(lists, embeddings, options.replicates)
     results = {
         "protocol": "TinyFace",
@@ -71,9 +71,10 @@ def main() -> None:
     print(f"\n{options.out / 'results.json'}")
 
 
-def _embed(options: config.TinyfaceEval, lists: Lists) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
+def _embed(
+    options: config.TinyfaceEval, folder: Path, lists: Lists
+) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
     """Embeddings of all photos, what the model is, and what became of the photos."""
-    folder = options.tinyface
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of photos")
     paths = lists.paths(folder / "Testing_Set" if (folder / "Testing_Set").is_dir() else folder)

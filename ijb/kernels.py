@@ -7,7 +7,7 @@ compiled with `fastmath`.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numba
 import numpy as np
@@ -18,7 +18,7 @@ _LEAF, _LANES = 128, 8  # NumPy's pairwise sum adds up to so many numbers (PW_BL
 
 
 def _compiled(function: Function) -> Function:
-    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    return cast(Function, numba.njit(nogil=True, error_model="numpy", cache=True)(function))
 
 
 @_compiled
@@ -139,8 +139,8 @@ def score_pairs(
             j = 8 * leaf
             first = (lanes[j] + lanes[j + 1]) + (lanes[j + 2] + lanes[j + 3])
             sums[leaf] = first + ((lanes[j + 4] + lanes[j + 5]) + (lanes[j + 6] + lanes[j + 7]))
-        for i in range(16 * leaves * 8, len(a)):
-            sums[leaves - 1] += a[i] * b[i]
+        for behind in range(16 * leaves * 8, len(a)):
+            sums[leaves - 1] += a[behind] * b[behind]
         for m in range(len(merges)):
             sums[merges[m, 0]] += sums[merges[m, 1]]
         scores[k] = sums[0]

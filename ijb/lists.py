@@ -174,12 +174,15 @@ def _numbers(path: Path, source: "list[list[str]] | bytes", kind: type, *, heade
     with warnings.catch_warnings():  # text that is no number: NumPy warns and stops, or raises
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            values = np.fromstring(text, kind, sep=" ")
+            values: np.ndarray = np.fromstring(text, kind, sep=" ")
         except ValueError:
             values = np.zeros(0, kind)
     if len(values) == lines * columns and lines:
         return values.reshape(lines, columns)
-    rows = [line.split() for line in source.decode("utf-8", "replace").split("\n")] if source is text else source
+    if isinstance(source, bytes):
+        rows = [line.split() for line in source.decode("utf-8", "replace").split("\n")]
+    else:
+        rows = source
     for number, row in enumerate(rows, 1 + header):
         if not row and number == len(rows):
             break

@@ -208,8 +208,8 @@ def draw_roc(path: Path, lists: Lists, scores: np.ndarray, same: np.ndarray, res
             interval = result.by_identity.get(point.far)
             if interval is not None:
                 axes.plot([point.far] * 2, [interval.low, interval.high], color=plotting.RED, linewidth=1)
-        rates = [point.far for point in resolved], [point.tar for point in resolved]
-        axes.plot(*rates, "o", color=plotting.RED, label="FAR not exceeded, 95 % by person", markersize=4)
+        fars, tars = [point.far for point in resolved], [point.tar or 0.0 for point in resolved]
+        axes.plot(fars, tars, "o", color=plotting.RED, label="FAR not exceeded, 95 % by person", markersize=4)
         bottom = plotting.rate_floor(float(min([*result.printed.values(), *(tar[tar > 0] if tar.any() else [0.0])])))
         axes.set_ylim(bottom, 1 + (1 - bottom) / 50)
         plotting.title(axes, f"{lists.subset} 1:1, {model}", f"{result.treatment.name}, {len(impostor)} impostor pairs")

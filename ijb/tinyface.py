@@ -79,8 +79,8 @@ def read_lists(path: str | Path) -> Lists:
     if path.is_dir() and (path / "lists.json").is_file():
         path /= "lists.json"
     if path.is_dir():
-        found = {name: _read_list(path, name) for name in _NAMES}
-        lists = Lists(*(names for names, _ in found.values()), [file for _, file in found.values()])
+        probe, match, distractor = (_read_list(path, name) for name in _NAMES)
+        lists = Lists(probe[0], match[0], distractor[0], [probe[1], match[1], distractor[1]])
     else:
         try:
             content = json.loads(path.read_bytes())
@@ -92,7 +92,7 @@ def read_lists(path: str | Path) -> Lists:
             names = content.get(name)
             if not isinstance(names, list) or not all(isinstance(file, str) for file in names):
                 raise InputError(f"{path}: {name} is not a list of file names")
-        lists = Lists(*(content[name] for name in _NAMES), [path])
+        lists = Lists(content["probe"], content["gallery_match"], content["gallery_distractor"], [path])
     for name in _NAMES[:2]:
         if not getattr(lists, name):
             raise InputError(f"{path}: the list {name} is empty")

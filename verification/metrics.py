@@ -307,11 +307,13 @@ def point_at(genuine: np.ndarray, impostor: np.ndarray, far: float) -> Operating
     bound = impostor[allowed] if allowed < len(impostor) else -np.inf  # accepted is what exceeds it
     if allowed < 1 or not len(genuine) or bound == np.inf:
         return OperatingPoint(far, False, len(impostor))
-    accepts = [len(scores) - int(np.searchsorted(scores[::-1], bound, "right")) for scores in (impostor, genuine)]
-    least = [scores[count - 1] for scores, count in zip((impostor, genuine), accepts, strict=True) if count]
+    false_accepts, true_accepts = (
+        len(scores) - int(np.searchsorted(scores[::-1], bound, "right")) for scores in (impostor, genuine)
+    )
+    least = [scores[count - 1] for scores, count in ((impostor, false_accepts), (genuine, true_accepts)) if count]
     least = [score for score in least if score < np.inf]
     threshold = _between(bound, min(least)) if least else ACCEPT_NOTHING
-    return _resolved_point(far, *accepts, len(impostor), len(genuine), threshold)
+    return _resolved_point(far, false_accepts, true_accepts, len(impostor), len(genuine), threshold)
 
 
 def _between(low: float, high: float) -> float:
