@@ -2,6 +2,7 @@
 # make test   set up .venv and run lint, types and tests
 # make fast   lint and the tests that take no time (about a minute)
 # make docs   build the manual into site/
+# make gpu    every figure that asks for a GPU, in ten minutes
 #
 # PYTHON=python3.12    another interpreter
 # ENV=current          no .venv: the packages of PYTHON as they are (an environment that has torch already)
@@ -16,7 +17,7 @@ RUN := $(BIN)/python
 endif
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test fast lint types docs setup setup-synthetic clean
+.PHONY: demo test fast lint types gpu docs setup setup-synthetic clean
 
 demo: setup-synthetic
 	PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
@@ -33,6 +34,10 @@ lint: setup
 
 types: setup-synthetic
 	$(RUN) -m mypy
+
+# Figures of a GPU, in ten minutes (benchmarks/on_gpu.sh).
+gpu: setup-synthetic
+	PYTHON="$(abspath $(RUN))" bash benchmarks/on_gpu.sh
 
 docs: setup
 	$(RUN) -m mkdocs --version >/dev/null 2>&1 || $(PIP) -r requirements-docs.txt
