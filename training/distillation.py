@@ -11,7 +11,6 @@ batch, so gradients are summed like the network's (see margin.py).
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Train
-from cropping.photos import decode_crop
 from embedding import Embedder, load_embedder, normalise, triple
 from formats.crop_sets import Crops
 from formats.embeddings import EmbeddingStore
 from training.distributed import World
+from training.finetune import CropEmbedding
 from utils import InputError
 
 EMBEDDINGS = "teacher"  # folder in --out
@@ -88,21 +87,17 @@ class StoredTeacher:
         folder = folder / f"{model[:12]}-{fingerprint[:12]}"
         store = EmbeddingStore(folder, key, len(crops), self.dim, "float16")
         missing = sorted(world.union(set(store.missing(world.rank, world.size))))
-        with ThreadPoolExecutor() as pool:
+        compute = CropEmbedding(embedder, crops, options.skip_unreadable, self.dim)
 
-            def embed(numbers: range) -> np.ndarray:
-                found = list(pool.map(lambda number: _decoded(crops, number, options.skip_unreadable), numbers))
-                rows = np.full((len(found), self.dim), np.nan)
-                there = [row for row, crop in enumerate(found) if crop is not None]
-                if there:
-                    rows[there] = normalise(embedder.features(np.stack([found[row] for row in there])))
-                for row in there:
-                    if not np.isfinite(rows[row]).all():
-                        name = crops.describe(numbers[row])
-                        raise InputError(f"{name}: --teacher {embedder.name} gives no finite embedding of it")
-                return rows
+        def embed(numbers: range) -> np.ndarray:
+            rows = compute(numbers)
+            broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if len(broken) and not options.skip_unreadable:
+                name = crops.describe(numbers[broken[0]])
+                raise InputError(f"{name}: --teacher {embedder.name} gives no finite embedding of it")
+            return rows
 
-            store.fill(missing[world.rank :: world.size], embed, f"embeddings by {embedder.name}")
+        store.fill(missing[world.rank :: world.size], embed, f"embeddings by {embedder.name}")
         world.wait()
         self.values = store.values()
 
@@ -110,16 +105,6 @@ class StoredTeacher:
         """See `Teacher`."""
         rows = torch.from_numpy(np.asarray(self.values[indices.numpy()]))
         return F.normalize(rows.to(images.device, non_blocking=True).float())
-
-
-def _decoded(crops: Crops, number: int, skip_unreadable: bool) -> np.ndarray | None:
-    """A crop, uint8 RGB [112, 112, 3]; None for one that is unreadable and to be skipped."""
-    try:
-        return decode_crop(crops.read(number)[0])
-    except (ValueError, OSError, InputError) as error:
-        if skip_unreadable:
-            return None
-        raise InputError(f"{crops.describe(number)}: {error}") from error
 
 
 class Distillation(nn.Module):

@@ -89,7 +89,7 @@ def begin_with_means(
     missing = means.missing(world.rank, world.size)
     if world.largest(len(missing)):
         every = EmbeddingStore(folder / f"{SCRATCH[0]}{stamp}", key, len(crops), head.embedding_size, "float16")
-        embed = _Embedding(Embedder.from_network(network, world.device), crops, skip, head.embedding_size)
+        embed = CropEmbedding(Embedder.from_network(network, world.device), crops, skip, head.embedding_size)
         every.fill(every.missing(world.rank, world.size), embed, "embedding all crops for the head")
         world.wait()
         means.fill(missing, _Means(every.values(), crops), "mean embeddings")
@@ -97,8 +97,11 @@ def begin_with_means(
     _set_centres(head, np.array(means.values()[head.first : head.last]))
 
 
-class _Embedding:
-    """Embeddings of crops by their numbers, float32 [n, D], of length 1; NaN for those that cannot be read."""
+class CropEmbedding:
+    """Embeddings of crops by their numbers, float32 [n, D], of length 1; NaN for those that cannot be read.
+
+    Without `skip` those are an InputError.
+    """
 
     def __init__(self, embedder: Embedder, crops: Crops, skip: bool, dim: int) -> None:
         self.embedder, self.skip, self.dim = embedder, skip, dim
