@@ -6,16 +6,19 @@ file name, and the members of a key follow one another. The label of a photo is 
 """
 
 import json
+import mmap
 import re
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import NamedTuple
 
 MAX_LABEL = 1 << 20  # bytes of a .cls or .json that are read
 MAX_GROUP = 64  # members of one key
 LABEL_KEYS = ("label", "identity", "class")  # in the .json, the first that is there
 
 BLOCK = 512  # bytes of a tar's header
+_REGULAR, _NAMES = (b"0", b"\0"), (b"L", b"x")  # types of members
+_BLANKS = b" " * 8  # what stands for the checksum in its own sum
 _NUMBER = re.compile(r"[+-]?\d+(?:\.0*)?")
 
 
@@ -79,8 +82,7 @@ def has_labels(head: bytes) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A regular file in a tar: its name, where its bytes begin, and how many they are."""
 
     name: str
@@ -97,26 +99,25 @@ def _entries_in(head: bytes) -> Iterator[Entry]:
             name, size, kind = _header(block)
         except ValueError:
             return
-        if kind in b"Lx":
+        if kind in _NAMES:
             long_name = _long_name(kind, head[at + BLOCK : at + BLOCK + min(size, 1 << 16)]) or long_name
-        elif kind in b"0\0":
+        elif kind in _REGULAR:
             yield Entry(long_name or name, at + BLOCK, size)
             long_name = ""
         at += BLOCK + size + -size % BLOCK
 
 
-def index(file: BinaryIO, size: int) -> Iterator[Entry]:
-    """The regular files of a plain tar of `size` bytes, in their order, by one read of its headers.
+def index(data: bytes | mmap.mmap) -> Iterator[Entry]:
+    """The regular files of a plain tar, in their order, by its headers alone.
 
-    Raises `ValueError` with the offset where it is damaged or cut off, and for a member that is a link: what it leads
-    to is not in the shard.
+    Raises `ValueError` with the offset where it is damaged or cut off. Links are passed over: what they lead to is not
+    in the shard.
     """
-    at, zeros = 0, 0
+    at, size, zeros = 0, len(data), 0
     long_name = ""
     while at + BLOCK <= size and zeros < 2:
-        file.seek(at)
-        block = file.read(BLOCK)
-        if not any(block):
+        block = data[at : at + BLOCK]
+        if block[0] == 0 and not any(block):
             zeros += 1
             at += BLOCK
             continue
@@ -125,16 +126,19 @@ def index(file: BinaryIO, size: int) -> Iterator[Entry]:
             name, length, kind = _header(block)
         except ValueError as error:
             raise ValueError(f"offset {at}: {error}") from error
-        if at + BLOCK + length > size:
-            raise ValueError(f"offset {at}: {name!r} is cut off")
-        if kind in b"Lx":
-            if length > MAX_LABEL:
-                raise ValueError(f"offset {at}: a name of {length} bytes")
-            long_name = _long_name(kind, file.read(length)) or long_name
-        elif kind in b"0\0":
-            yield Entry(long_name or name, at + BLOCK, length)
+        begin = at + BLOCK
+        at = begin + length + -length % BLOCK
+        if begin + length > size:
+            raise ValueError(f"offset {begin - BLOCK}: {name!r} is cut off")
+        if kind in _REGULAR:
+            yield Entry(long_name or name, begin, length)
             long_name = ""
-        at += BLOCK + length + -length % BLOCK
+        elif kind in _NAMES:
+            if length > MAX_LABEL:
+                raise ValueError(f"offset {begin - BLOCK}: a name of {length} bytes")
+            long_name = _long_name(kind, data[begin : begin + length]) or long_name
+        elif kind != b"g":
+            long_name = ""
     if not zeros:
         raise ValueError(f"cut off at {size}: no end-of-archive mark")
 
@@ -149,25 +153,26 @@ def name_in(block: bytes) -> str:
 
 def _header(block: bytes) -> tuple[str, int, bytes]:
     """Name, size and type of a header (POSIX ustar, and GNU's numbers in base 256); `ValueError` if it is none."""
-    checksum = _octal(block[148:156])
-    if checksum != sum(block) - sum(block[148:156]) + 8 * 32:
+    # Adler-32's lower half is one more than the sum of the bytes, modulo 65521: twenty times as fast as adding them.
+    total = zlib.adler32(block[156:], zlib.adler32(_BLANKS, zlib.adler32(block[:148])))
+    if (_number(block[148:156]) + 1) % 65521 != total & 0xFFFF:
         raise ValueError("no tar header (its checksum is wrong)")
     name = block[:100].split(b"\0", 1)[0]
-    prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
-    full = prefix + b"/" + name if prefix else name
-    size = _octal(block[124:136])
-    if size < 0:
-        raise ValueError("a negative size")
-    return full.decode("utf-8", "surrogateescape"), size, block[156:157]
+    if block[345] and block[257:263] == b"ustar\0":
+        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name.decode("utf-8", "surrogateescape"), _number(block[124:136]), block[156:157]
 
 
-def _octal(field: bytes) -> int:
+def _number(field: bytes) -> int:
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    text = field.split(b"\0", 1)[0].strip()
-    if text and not all(48 <= digit < 56 for digit in text):
-        raise ValueError("no tar header (a number that is none)")
-    return int(text or b"0", 8)
+    try:
+        value = int(field.split(b"\0", 1)[0] or b"0", 8)
+    except ValueError:
+        raise ValueError("no tar header (a number that is none)") from None
+    if value < 0:
+        raise ValueError("a negative number")
+    return value
 
 
 def _long_name(kind: bytes, data: bytes) -> str:

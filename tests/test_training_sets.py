@@ -10,7 +10,7 @@ import pytest
 from helpers.training import finish, folder_set, jpegs, options, start, train_main
 from test_extract import tar_bytes
 
-from formats import crop_sets, recordio
+from formats import crop_files, crop_sets, recordio
 from formats.crop_sets import open_training_set
 from formats.recordio import RecordHeader, frame, pack
 from utils import InputError
@@ -181,6 +181,23 @@ def test_shards_name_their_crops_and_what_is_wrong(tmp_path):
     (tmp_path / "a1.tar").write_bytes((tmp_path / "a0.tar").read_bytes()[:6000])
     with pytest.raises(InputError, match=r"a1.tar: .*cut off"):
         open_training_set(tmp_path)
+
+
+def test_the_index_of_a_shard_is_kept_until_the_shard_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(crop_files, "_WORTH_KEEPING", 0)
+    shard(tmp_path / "a0.tar", [0, "Ann", 2])
+    first = open_training_set(tmp_path)
+    kept = tmp_path / ".a0.tar.index"
+    contents = kept.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(crop_files.ShardCrops, "_index", lambda *_: pytest.fail("indexed again"))
+        again = open_training_set(tmp_path)
+    assert [again.read(index) for index in range(3)] == [first.read(index) for index in range(3)]
+    for damage in (contents[:-40], b"", b"x" * 100, contents.replace(b"shard-index", b"other-index")):
+        kept.write_bytes(damage)
+        assert open_training_set(tmp_path).identity_names == first.identity_names
+    shard(tmp_path / "a0.tar", [1, 1, 2, 2])
+    check_set(open_training_set(tmp_path), 2, 4)
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.zip", "x.parquet"])
