@@ -859,12 +859,9 @@ class AlignFacescrub(FaceSearch):
 
 
 @dataclass
-class Export:
-    """export.py: checkpoints to ONNX."""
+class Export(Model):
+    """export.py: networks to ONNX, and foreign ONNX files to such that say how they are fed."""
 
-    checkpoint: str = option(
-        REQUIRED, "a checkpoint, an address, or released for the published network", group="model", metavar="FILE"
-    )
     variants: list[str] = option(
         ["fp32"], "arithmetic of the files to write", group="model", choices=("fp32", "fp16", "int8")
     )
@@ -873,6 +870,13 @@ class Export:
         "onnx: --variants; insightface: weights under arcface_torch's key names (networks ir, mbf and vit only)",
         group="model",
         choices=("onnx", "insightface"),
+    )
+    for_: str | None = option(
+        None,
+        "who will run the files: insightface (the Python package: --normalise-inside, and no mirror image unless it is "
+        "inside); none means whoever reads their metadata",
+        group="model",
+        choices=("insightface",),
     )
     normalise_inside: bool = option(
         False, "put mean and std into the graph, which then takes RGB pixels from 0 to 255", group="model"
@@ -889,6 +893,12 @@ class Export:
     far: float = option(
         1e-3, "false accept rate of the threshold that goes into the files", group="data", above=0, below=1
     )
+    figures: Path | None = option(
+        None,
+        "take threshold and figures from this results.json of lfw_eval.py, for this model, instead of measuring",
+        group="data",
+        metavar="FILE",
+    )
     detector: bool = option(False, "export the face detector too", group="detector")
     detector_weights: Path | None = option(
         None, "weights of the detector (.pth); none means the embedded ones", group="detector", metavar="FILE"
@@ -897,7 +907,7 @@ class Export:
 
 
 @dataclass
-class Demo(Device):
+class Demo(Feeding):
     """demo.py: a first look."""
 
     photos: list[Path] = option(
@@ -935,6 +945,20 @@ class Demo(Device):
         group="model",
         above=0,
         below=1,
+    )
+    rule: str = option(
+        "central",
+        "which of several faces is compared when two photos are",
+        group="detector",
+        choices=("central", "largest", "best_score"),
+    )
+    max_side: int = option(
+        DETECTION_SIDE,
+        "longer photos are shrunk to this many pixels for detection, not for the crop; 0 never shrinks, which finds "
+        "the small faces of a large group",
+        group="detector",
+        metavar="PX",
+        at_least=0,
     )
     nearest: int = option(5, "people of the gallery listed for each face", group="output", metavar="N", at_least=1)
     out: Path = option(Path("results/demo"), "folder for the pictures", group="output", metavar="DIR")

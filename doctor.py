@@ -8,7 +8,7 @@ and deviation, the range of the pixels, the crop or the mirror image. This tries
 every order of channels with every usual normalisation, then, with the best of these, tighter, looser and shifted
 crops, with and without the mirror image. For a training checkpoint it also shows the two mistakes made inside the
 model: features taken in training mode, and the head's cosines taken for the embedding. Printed: the accuracy of each,
-what the model wants, and whether the difference to how it is fed now is more than chance.
+which ways are as good as the best within chance, what these pairs decide, and what they leave open.
 """
 
 import passive_threads  # noqa: F401  # isort: skip
@@ -54,6 +54,7 @@ CROPS = {
     "crop 8 pixels higher": (1.0, 0, -8),
     "crop 8 pixels lower": (1.0, 0, 8),
 }
+AS_CUT = "crops as they are"
 HEAD_IDENTITIES = 10_000  # cosines to so many centres show what the head does; all of two million would take 20 GB
 CHANCE = 0.01  # a difference that chance would make less often than this is believed
 
@@ -65,6 +66,7 @@ class Trial:
     name: str
     result: VerificationResult
     way: Preprocessing | None  # None for a mistake inside the model
+    cut: str = AS_CUT  # how the faces are cut
 
     @property
     def accuracy(self) -> float:
@@ -172,9 +174,11 @@ def examine(embedder: Embedder, checkpoint: Path, pairs: VerificationSet, cache:
     now = embedder.preprocessing
     trials = [Trial(f"as it is fed now: {_describe(now)}", verify(embedder, pairs, cache_dir=cache), now)]
 
-    def attempt(name: str, candidate: Embedder, data: VerificationSet, way: Preprocessing | None) -> None:
+    def attempt(
+        name: str, candidate: Embedder, data: VerificationSet, way: Preprocessing | None, cut: str = AS_CUT
+    ) -> None:
         try:
-            trials.append(Trial(name, verify(candidate, data, cache_dir=cache), way))
+            trials.append(Trial(name, verify(candidate, data, cache_dir=cache), way, cut))
         except InputError as error:  # a feature that is not finite is an answer too
             print(f"{name}: {error}", file=sys.stderr)
 
@@ -188,7 +192,7 @@ def examine(embedder: Embedder, checkpoint: Path, pairs: VerificationSet, cache:
     assert best.way is not None
     prefix = "" if best is trials[0] else f"{best.name}; "
     for name, (part, dx, dy) in CROPS.items():
-        attempt(f"{prefix}{name}", _fed(embedder, best.way), recrop(pairs, part, dx, dy), None)
+        attempt(f"{prefix}{name}", _fed(embedder, best.way), recrop(pairs, part, dx, dy), best.way, name)
     if embedder.metadata.get("mirror") != "graph":
         way = dataclasses.replace(best.way, mirror=not best.way.mirror)
         mirror = "with" if way.mirror else "without"
@@ -218,7 +222,9 @@ def _describe(way: Preprocessing) -> str:
 
 
 def _right(result: VerificationResult) -> np.ndarray:
-    """bool [P]: pairs answered correctly with the threshold of their fold."""
+    """bool [P]: pairs answered correctly with the threshold of their fold, without folds with the best one."""
+    if not result.folds:
+        return (worst_scores(result.cosines, result.same) >= result.best_threshold) == result.same
     thresholds = np.array([fold.threshold for fold in result.folds])
     folds = np.searchsorted(np.unique(result.fold_of), result.fold_of)
     return (worst_scores(result.cosines, result.same) >= thresholds[folds]) == result.same
@@ -230,27 +236,79 @@ def chance_of(better: VerificationResult, worse: VerificationResult) -> float:
     return float(stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue) if gained + lost else 1.0
 
 
+def as_good(trials: list[Trial]) -> list[Trial]:
+    """The ways of feeding that are as good as the best one within chance, the best first."""
+    ways = sorted((trial for trial in trials if trial.way is not None), key=lambda trial: -trial.accuracy)
+    return [trial for trial in ways if trial is ways[0] or chance_of(ways[0].result, trial.result) > CHANCE]
+
+
 def verdict(trials: list[Trial]) -> str:
-    """What to change, in one paragraph."""
-    now = trials[0]
-    best = max(trials, key=lambda trial: trial.accuracy)
-    chance = chance_of(best.result, now.result)
-    if best is now or chance > CHANCE:
+    """What to change, what to leave, and what these pairs cannot decide, in a paragraph."""
+    now, equal = trials[0], as_good(trials)
+    best = equal[0]
+    if now in equal:
         text = f"Nothing tried is better than how it is fed now ({now.accuracy:.2%}) by more than chance."
-        return text + (
-            " Look elsewhere: the alignment of the crops, the pairs, the training." if now.accuracy < 0.9 else ""
-        )
-    change = f"python lfw_eval.py ... {_options(best.way)}" if best.way is not None else "cut the faces that way"
+        if len(equal) > 1:
+            text += f" That does not make it right: {_undecided(equal)}"
+        if now.accuracy < 0.9:
+            text += " Look elsewhere: the alignment of the crops, the pairs, the training."
+        return text
+    chance = 1 / max(chance_of(best.result, now.result), 1e-12)
+    text = (
+        f"Fed now it has {now.accuracy:.2%}; {best.name} gives {best.accuracy:.2%} (by chance once in {chance:,.0f})."
+    )
+    if len(equal) > 1:
+        text += f" But {_undecided(equal)}Decided is: {_options(equal) or 'nothing but that it is fed wrongly now'}."
+    change = f"python lfw_eval.py ... {_options([best])}"
+    if best.cut != AS_CUT:
+        change += f", and cut the faces otherwise ({best.cut})"
+    return f"{text} What to do: {change}"
+
+
+def _undecided(equal: list[Trial]) -> str:
+    """Names the ways that chance does not tell apart, and what they do not agree in."""
+    open_ = [name for name, values in _answers(equal).items() if len(values) > 1]
+    pairs = len(equal[0].result.same)
+    listed = "".join(f"\n  {trial.accuracy:8.2%}  {trial.name}" for trial in equal)
     return (
-        f"Fed now it has {now.accuracy:.2%}; {best.name} gives {best.accuracy:.2%} "
-        f"(by chance once in {1 / max(chance, 1e-12):,.0f}). What to do: {change}"
+        f"on these {pairs} pairs {len(equal)} ways are as good as the best within chance, so they leave "
+        f"{' and '.join(open_)} undecided; more pairs (--most) may decide:{listed}\n"
     )
 
 
-def _options(way: Preprocessing) -> str:
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (way.mean, way.std))
-    mirror = "--mirror" if way.mirror else "--no-mirror"
-    return f"--channels {way.channels} --mean {mean} --std {std} --pixel-range {way.pixel_range:g} {mirror}"
+def _answers(equal: list[Trial]) -> dict[str, set[str]]:
+    """What each question about the input is answered with by these ways."""
+    answers: dict[str, set[str]] = {
+        "the order of the channels": set(),
+        "the range of the pixels": set(),
+        "mean and deviation": set(),
+        "the mirror image": set(),
+        "the cut of the faces": set(),
+    }
+    for trial in equal:
+        way = trial.way
+        assert way is not None
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (way.mean, way.std))
+        texts = (
+            f"--channels {way.channels}",
+            f"--pixel-range {way.pixel_range:g}",
+            f"--mean {mean} --std {std}",
+            "--mirror" if way.mirror else "--no-mirror",
+            trial.cut,
+        )
+        for values, text in zip(answers.values(), texts, strict=True):
+            values.add(text)
+    return answers
+
+
+def _options(equal: list[Trial]) -> str:
+    """The options in which all of these ways agree."""
+    return " ".join(
+        text
+        for name, values in _answers(equal).items()
+        if len(values) == 1 and name != "the cut of the faces"
+        for text in values
+    )
 
 
 def table(trials: list[Trial]) -> str:

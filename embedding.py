@@ -19,8 +19,10 @@ What an ONNX file can say of itself, in its metadata (all values are texts; JSON
     pixel_range  1 or 255: what white is before mean and std are applied
     mirror       caller (whoever calls adds the features of the mirror image), graph (the graph does) or none
     threshold    JSON {"cosine": x, ...}: from which cosine on two crops count as one person, and whatever is known of
-                 it (far, far_interval, impostor_pairs, data); optional
-    figures      JSON {...}: accuracy and so on as measured at export; optional
+                 it (far, far_interval_95, impostor_pairs, data); optional
+    figures      JSON {...}: accuracy, thresholds at other rates and so on as measured at export; optional
+    insightface  right or wrong: what the insightface package makes of the file, which decides by the names of the first
+                 nodes how it feeds a model
 """
 
 import contextlib
@@ -332,8 +334,13 @@ def load_embedder(
 
 def open_embedder(options: config.Model, device: torch.device | str = "cpu") -> Embedder:
     """The model that a script's options describe, fed as they say; see `load_embedder`."""
+    return open_checkpoint(options.checkpoint, options, device)
+
+
+def open_checkpoint(checkpoint: str | Path, options: config.Feeding, device: torch.device | str = "cpu") -> Embedder:
+    """A model fed as a script's options say; see `load_embedder`."""
     return load_embedder(
-        options.checkpoint,
+        checkpoint,
         device,
         mean=triple("mean", options.mean),
         std=triple("std", options.std),
@@ -420,10 +427,11 @@ LARGEST_ONNX = 1 << 31  # bytes; protobuf's limit
 _ONNX_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class _OnnxModel:
+class OnnxModel:
     """An onnxruntime session. A fixed batch is filled up with zeros; its surplus rows are dropped."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, content: bytes | None = None) -> None:
+        """Of a file, or of a file's `content` before there is one."""
         import onnxruntime  # 0.3 s that nobody but the users of .onnx files should pay
 
         self.path = path
@@ -435,7 +443,7 @@ class _OnnxModel:
         if cuda:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            self.session = onnxruntime.InferenceSession(content or str(path), options, providers=providers)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise InputError(f"{path}: onnxruntime cannot load it: {_first_line(error)}") from error
         self.engine = f"onnxruntime {onnxruntime.__version__} {self.session.get_providers()[0]}"
@@ -489,7 +497,18 @@ class _OnnxModel:
 
 def _load_onnx(path: Path, device: torch.device, given: dict[str, Any], batch_size: int | None) -> Embedder:
     sha256 = _check_onnx(path)
-    model = _OnnxModel(path, device)
+    return _onnx_embedder(path, OnnxModel(path, device), sha256, given, batch_size)
+
+
+def embedder_of_onnx(content: bytes, name: str) -> Embedder:
+    """The model that an ONNX file `name` with this content will be, on the CPU; the content says how it is fed."""
+    model = OnnxModel(Path(name), torch.device("cpu"), content)
+    return _onnx_embedder(Path(name), model, hashlib.sha256(content).hexdigest(), {}, None)
+
+
+def _onnx_embedder(
+    path: Path, model: OnnxModel, sha256: str, given: dict[str, Any], batch_size: int | None
+) -> Embedder:
     texts = model.session.get_modelmeta().custom_metadata_map
     metadata = _read_metadata(path, texts) if texts.get("format") == METADATA_FORMAT else {}
     preprocessing = _stated(path, metadata, given) if metadata else _unstated(path, given)

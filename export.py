@@ -6,10 +6,14 @@
         --bin lfw.bin --mirror-inside
     python export.py --checkpoint runs/NAME/embedding.pt --out exports/NAME --layout insightface
 
+    python export.py --checkpoint runs/NAME/embedding.pt --out exports/NAME --for insightface --lfw data/lfw
+    python export.py --checkpoint w600k_r50.onnx --mean 0.5 --std 0.5 --out exports/w600k --lfw data/lfw
+
 Writes embedding-VARIANT.onnx for each variant, detector.onnx on request, and export.json. Each file is compared with
 PyTorch before it gets its name: float32 must agree to rounding; what FP16 and INT8 lose is measured, on the crops'
 cosines always and, with --lfw or --bin, as verification accuracy beside the float32 network's own. The figures and the
 threshold at --far, with its confidence interval, go into the files' metadata, where lfw_eval.py and demo.py read them.
+A foreign ONNX file that says nothing of itself becomes a copy that does, so that it is told only once.
 With --layout insightface it writes backbone.pth alone, the weights as InsightFace's arcface_torch loads them.
 """
 
@@ -18,6 +22,8 @@ import passive_threads  # noqa: F401  # isort: skip
 import dataclasses
 import json
 import logging
+import math
+import shutil
 import sys
 import tempfile
 import warnings
@@ -35,19 +41,22 @@ import retinaface.engines
 import utils
 from config import CROP_SIZE
 from cropping.photos import decode_crop
-from embedding import Embedder, Preprocessing, load_embedder, normalise
+from download import checkpoint_path
+from embedding import Embedder, OnnxModel, Preprocessing, embedder_of_onnx, normalise, open_embedder
 from formats import crop_sets
 from models import feeding_of, name_of
 from networks.catalogue import INSIGHTFACE
 from options import parse
 from retinaface.weights import load_weights
 from utils import InputError
+from verification.decision import measured_entry
 from verification.features import verify
-from verification.metrics import VerificationResult
+from verification.metrics import FAR_LEVELS, VerificationResult
 from verification.sets import VerificationSet, open_set
 
-# Version 18 is the oldest that PyTorch's exporter writes without conversion; every onnxruntime since 1.14 reads it.
-OPSET = 18
+# Version 18 is the oldest that PyTorch's exporter writes without conversion; every onnxruntime since 1.14 reads it. It
+# goes with version 8 of the file format; the exporter writes 10, which onnxruntime reads from 1.18 on only.
+OPSET, IR_VERSION = 18, 8
 # Float32 in another order of additions: the largest difference seen over all networks is 1e-5 of a feature's length.
 TOLERANCE = 1e-4
 CALIBRATION_CROPS = 256
@@ -61,7 +70,8 @@ class ExportedNetwork(nn.Module):
     """The network as the graph will hold it: crops float32 [N, 3, 112, 112] -> feature float32 [N, D].
 
     With `normalisation`, the crops are RGB pixels from 0 to 255; without, they are normalised already. With `mirror`,
-    the features of the mirror image are added.
+    the features of the mirror image are added. Of several ways to write this, the one that most runtimes know is taken:
+    OpenCV 4 has neither slices with a negative step nor sizes that are computed.
     """
 
     def __init__(self, network: nn.Module, normalisation: Preprocessing | None, mirror: bool) -> None:
@@ -70,21 +80,24 @@ class ExportedNetwork(nn.Module):
         self.normalises = normalisation is not None
         self.bgr = normalisation is not None and normalisation.channels == "bgr"
         if normalisation is not None:
-            shift, scale = normalisation.constants()
+            shift, scale = (values.flip(0) if self.bgr else values for values in normalisation.constants())
             self.register_buffer("shift", shift.reshape(3, 1, 1))
             self.register_buffer("scale", scale.reshape(3, 1, 1))
+        # Times this matrix, a row of pixels is the other way round, exactly: all products but one are zero.
+        self.register_buffer("reverse", torch.eye(CROP_SIZE).flip(0))
 
     def forward(self, crops: Tensor) -> Tensor:
         """See the class."""
-        if self.bgr:
-            crops = crops.flip(1)
         if self.normalises:
             crops = (crops - self.shift) * self.scale
+        if self.bgr:
+            crops = torch.cat([crops[:, 2:3], crops[:, 1:2], crops[:, 0:1]], dim=1)
         if not self.mirror:
             return self.network(crops)
         # One pass over both: two would be two networks to whoever quantises the graph.
-        features = self.network(torch.cat([crops, crops.flip(3)]))
-        return features[: crops.shape[0]] + features[crops.shape[0] :]
+        features = self.network(torch.cat([crops, crops @ self.reverse]))
+        halves = features.reshape(2, -1, features.shape[1])
+        return (halves[0:1] + halves[1:2]).reshape(-1, features.shape[1])
 
 
 def to_onnx(module: ExportedNetwork) -> bytes:
@@ -107,7 +120,56 @@ def to_onnx(module: ExportedNetwork) -> bytes:
         for entry in entries:
             del entry.metadata_props[:]  # stack traces and paths of the machine that exported
     del model.metadata_props[:]
+    model.ir_version = IR_VERSION
+    if module.normalises:
+        for node in model.graph.node[:2]:  # by these names the insightface package knows that it must not normalise
+            node.name = f"{node.op_type}_pixels"
     return model.SerializeToString()
+
+
+def pixels_first(model: bytes) -> bytes:
+    """The same model with what is done to its pixels in front of all other nodes, where other programs look for it.
+
+    The quantiser puts what it does to the weights there.
+    """
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    nodes = list(proto.graph.node)
+    maker = {output: node.name for node in nodes for output in node.output}
+    wanted = {node.name for node in nodes if node.name == "Mul_pixels"}
+    for node in reversed(nodes):  # a graph's nodes stand behind those they need
+        if node.name in wanted:
+            wanted |= {maker[name] for name in node.input if name in maker}
+    del proto.graph.node[:]
+    proto.graph.node.extend(sorted(nodes, key=lambda node: node.name not in wanted))
+    return proto.SerializeToString()
+
+
+def insightface_normalises(model: bytes) -> bool:
+    """Whether the insightface package feeds a model with (pixel - 127.5) / 127.5, else with pixels from 0 to 255.
+
+    Its rule (python-package, insightface/model_zoo/arcface_onnx.py): a model normalises itself if names among those of
+    its first eight nodes begin with `Sub` or `_minus`, and with `Mul` or `_mul`. Crops are RGB, no mirror image is
+    added.
+    """
+    import onnx
+
+    names = [node.name for node in onnx.load_from_string(model).graph.node[:8]]
+    subtracts = any(name.startswith(("Sub", "_minus")) for name in names)
+    multiplies = any(name.startswith(("Mul", "_mul")) for name in names)
+    return not (subtracts and multiplies)
+
+
+def fed_by_insightface(model: bytes, way: Preprocessing) -> str:
+    """`right` or `wrong`: whether the insightface package feeds a model as `way` says."""
+    plain = (
+        Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3, pixel_range=255)
+        if insightface_normalises(model)
+        else RAW_PIXELS
+    )
+    same = all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(plain.constants(), way.constants(), strict=True))
+    return "right" if same and way.channels == "rgb" and not way.mirror else "wrong"
 
 
 def to_fp16(model: bytes) -> bytes:
@@ -121,20 +183,38 @@ def to_fp16(model: bytes) -> bytes:
     return half.model.SerializeToString()
 
 
-def to_int8(model: bytes, batches: Iterator[np.ndarray]) -> bytes:
+def to_int8(model: bytes, batches: Iterator[np.ndarray], scratch: Path) -> bytes:
     """The same model with 8-bit convolutions and linear layers, ranges taken from `batches` of its input.
 
-    Weights have a scale per output channel (as little loss as 8 bits allow), activations one per tensor.
+    Weights have a scale per output channel (as little loss as 8 bits allow), activations one per tensor. `scratch` is a
+    folder for what lies on the disk meanwhile; it is emptied first and gone afterwards.
     """
+    import onnx
     from onnxruntime import quantization
+
+    proto = onnx.load_from_string(model)
+    name = proto.graph.input[0].name
+    initialisers = {tensor.name: tensor for tensor in proto.graph.initializer}
+    # The matrix that turns rows round is no weight: rounding its product would blur one half of the batch alone.
+    turns = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type == "MatMul"
+        and node.input[1] in initialisers
+        and list(initialisers[node.input[1]].dims) == [CROP_SIZE, CROP_SIZE]
+    ]
 
     class Reader(quantization.CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(batches, None)
-            return None if batch is None else {"crops": batch}
+            return None if batch is None else {name: batch}
 
-    with tempfile.TemporaryDirectory() as folder:
-        plain, prepared, quantised = (Path(folder) / name for name in ("plain.onnx", "prepared.onnx", "int8.onnx"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    before = tempfile.tempdir
+    tempfile.tempdir = str(scratch)  # the quantiser's own, so that nothing is left elsewhere after a kill
+    try:
+        plain, prepared, quantised = (scratch / name for name in ("plain.onnx", "prepared.onnx", "int8.onnx"))
         plain.write_bytes(model)
         quantization.quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
         quantization.quantize_static(
@@ -143,20 +223,25 @@ def to_int8(model: bytes, batches: Iterator[np.ndarray]) -> bytes:
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_exclude=turns,
             per_channel=True,
             weight_type=quantization.QuantType.QInt8,
             activation_type=quantization.QuantType.QUInt8,
         )
         return quantised.read_bytes()
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def with_metadata(model: bytes, metadata: dict[str, str]) -> bytes:
-    """The model with these texts as its metadata, replacing what it had."""
+    """The model with these texts as its metadata, beside those of other names that it had."""
     import onnx
 
     proto = onnx.load_from_string(model)
+    others = {entry.key: entry.value for entry in proto.metadata_props}
     del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, metadata)
+    onnx.helper.set_model_props(proto, others | metadata)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
 
@@ -207,39 +292,49 @@ class Exporter:
     """What all variants of one embedding network share."""
 
     options: config.Export
-    embedder: Embedder  # the network in PyTorch, fed as its checkpoint wants
+    embedder: Embedder  # the network in PyTorch, or a foreign ONNX model, fed as it wants
     sets: list[VerificationSet]
 
     def __post_init__(self) -> None:
-        self.network: nn.Module = self.embedder.model.network
+        self.network: nn.Module | None = getattr(self.embedder.model, "network", None)
         self.results = [self.verify(self.embedder, pairs) for pairs in self.sets]
+        figures = self.options.figures
+        self.measured = None if figures is None else measured_entry(figures, self.embedder)
         calibration = self.options.calibration
         self.crops = _random_crops() if calibration is None else calibration_crops(calibration, CALIBRATION_CROPS)
         self.reference = self.embedder.features(self.crops)
 
     def verify(self, embedder: Embedder, pairs: VerificationSet) -> VerificationResult:
-        """The figures of a model on one set, with the rate that --far asks for."""
-        return verify(embedder, pairs, cache_dir=self.options.out / "cache", far_levels=[self.options.far])
+        """The figures of a model on one set, with the rate that --far asks for and the usual ones."""
+        levels = sorted({self.options.far, *FAR_LEVELS}, reverse=True)
+        return verify(embedder, pairs, cache_dir=self.options.out / "cache", far_levels=levels)
 
     @property
     def outside(self) -> Preprocessing:
         """What is left to do before the graph."""
-        inside = self.options.normalise_inside
-        way = RAW_PIXELS if inside else self.embedder.preprocessing
-        return dataclasses.replace(way, mirror=not self.options.mirror_inside)
+        way = RAW_PIXELS if self.options.normalise_inside else self.embedder.preprocessing
+        return dataclasses.replace(way, mirror=self.embedder.preprocessing.mirror and not self.options.mirror_inside)
 
     def base(self) -> bytes:
-        """The float32 model without metadata."""
+        """The model without our metadata: the network in float32, or the foreign file as it is."""
+        if self.network is None:
+            import onnx
+
+            # With the weights that lie beside it, which loading has checked.
+            return onnx.load(checkpoint_path(self.options.checkpoint)).SerializeToString()
         normalisation = self.embedder.preprocessing if self.options.normalise_inside else None
         return to_onnx(ExportedNetwork(self.network, normalisation, self.options.mirror_inside))
 
     def variant(self, base: bytes, name: str) -> bytes:
         """`base` in the arithmetic of a variant."""
         if name == "fp16":
-            return to_fp16(base)
+            return pixels_first(to_fp16(base))
         if name == "int8":
-            parts = (self.crops[start : start + 16] for start in range(0, len(self.crops), 16))
-            return to_int8(base, (np.ascontiguousarray(self.outside(torch.from_numpy(part))) for part in parts))
+            size = getattr(self.embedder.model, "batch", None) or 16
+            whole = range(0, len(self.crops) - size + 1, size)
+            parts = (torch.from_numpy(self.crops[start : start + size]) for start in whole)
+            scratch = self.options.out / ".scratch"
+            return pixels_first(to_int8(base, (np.ascontiguousarray(self.outside(part)) for part in parts), scratch))
         return base
 
     def write(self, model: bytes, name: str) -> dict[str, Any]:
@@ -247,18 +342,19 @@ class Exporter:
         path = self.options.out / f"embedding-{name}.onnx"
         metadata = self.outside.to_metadata(mirror_in_graph=self.options.mirror_inside)
         metadata |= {"source": self.embedder.name, "source_sha256": str(self.embedder.sha256), "variant": name}
-        with tempfile.TemporaryDirectory(dir=self.options.out) as folder:
-            trial = Path(folder) / path.name
-            trial.write_bytes(with_metadata(model, metadata))
-            exported = load_embedder(trial, "cpu")
-            found = differences(self.reference, exported.features(self.crops))
-            if name == "fp32" and not found["max_relative_difference"] <= TOLERANCE:
-                raise InputError(
-                    f"{path}: differs from PyTorch by {found['max_relative_difference']:.1e}, more than {TOLERANCE}"
-                )
-            self._check_batches(exported)
-            results = [self.verify(exported, pairs) for pairs in self.sets]
-        metadata |= self.figures(results)
+        metadata["insightface"] = fed_by_insightface(model, self.outside)
+        exported = embedder_of_onnx(with_metadata(model, metadata), path.name)
+        found = differences(self.reference, exported.features(self.crops))
+        if name == "fp32" and not found["max_relative_difference"] <= TOLERANCE:
+            raise InputError(
+                f"{path}: differs from its source by {found['max_relative_difference']:.1e}, more than {TOLERANCE}"
+            )
+        self._check_batches(exported)
+        results = [self.verify(exported, pairs) for pairs in self.sets]
+        if self.measured is not None:
+            metadata |= metadata_of(self.measured, self.options.far)
+        else:
+            metadata |= self.figures(results)
         utils.write_bytes(path, with_metadata(model, metadata))
         return {
             "file": path.name,
@@ -280,28 +376,25 @@ class Exporter:
     def figures(self, results: list[VerificationResult]) -> dict[str, str]:
         """Metadata of the first set with both kinds of pairs: the threshold at --far and what it stands on."""
         for pairs, result in zip(self.sets, results, strict=True):
-            if result.best_threshold is None:
-                continue
-            figures = {"data": result.set_name, "data_sha256": pairs.sha256} | _summary(result)
-            point = result.points[0]
-            if not point.resolved:
-                return {"figures": json.dumps(figures)}
-            threshold = {
-                "cosine": point.threshold,
-                "far": point.far,
-                "far_interval_95": point.far_interval,
-                "tar": point.tar,
-                "impostor_pairs": point.impostors,
-                "data": result.set_name,
-            }
-            return {"threshold": json.dumps(threshold), "figures": json.dumps(figures)}
+            if result.best_threshold is not None:
+                return metadata_of(
+                    {"name": result.set_name, "sha256": pairs.sha256} | result.to_json(), self.options.far
+                )
         return {}
 
 
-def _summary(result: VerificationResult) -> dict[str, Any]:
-    whole = result.to_json()
+def metadata_of(entry: dict[str, Any], far: float) -> dict[str, str]:
+    """Metadata from one set's entry of a results.json: all its figures, and the threshold at `far` if it has that."""
     keys = ("pairs", "accuracy_kfold_mean", "accuracy_best_threshold", "threshold_best", "auc", "eer", "angles")
-    return {key: whole[key] for key in keys}
+    figures = {key: entry[key] for key in keys} | {"data": entry["name"], "data_sha256": entry["sha256"]}
+    figures["tar_at_far"] = [point for point in entry["tar_at_far"] if point["resolved"]]
+    texts = {"figures": json.dumps(figures)}
+    for point in figures["tar_at_far"]:
+        if math.isclose(point["far"], far, rel_tol=1e-6):
+            threshold = {key: point[key] for key in ("far", "far_interval_95", "tar", "impostor_pairs")}
+            threshold |= {"cosine": point["threshold"]["cosine"], "data": entry["name"]}
+            texts["threshold"] = json.dumps(threshold)
+    return texts
 
 
 def export_detector(options: config.Export) -> dict[str, Any]:
@@ -324,7 +417,9 @@ def export_detector(options: config.Export) -> dict[str, Any]:
 
 def write_backbone(embedder: Embedder, out: Path) -> Path:
     """The weights as arcface_torch has them: a plain float32 state_dict under its key names, which are ours."""
-    network = embedder.model.network
+    network = getattr(embedder.model, "network", None)
+    if network is None:
+        raise InputError(f"{embedder.name}: is ONNX; --layout insightface starts from weights of a network")
     if feeding_of(network) != INSIGHTFACE:
         raise InputError(
             f"{embedder.name}: holds {name_of(network.state_dict())}, which is none of InsightFace's networks (ir, "
@@ -336,11 +431,11 @@ def write_backbone(embedder: Embedder, out: Path) -> Path:
 
 
 def table(entries: dict[str, dict[str, Any]], reference: list[VerificationResult]) -> str:
-    """Size, difference to PyTorch and accuracy of every variant, beside PyTorch's own accuracy."""
+    """Size, difference to the source and accuracy of every variant, beside the source's own accuracy."""
     lines = [
         "",
         f"{'':10}{'size':>10}{'max difference':>16}{'max angle':>11}" + "".join(f"{r.set_name:>24}" for r in reference),
-        f"{'pytorch':10}{'':>10}{'':>16}{'':>11}" + "".join(f"{r.accuracy:>24.2%}" for r in reference),
+        f"{'source':10}{'':>10}{'':>16}{'':>11}" + "".join(f"{r.accuracy:>24.2%}" for r in reference),
     ]
     for name, entry in entries.items():
         found = entry["difference_to_pytorch"]
@@ -356,23 +451,51 @@ def table(entries: dict[str, dict[str, Any]], reference: list[VerificationResult
     return "\n".join(lines)
 
 
+def _advice(metadata: dict[str, str]) -> str:
+    """What whoever uses a file has to know, in one line."""
+    numbers = f"mean {metadata['mean']}, std {metadata['std']}"
+    way = f"feed {metadata['channels'].upper()} 0..{metadata['pixel_range']}, {numbers}"
+    mirror = {"caller": "add the mirror image's feature", "graph": "mirror image inside", "none": "no mirror image"}
+    threshold = "no threshold"
+    if "threshold" in metadata:
+        known = json.loads(metadata["threshold"])
+        threshold = f"threshold cosine {known['cosine']:.4f} at FAR {known['far']:g}"
+    package = "the insightface package feeds it " + ("so" if metadata["insightface"] == "right" else "WRONGLY")
+    return f"{way}; {mirror[metadata['mirror']]}; {threshold}; {package}"
+
+
 @utils.command
 def main() -> None:
     """See the file's docstring."""
     options = parse(config.Export, __doc__)
     if "int8" in options.variants and options.calibration is None:
         raise InputError("--variants int8 needs --calibration: crops (not those of the evaluation) to take ranges from")
+    if options.figures is not None and (options.lfw or options.bin):
+        raise InputError("--figures takes what was measured; --lfw and --bin measure: give one or the other")
+    if options.for_ == "insightface":
+        # The package adds no mirror image, so a threshold measured with one would not be that of what it computes.
+        mirror = options.mirror_inside or options.mirror or False
+        options = dataclasses.replace(options, normalise_inside=True, mirror=mirror)
+    if options.mirror_inside and options.mirror is False:
+        raise InputError("--mirror-inside and --no-mirror contradict each other")
     for name in ("onnxscript", "torch.onnx", "onnx_ir", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    embedder = load_embedder(options.checkpoint, "cpu")
-    if not hasattr(embedder.model, "network"):
-        raise InputError(f"{embedder.name}: is ONNX already; export starts from a checkpoint")
+    embedder = open_embedder(options, "cpu")
+    if isinstance(embedder.model, OnnxModel) and (options.normalise_inside or options.mirror_inside):
+        raise InputError(
+            f"{embedder.name}: is ONNX; its graph is copied as it is, without --normalise-inside, --mirror-inside and "
+            "--for, which start from a checkpoint"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.out.glob(".*.tmp"):  # of a run that was killed while it wrote
+        path.unlink(missing_ok=True)
+    shutil.rmtree(options.out / ".scratch", ignore_errors=True)
     if options.layout == "insightface":
         print(f"{write_backbone(embedder, options.out)}: for InsightFace's get_model(...).load_state_dict(...)")
         return
     paths = ([options.lfw] if options.lfw else []) + options.bin
-    sets = [open_set(path, options.out / "cache", pairs=options.pairs, device="cpu") for path in paths]
+    device = utils.choose_device(options.device)  # for the faces; networks are exported, and compared, on the CPU
+    sets = [open_set(path, options.out / "cache", pairs=options.pairs, device=device) for path in paths]
     exporter = Exporter(options, embedder, sets)
     base = exporter.base()
     entries = {name: exporter.write(exporter.variant(base, name), name) for name in dict.fromkeys(options.variants)}
@@ -380,7 +503,10 @@ def main() -> None:
     if options.detector:
         report["detector"] = export_detector(options)
     utils.write_json(options.out / "export.json", report)
+    print(f"{embedder.name}: fed with {embedder.feeding}")
     print(table(entries, exporter.results))
+    for name, entry in entries.items():
+        print(f"{name:10} {_advice(entry['metadata'])}")
     if options.detector:
         print(f"detector   max difference to PyTorch {report['detector']['max_difference_to_pytorch']:.1e}")
     print(f"\n{options.out / 'export.json'}; the models lie beside it")

@@ -129,7 +129,8 @@ def _check_bounds(stage: Any) -> None:
 
 
 def _flag(field: dataclasses.Field) -> str:
-    return field.name.upper() if field.metadata["positional"] else f"--{field.name.replace('_', '-')}"
+    """What a user types; a field may end in `_` where its name is a word of Python's."""
+    return field.name.upper() if field.metadata["positional"] else f"--{field.name.rstrip('_').replace('_', '-')}"
 
 
 def _describe(value: Any) -> str:
@@ -172,7 +173,8 @@ def build_parser(
         # argparse reads % as a format; the texts here are plain.
         settings: dict[str, Any] = {"help": f"{text} ({_describe(default)})".replace("%", "%%")}
         if convert is bool:
-            group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, default=default, **settings)
+            settings |= {"action": argparse.BooleanOptionalAction, "default": default, "dest": field.name}
+            group.add_argument(_flag(field), **settings)
             continue
         settings |= {"type": convert, "metavar": meta["metavar"], "choices": choices and list(choices)}
         if nargs is not None:
@@ -184,7 +186,7 @@ def build_parser(
             continue
         settings["required"] = default is REQUIRED
         settings["default"] = None if default is REQUIRED else default
-        group.add_argument(_flag(field), **settings)
+        group.add_argument(_flag(field), dest=field.name, **settings)
     parser.add_argument(
         "--config",
         type=Path,
@@ -239,6 +241,7 @@ def _configured(stage: type, path: Path) -> dict[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(stage)}
     values = {}
     for name, value in _read_config(path).items():
+        name = f"{name}_" if f"{name}_" in fields else name
         if name not in fields:
             raise ValueError(f"{name}: no such option{_nearest(name, list(fields))}")
         if value is None or value == []:  # what a run.json says of an option that was not given

@@ -9,6 +9,7 @@ figures, so a training run that draws every epoch does not grow. The same data g
 """
 
 import contextlib
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from matplotlib import font_manager, ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 
 import utils
 
@@ -71,6 +72,7 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 
 def title(axes: Axes, subject: str, statement: str) -> None:
     """Two lines above the axes, at their left: what is shown (shortened to fit) and, bold, what it says."""
+    subject, statement = legible(subject, shaped=False), legible(statement, shaped=False)
     room = int(axes.figure.get_figwidth() * 12)  # characters of 11 points in so many inches
     subject = subject if len(subject) <= room else subject[: room - 1] + "…"
     axes.set_title(f"{subject}\n", loc="left")
@@ -97,6 +99,28 @@ def log_rate_axis(axes: Axes, lowest: float, *, axis: str = "x") -> None:
 # --- sheets of pictures ---------------------------------------------------------------------------------------------
 
 
+def legible(text: str, *, shaped: bool = True) -> str:
+    """`text` in one line, with each character that our font cannot show written as \\uXXXX.
+
+    Nobody reads a row of boxes, and half of a name may be another's name. Scripts that are written from right to left
+    need a library that shapes them: Pillow has one in its wheels, matplotlib (`shaped` false) has none.
+    """
+    known = _characters()
+    shaped = shaped and features.check("raqm")
+    return "".join(
+        character
+        if ord(character) in known and (shaped or unicodedata.bidirectional(character) not in ("R", "AL", "AN"))
+        else character.encode("unicode_escape").decode()
+        for character in " ".join(text.split())
+    )
+
+
+@lru_cache
+def _characters() -> frozenset[int]:
+    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans"))
+    return frozenset(font_manager.get_font(path).get_charmap())
+
+
 @lru_cache
 def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib, in pixels."""
@@ -117,10 +141,11 @@ def draw_text(
 ) -> None:
     """Write one line with its upper left corner at `xy`.
 
-    What does not fit into `width` pixels ends in an ellipsis or, with `keep_end`, begins with one.
+    What does not fit into `width` pixels ends in an ellipsis or, with `keep_end`, begins with one. See `legible` for
+    characters that the font lacks.
     """
     face = font(size, bold=bold)
-    text = " ".join(text.split())
+    text = legible(text)
     if width is not None and face.getlength(text) > width:
         while text and face.getlength(text + "…") > width:
             text = text[1:] if keep_end else text[:-1]

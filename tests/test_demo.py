@@ -1,14 +1,19 @@
 """The first look, on the one public-domain portrait that a dependency ships: scikit-image's astronaut."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from helpers.toy_models import write_onnx
 from PIL import Image
 
 import demo
+import plotting
 from models import build_network
+from retinaface import Detections
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +80,112 @@ def test_gallery_names_whom_it_knows(run, folder, tmp_path):
     assert (tmp_path / "out" / "mirrored-named.png").exists()
     code, out, _ = run(*arguments, "0.000001")
     assert code == 0 and "  1: nobody of the gallery (Eileen " in out
+
+
+def test_the_first_folder_of_a_gallery_is_the_person(run, folder, tmp_path):
+    """Photos by year in each person's folder: nobody is called 2019."""
+    gallery = tmp_path / "gallery"
+    for person in ("Ann", "Bea"):
+        (gallery / person / "2019").mkdir(parents=True)
+        (gallery / person / "2019" / "1.png").write_bytes((folder / "astronaut.png").read_bytes())
+    code, out, err = run("mirrored.jpg", "--gallery", str(gallery), "--checkpoint", "net.pt", "--threshold", "30")
+    assert code == 0, err
+    assert "Ann " in out and "Bea " in out and "2019" not in out
+
+
+@pytest.mark.parametrize("names", [("Ann.png", "Ann.jpg"), ("Ann.png", "Ann/1.png")])
+def test_names_that_would_merge_two_people_are_refused(run, folder, tmp_path, names):
+    for name in names:
+        (tmp_path / "gallery" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "gallery" / name).write_bytes((folder / "astronaut.png").read_bytes())
+    arguments = ("--gallery", str(tmp_path / "gallery"), "--checkpoint", "net.pt", "--threshold", "30")
+    code, _, err = run("mirrored.jpg", *arguments)
+    assert code == 1 and "'Ann' is the name of" in err
+
+
+def test_a_name_without_letters_in_the_font_stands_in_the_list(run, folder, tmp_path):
+    gallery = tmp_path / "gallery"
+    name = "\u738b\u82b3\U0001f600"
+    (gallery / name).mkdir(parents=True)
+    (gallery / name / "1.png").write_bytes((folder / "astronaut.png").read_bytes())
+    arguments = ("--gallery", str(gallery), "--checkpoint", "net.pt", "--threshold", "30")
+    code, out, err = run("mirrored.jpg", *arguments)
+    assert code == 0, err
+    assert f"  1: {name} ({name} " in out
+
+
+def test_text_of_any_script_is_legible(tmp_path, recwarn):
+    assert plotting.legible("Zoë Ångström Ελένη Иван") == "Zoë Ångström Ελένη Иван"
+    assert plotting.legible("\u738b\u82b3") == "\\u738b\\u82b3" and plotting.legible("\U0001f98a") == "\\U0001f98a"
+    assert plotting.legible("a\x07b") == "a\\x07b"
+    arabic = "\u0645\u0631\u064a\u0645"
+    assert plotting.legible(arabic, shaped=False).isascii()
+    with plotting.drawing(tmp_path / "a", 4, 3) as figure:
+        axes = figure.add_subplot()
+        plotting.title(axes, "\u738b" * 100, arabic)
+    assert not [warning for warning in recwarn if "missing from font" in str(warning.message)]
+
+
+def crowd(count, side=12, width=600, height=400):
+    """A photo of many small faces in rows."""
+    across = 12
+    lefts = np.array([(20 + index % across * 45, 20 + index // across * 60) for index in range(count)], np.float32)
+    boxes = np.concatenate([lefts, lefts + side], axis=1)
+    faces = Detections(boxes, np.full(count, 0.9, np.float32), np.repeat(boxes[:, None, :2] + side / 2, 5, axis=1))
+    return demo.Look(
+        Path("crowd.jpg"),
+        np.full((height, width, 3), 255, np.uint8),
+        faces,
+        np.zeros((count, 112, 112, 3), np.uint8),
+        "central",
+    )
+
+
+def test_labels_of_a_crowd_do_not_cover_its_faces():
+    look = crowd(60)
+    bare = np.asarray(demo.draw_faces(look, [""] * 60)).astype(int)
+    drawn = np.asarray(demo.draw_faces(look, [str(index + 1) for index in range(60)])).astype(int)
+    scale = bare.shape[1] / 600
+    assert bare.shape == drawn.shape and 12 * scale >= demo.FACE_SIDE - 1
+    changed = (bare != drawn).any(axis=2)
+    assert changed.sum() > 60 * 100
+    for left, top, right, bottom in (look.faces.boxes * scale).round().astype(int):
+        assert not changed[top + 1 : bottom, left + 1 : right].any()
+
+
+def test_labels_stay_inside_the_picture():
+    look = crowd(1)
+    look.faces.boxes[:] = [590, 2, 599, 11]
+    label = "a name that is much too long for this photo " * 4
+    drawn = np.asarray(demo.draw_faces(look, [label]))
+    bare = np.asarray(demo.draw_faces(look, [""]))
+    rows, columns = np.nonzero((drawn != bare).any(axis=2))
+    assert len(rows) and columns.max() < drawn.shape[1]
+
+
+def test_crops_of_a_pair_stand_at_one_height():
+    tall, wide = crowd(1), crowd(1, width=900, height=200)
+    for look, value in ((tall, 40), (wide, 80)):
+        look.crops[:] = value
+    sheet = np.asarray(demo.draw_pair([tall, wide], "same", "detail", "#009E73"))
+    tops = [np.flatnonzero((sheet == value).all(axis=2).any(axis=1))[0] for value in (40, 80)]
+    assert tops[0] == tops[1]
+
+
+def test_a_shrunk_photo_says_which_faces_were_not_looked_for(run):
+    code, out, _ = run("astronaut.png", "--max-side", "256")
+    assert code == 0 and "shrunk to 256 for detection: faces below about 32 pixels were not looked for" in out
+    code, out, _ = run("astronaut.png", "--max-side", "0")
+    assert code == 0 and "shrunk to" not in out
+
+
+def test_a_foreign_model_is_fed_as_the_options_say(run, tmp_path):
+    path = write_onnx(tmp_path / "foreign.onnx")
+    arguments = ("astronaut.png", "mirrored.jpg", "--checkpoint", str(path), "--threshold", "80")
+    code, _, err = run(*arguments)
+    assert code == 1 and "give --mean and --std" in err
+    code, out, _ = run(*arguments, "--mean", "0.5", "--std", "0.5")
+    assert code == 0 and "without mirror image" in out
 
 
 @pytest.mark.parametrize(

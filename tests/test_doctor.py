@@ -18,6 +18,7 @@ from embedding import Embedder, Preprocessing
 from formats.verification_bin import write_bin
 from models import build_network
 from utils import InputError
+from verification import metrics
 from verification.sets import VerificationSet
 
 
@@ -82,6 +83,57 @@ def test_healthy_model_is_left_alone(checkpoint):
     assert any("training mode" in name for name in names)
     table = doctor.table(trials)
     assert table.count("\n") == len(trials) - 1 and table.count("> ") >= 1
+
+
+class ReadsGrey(nn.Module):
+    """Knows a crop by its brightness alone: no pair can tell the orders of the channels apart."""
+
+    def forward(self, crops):
+        angle = crops.mean(dim=(1, 2, 3)) * 1.5
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+@pytest.mark.parametrize("sick", [False, True])
+def test_what_the_pairs_do_not_decide_is_said_to_be_undecided(checkpoint, sick):
+    """The best way against its runner-up, not only against how the model is fed now."""
+    fed = (
+        {"pixel_range": 255.0, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+        if sick
+        else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    )
+    model = Embedder.from_network(ReadsGrey(), "cpu").with_preprocessing(mirror=False, **fed)
+    trials = doctor.examine(model, checkpoint, make_set(120), None)
+    equal = doctor.as_good(trials)
+    assert {trial.way.channels for trial in equal} == {"rgb", "bgr"}
+    text = doctor.verdict(trials)
+    assert "the order of the channels" in text and "undecided" in text
+    for trial in equal:
+        assert trial.name in text
+    if sick:
+        decided = text.partition("Decided is: ")[2].partition("What to do")[0]
+        assert "--pixel-range 1" in decided and "--channels" not in decided
+    else:
+        assert "That does not make it right" in text
+
+
+def test_a_wrong_cut_is_decided_when_the_pairs_decide_it():
+    fed = Preprocessing()
+
+    def trial(name, right, way=fed, cut=doctor.AS_CUT):
+        same = np.ones(200, bool)
+        cosines = np.where(np.arange(200) < right, 0.9, 0.1)
+        folds = [metrics.Fold(0.5, 0.5, 100, 100)]
+        result = metrics.VerificationResult(
+            "s", cosines, same, np.zeros(200, int), folds, right / 200, 0.0, right / 200, 0.5, 0.5, 0.5, [], []
+        )
+        return doctor.Trial(name, result, way, cut)
+
+    now, tighter = trial("as now", 150), trial("tighter", 198, cut="tighter crop (85 %)")
+    text = doctor.verdict([now, tighter, trial("training mode", 199, way=None)])
+    assert "tighter gives 99.00%" in text and text.endswith("and cut the faces otherwise (tighter crop (85 %))")
+    close = trial("tighter", 152, cut="tighter crop (85 %)")
+    text = doctor.verdict([now, close])
+    assert "Nothing tried is better" in text and "leave the cut of the faces undecided" in text
 
 
 def test_chance_is_mcnemars():

@@ -1,8 +1,11 @@
 """Exported models: the same features as PyTorch, any batch, metadata that is read back and cannot be contradicted."""
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -11,16 +14,19 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
+from helpers.toy_models import write_onnx
 
 import export
-from embedding import load_embedder
+import lfw_eval
+from embedding import Embedder, Preprocessing, load_embedder
 from formats import crop_sets
 from formats.crop_sets import write_crops
 from formats.verification_bin import write_bin
-from models import build_network
+from models import build_network, feeding_of
 from retinaface.engines import onnx_model
 from retinaface.weights import load_weights
 from utils import InputError
+from verification.decision import find_decision
 
 
 def jpeg(rng):
@@ -128,9 +134,145 @@ def test_refusals(tmp_path, arguments, reason, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_onnx_is_not_exported_again(exported, monkeypatch, capsys, tmp_path):
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+    code = export.main()
+    return code, *capsys.readouterr()
+
+
+def test_a_foreign_file_becomes_one_that_speaks_for_itself(exported, tmp_path, monkeypatch, capsys):
+    """Told once, measured once: the copy needs no options, and the demo finds its threshold in it."""
+    folder, _ = exported
+    foreign = write_onnx(tmp_path / "foreign.onnx", metadata={"author": "somebody"})
+    model = onnx.load(foreign)
+    onnx.save(model, foreign, save_as_external_data=True, location="foreign.data", size_threshold=0)
+    told = ["--mean", "0.5", "--std", "0.5", "--channels", "bgr"]
+    arguments = ["--checkpoint", foreign, "--out", tmp_path / "out", "--bin", folder / "pairs.bin", "--far", "0.1"]
+    code, out, err = run(monkeypatch, capsys, *arguments, *told)
+    assert code == 0, err
+    assert "without mirror image" in out and "no mirror image; threshold cosine" in out
+    copied = load_embedder(tmp_path / "out" / "embedding-fp32.onnx")
+    half = (0.5,) * 3
+    asked = load_embedder(foreign, mean=half, std=half, channels="bgr")
+    assert copied.preprocessing == asked.preprocessing and not copied.preprocessing.mirror
+    crops = export._random_crops()
+    assert np.array_equal(copied.features(crops), asked.features(crops))
+    decision = find_decision(copied, tmp_path / "nowhere.onnx", far=0.1)
+    assert "at FAR 0.1 (95 % interval" in decision.source
+    props = {entry.key: entry.value for entry in onnx.load(tmp_path / "out" / "embedding-fp32.onnx").metadata_props}
+    assert props["author"] == "somebody" and props["source_sha256"] == asked.sha256
+    code, _, err = run(monkeypatch, capsys, *arguments, *told, "--mirror-inside")
+    assert code == 1 and "copied as it is" in err
+
+
+def test_figures_of_lfw_eval_need_not_be_measured_again(exported, tmp_path, monkeypatch, capsys):
+    folder, _ = exported
+    words = ["lfw_eval.py", "--checkpoint", folder / "net.pt", "--bin", folder / "pairs.bin", "--far", "0.1", "0.2"]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--out", str(tmp_path / "eval"), "--device", "cpu"])
+    assert lfw_eval.main() == 0
+    capsys.readouterr()
+    results = tmp_path / "eval" / "results.json"
+    arguments = ["--checkpoint", folder / "net.pt", "--out", tmp_path / "out", "--figures", results, "--far", "0.1"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    measured = json.loads(results.read_text())["sets"][0]
+    stated = load_embedder(tmp_path / "out" / "embedding-fp32.onnx").metadata
+    (point,) = [point for point in measured["tar_at_far"] if point["far"] == 0.1]
+    assert stated["threshold"]["cosine"] == point["threshold"]["cosine"] != measured["threshold_best"]["cosine"]
+    assert stated["threshold"]["far_interval_95"] == point["far_interval_95"]
+    # Fed in another way, or another network, it is no figure of this one.
+    code, _, err = run(monkeypatch, capsys, *arguments, "--no-mirror")
+    assert code == 1 and "fed with other mirror" in err
+
+
+def insightface_would_feed(path, crops):
+    """What the insightface package hands to a model, from its rule alone (model_zoo/arcface_onnx.py)."""
+    graph = onnx.load(path).graph
+    sub = any(node.name.startswith(("Sub", "_minus")) for node in graph.node[:8])
+    mul = any(node.name.startswith(("Mul", "_mul")) for node in graph.node[:8])
+    mean, std = (0.0, 1.0) if sub and mul else (127.5, 127.5)
+    bgr = [crop[..., ::-1] for crop in crops]
+    return cv2.dnn.blobFromImages(bgr, 1.0 / std, (112, 112), (mean,) * 3, swapRB=True)
+
+
+def test_the_insightface_package_feeds_what_is_made_for_it(exported, tmp_path, monkeypatch, capsys):
+    folder, _ = exported
+    code, out, err = run(
+        monkeypatch, capsys, "--checkpoint", folder / "net.pt", "--out", tmp_path, "--for", "insightface",
+        "--bin", folder / "pairs.bin", "--far", "0.1",
+    )  # fmt: skip
+    assert code == 0, err
+    path, crops = tmp_path / "embedding-fp32.onnx", export._random_crops()
+    assert load_embedder(path).metadata["insightface"] == "right" and "WRONGLY" not in out
+    session = onnxruntime.InferenceSession(path)
+    (features,) = session.run(None, {"crops": insightface_would_feed(path, crops)})
+    reference = load_embedder(folder / "net.pt", mirror=False).features(crops)
+    assert np.allclose(features, reference, atol=1e-4 * np.abs(reference).max())
+    insightface = pytest.importorskip("insightface.model_zoo.arcface_onnx")
+    package = insightface.ArcFaceONNX(str(path))
+    assert np.allclose(package.get_feat([crop[..., ::-1] for crop in crops]), reference, atol=1e-3)
+
+
+def test_a_file_says_what_the_insightface_package_makes_of_it(exported, tmp_path):
+    folder, _ = exported
+    for name in ("fp32", "fp16", "int8"):  # mirror image and normalisation inside: pixels are all they want
+        path = folder / "out" / f"embedding-{name}.onnx"
+        assert load_embedder(path).metadata["insightface"] == "right"
+        assert insightface_would_feed(path, export._random_crops()).max() > 1
+    plain = write_onnx(tmp_path / "plain.onnx").read_bytes()
+    half = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, mirror=False)
+    assert export.fed_by_insightface(plain, half) == "right"
+    for changes in ({"mirror": True}, {"channels": "bgr"}, {"mean": (0.4,) * 3}, {"pixel_range": 255.0}):
+        assert export.fed_by_insightface(plain, dataclasses.replace(half, **changes)) == "wrong"
+
+
+@pytest.mark.parametrize("network", ["mfn", "r18", "adaface_ir_18"])
+def test_other_runtimes_give_the_same_features(tmp_path, network):
+    """Everything inside the graph, which asks most of a runtime; OpenVINO where it is installed."""
+    torch.manual_seed(0)
+    network = build_network(network, embedding_size=8).eval()
+    way = Preprocessing.of(feeding_of(network))
+    crops = export._random_crops()[:2]
+    reference = Embedder.from_network(network, "cpu", preprocessing=way).features(crops)
+    path = tmp_path / "inside.onnx"
+    path.write_bytes(export.to_onnx(export.ExportedNetwork(network, way, mirror=True)))
+    assert onnx.load(path).ir_version == 8
+    pixels = np.ascontiguousarray(crops.transpose(0, 3, 1, 2), np.float32)
+    tolerance = 1e-4 * np.abs(reference).max()
+    for count in (1, 2):
+        net = cv2.dnn.readNetFromONNX(str(path))
+        net.setInput(pixels[:count])
+        assert np.allclose(net.forward(), reference[:count], atol=tolerance)
+        session = onnxruntime.InferenceSession(path)
+        assert np.allclose(session.run(None, {"crops": pixels[:count]})[0], reference[:count], atol=tolerance)
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        compiled = openvino.Core().compile_model(str(path), "CPU")
+        assert np.allclose(compiled(pixels)[0], reference, atol=tolerance)
+
+
+def test_a_killed_export_leaves_nothing(exported, tmp_path):
+    """Killed while it measures, again and again; the next run clears what a kill in the middle of a write leaves."""
+    folder, _ = exported
+    command = [sys.executable, ROOT / "export.py", "--checkpoint", folder / "net.pt", "--out", tmp_path / "out"]
+    command += ["--bin", folder / "pairs.bin", "--variants", "int8", "--calibration", folder / "crops"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "out" / ".scratch").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (tmp_path / "out" / ".embedding-fp32.onnx.1.tmp").write_bytes(b"half")
+    subprocess.run(command, check=True, capture_output=True)
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["cache", "embedding-int8.onnx", "export.json"]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--normalise-inside", "--mirror-inside", "--for insightface", "--layout insightface"]
+)
+def test_what_needs_a_network_is_refused_for_onnx(exported, monkeypatch, capsys, tmp_path, wrong):
     folder, _ = exported
     path = folder / "out" / "embedding-fp32.onnx"
-    monkeypatch.setattr(sys, "argv", ["export.py", "--checkpoint", str(path), "--out", str(tmp_path)])
-    assert export.main() == 1
-    assert "is ONNX already" in capsys.readouterr().err
+    code, _, err = run(monkeypatch, capsys, "--checkpoint", path, "--out", tmp_path, *wrong.split())
+    assert code == 1 and "is ONNX" in err and not list(tmp_path.iterdir())

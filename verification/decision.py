@@ -93,6 +93,21 @@ def find_decision(
     return found.decide(far)
 
 
+def measured_entry(path: Path, embedder: Embedder) -> dict[str, Any]:
+    """What a results.json of lfw_eval.py says of the first set with both kinds of pairs, checked; all its figures.
+
+    Raises InputError, naming the file, if that is none, or was measured on another model or this one fed otherwise.
+    """
+    found, wrong = _from_results(path, embedder)
+    if found is None or wrong:
+        raise InputError(f"--figures {path}: {wrong or 'no set there has both kinds of pairs'}")
+    sets = json.loads(path.read_text(encoding="utf-8")).get("sets", [])
+    for entry in sets:
+        if entry["threshold_best"] is not None:
+            return entry
+    raise InputError(f"--figures {path}: of train.py; lfw_eval.py writes what is wanted here")
+
+
 @dataclass(frozen=True)
 class _Figures:
     """What was measured on one set: points (FAR, cosine, FAR's interval), resolved ones only, and the best cosine."""

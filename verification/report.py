@@ -354,10 +354,11 @@ def _paste_pair(
             left += _CELL + _GAP
         sheet.paste(Image.fromarray(pairs.crops[image]), (left, y))
     angle = f"{to_angle(result.cosines[index]):.1f}°"
-    # The images of a .bin file have no names of their own.
-    names = (
-        f"pair {index}" if pairs.photos is None else " / ".join(pairs.photos[image].stem for image in (first, second))
-    )
+    # The images of a .bin file have no names of their own, and some names no font; the list has both by their number.
+    names = f"pair {index}"
+    if pairs.photos is not None:
+        stems = " / ".join(pairs.photos[image].stem for image in (first, second))
+        names = stems if plotting.legible(stems) == stems else names
     room = int(plotting.font(12).getlength(angle)) + 8
     plotting.draw_text(sheet, (x, y + _CELL + 3), names, size=12, width=width - room)
     plotting.draw_text(sheet, (x + width - room + 8, y + _CELL + 3), angle, size=12)
