@@ -14,6 +14,7 @@ _EXPECTED = {
     "Error rates by group": "lfw_eval.py --groups",
     "Identification": "identification.py",
     "IJB": "ijb_eval.py",
+    "TinyFace": "tinyface_eval.py",
     "MegaFace": "megaface_eval.py",
     "Stress": "stress.py",
 }

@@ -4,6 +4,7 @@ Files are known by what is in them. A file that is none of the known kinds, or i
 never passed over in silence; a figure that a file does not have is left out.
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from utils import InputError
+from verification.metrics import binomial_interval
+from verification.scores import plain_name
 
 NAMES = ("results.json", "comparison.json", "report.json", "audit.json")
 DEPTH = 4  # folders below a run that are looked through
@@ -234,12 +237,11 @@ def _group(path: Path, entry: dict[str, Any], group: dict[str, Any], stem: str, 
                 interval = span(rate["by_identity"] or rate["interval_95"])
                 figures.append(Figure(f"{label}, {row['name']}", percent(rate["rate"]), interval, sha))
     texts = [group[key]["sentence"] for key in ("largest_fmr_ratio", "largest_fnmr_ratio") if group[key]]
-    pictures = [
-        picture for picture in sorted(path.parent.glob("*.png"))
-        if picture.stem.startswith(f"{stem}-groups-") and picture.stem.endswith(group["column"])
-    ]  # fmt: skip
+    pictures = _pictures(path.parent, f"{stem}-groups-{plain_name(group['column'])}.png")
     subject = f"{entry['name']} by {group['column']}"
-    return Source(path, "Error rates by group", subject, *common, figures, pictures, list(group["notes"]), texts)
+    command, models, data = common
+    notes = list(group["notes"])
+    return Source(path, "Error rates by group", subject, command, models, data, figures, pictures, notes, texts)
 
 
 def _identification(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
@@ -326,6 +328,16 @@ def _ijb(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     ]
 
 
+def _tinyface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
+    sha = " + ".join(_hashes(content["data"])) or None
+    figures = []
+    for key, row in content.items():
+        if key.startswith("rank_") or key == "mean_average_precision":
+            figures.append(Figure(key.replace("_", " "), percent(row["value"]), span(row), sha))
+    data = [("lists", sha)]
+    return [Source(path, "TinyFace", "TinyFace", _command(path, content), [_model(content)], data, figures)]
+
+
 def _hashes(value: Any) -> list[str]:
     """Every SHA-256 in a piece of JSON, in its order."""
     if isinstance(value, dict):
@@ -344,9 +356,9 @@ def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     for row in content["results"]:
         where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
         for key in ("rank_1", "rank_10"):
-            figures.append(
-                Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), span(row.get(f"{key}_interval_95")), sha)
-            )
+            # By pairs: the file does not say whose they are.
+            bounds = binomial_interval(round(row[key] * row["pairs"]), row["pairs"]) if row["pairs"] else None
+            figures.append(Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), span(bounds), sha))
         for point in row.get("verification", []):
             if point.get("resolved"):
                 figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
@@ -360,20 +372,15 @@ def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
 def _stress(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     sources = []
     people = content["people"]
-    sha = next(iter(_hashes(people)), None)
+    # The people are a function of what is said here, the hash of the code included.
+    sha = hashlib.sha256(json.dumps(people, sort_keys=True).encode()).hexdigest()
     subject = f"{people.get('identities')} synthetic people"
-    if sha is None:  # they are a function of their settings, which say all that decides them
-        sha = "synthetic: " + ", ".join(
-            f"{key} {value}" for key, value in sorted(people.items()) if not isinstance(value, dict)
-        )
     for model in content["models"]:
         figures = []
         for factor, found in model["factors"].items():
-            worst = max(found["levels"], key=lambda level: level.get("fnmr") or 0)
-            bounds = next((worst[key] for key in ("fnmr_interval_95", "fnmr_interval") if worst.get(key)), None)
-            figures.append(
-                Figure(f"FNMR, {factor}: worst level {worst['level']}", percent(worst.get("fnmr")), span(bounds), sha)
-            )
+            worst = max(found["levels"], key=lambda level: level["fnmr"]["value"])
+            label = f"FNMR, {factor}: worst level {worst['level']}"
+            figures.append(Figure(label, percent(worst["fnmr"]["value"]), span(worst["fnmr"]), sha))
         pictures = _pictures(path.parent, "curves.png", "named.png")
         name = (str(model.get("name", model["label"])), model.get("sha256"))
         sources.append(
@@ -451,6 +458,7 @@ _KINDS: list[tuple[Callable[[dict[str, Any]], bool], Reader]] = [
     (lambda c: c.get("kind") == "identification", _identification),
     (lambda c: c.get("kind") == "comparison", _comparison),
     (lambda c: "one_to_one" in c or "one_to_many" in c, _ijb),
+    (lambda c: c.get("protocol") == "TinyFace", _tinyface),
     (lambda c: "probes" in c and "distractors" in c and "results" in c, _megaface),
     (lambda c: "models" in c and "people" in c, _stress),
     (lambda c: "counts" in c and "limits" in c, _audit),
@@ -460,6 +468,6 @@ _KINDS: list[tuple[Callable[[dict[str, Any]], bool], Reader]] = [
 ]
 # The order of the sections.
 SECTIONS = (
-    "Data", "Training", "Verification", "Error rates by group", "Identification", "IJB", "MegaFace", "Stress",
+    "Data", "Training", "Verification", "Error rates by group", "Identification", "IJB", "TinyFace", "MegaFace", "Stress",
     "Comparison",
 )  # fmt: skip

@@ -200,3 +200,53 @@ def test_folders_of_one_model_together(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("*.md")] == ["MODEL_CARD.md"]
     text = (tmp_path / "MODEL_CARD.md").read_text()
     assert "## Training: faces" in text and "## Verification: lfw" in text
+
+
+def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
+    interval = {"value": 0.5, "interval_95": [0.4, 0.6]}
+    model = {"model": {"name": "net.pt", "sha256": MODEL}, "environment": {"command": ["x.py"]}}
+    hits = [{"far": 1e-4, "resolved": True, "tar": 0.7, "tar_interval_95_by_identity": [0.6, 0.8]}]
+    found = {"N0D1F1": {"as_printed": {"0.0001": 0.71, "auc": 0.9}, "far_not_exceeded": hits}}
+    many = {"G1": {"fpir_not_exceeded": [
+        {"fpir": 0.01, "resolved": True, "tpir": 0.3, "tpir_interval_95": [0.2, 0.4], "tpir_interval_95_by_identity": None}
+    ]}, "of_mated_probes": {"rank_1": interval}}  # fmt: skip
+    put(
+        tmp_path / "ijb", model | {"protocol": "IJBC", "data": {"meta": DATA}, "one_to_one": found, "one_to_many": many}
+    )
+    put(tmp_path / "tiny", model | {"protocol": "TinyFace", "data": {"lists": {"x": DATA}}, "rank_1": interval,
+                                    "mean_average_precision": interval})  # fmt: skip
+    side = {"names_sha256": DATA}
+    row = {"noise": "raw", "distractors": 10, "rank_1": 0.25, "rank_10": 0.75, "pairs": 100, "verification": []}
+    put(tmp_path / "mega", model | {"probes": side, "distractors": side, "results": [row]})
+    levels = [{"level": level, "fnmr": {"value": level / 100, "interval_95": [0, 1]}} for level in (0, 30, 10)]
+    put(tmp_path / "stress", {"people": {"identities": 5}, "models": [
+        {"label": "x", "name": "net.pt", "sha256": MODEL, "factors": {"yaw": {"levels": levels}}}
+    ], "environment": {}})  # fmt: skip
+    audit = {"data": {"name": "faces", "crops": 9, "identities": 3, "fingerprint": DATA}, "limits": {}, "against": []}
+    put(tmp_path / "audit", model | audit | {"counts": {"wrong person": 4}}, "audit.json")
+    row = {"difference": 0.01, "interval_95": [0.0, 0.02], "p_by_identity": 0.04}
+    sets = [{"name": "lfw", "sha256": DATA, "accuracy": row, "tar_at_far": [], "notes": [], "sentence": "A is better."}]
+    put(tmp_path / "ab", {"kind": "comparison", "a": model, "b": model, "sets": sets}, "comparison.json")
+    run = read_run(tmp_path, "all")
+    assert not run.unread
+    said = {
+        (source.kind, figure.label): (figure.value, figure.interval)
+        for source in run.sources
+        for figure in source.figures
+    }
+    for key, value in {
+        ("IJB", "1:1 TAR at FAR 0.0001, not exceeded"): ("70.00 %", "60.00 ... 80.00"),
+        ("IJB", "1:1 TAR at FAR 0.0001, as public code prints it"): ("71.00 %", ""),
+        ("IJB", "1:N TPIR at FPIR 0.01, G1"): ("30.00 %", "20.00 ... 40.00"),
+        ("IJB", "1:N rank 1, mated probes"): ("50.00 %", "40.00 ... 60.00"),
+        ("TinyFace", "rank 1"): ("50.00 %", "40.00 ... 60.00"),
+        ("MegaFace", "rank 1, 10 distractors, noise lists: raw"): ("25.00 %", "16.88 ... 34.66"),
+        ("Stress", "FNMR, yaw: worst level 30"): ("30.00 %", "0.00 ... 100.00"),
+        ("Data", "wrong person"): ("4", ""),
+        ("Comparison", "accuracy, A - B"): ("+1.00 points (p = 0.04)", "0.00 ... 2.00"),
+    }.items():
+        assert said[key] == value, key
+    text = card(run)
+    assert "## Left out" not in text and all(
+        f"## {kind}: " in text for kind in ("IJB", "TinyFace", "MegaFace", "Stress")
+    )

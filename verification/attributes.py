@@ -57,7 +57,7 @@ def read_attributes(paths: Sequence[Path]) -> Attributes:
         # JSON cells have quotes of their own; they are written between tabs.
         quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
         csv.field_size_limit(1 << 24)
-        rows = csv.reader(lines, delimiter=separator, quoting=quoting)
+        rows = csv.reader(lines, delimiter=separator, quoting=quoting)  # type: ignore[arg-type]
         _read(found, path, [cell.strip() for cell in next(rows, [])], rows)
     return found
 
