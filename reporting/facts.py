@@ -468,6 +468,6 @@ _KINDS: list[tuple[Callable[[dict[str, Any]], bool], Reader]] = [
 ]
 # The order of the sections.
 SECTIONS = (
-    "Data", "Training", "Verification", "Error rates by group", "Identification", "IJB", "TinyFace", "MegaFace", "Stress",
-    "Comparison",
+    "Data", "Training", "Verification", "Error rates by group", "Identification", "IJB", "TinyFace", "MegaFace",
+    "Stress", "Comparison",
 )  # fmt: skip
