@@ -33,11 +33,6 @@ class Outcome:
         """What tells it apart from the others of one report."""
         return f"{self.entrants.treatment}, {self.result.distractors:,} distractors"
 
-    @property
-    def unordered_pairs(self) -> int:
-        """Genuine pairs counted once, as the ROC does."""
-        return len(self.result.pairs) // 2
-
     def at_far(self, far: float) -> dict[str, Any]:
         """The verification rate at a false accept rate, both ways; `resolved`: one impostor is less than that rate."""
         roc = self.result.roc

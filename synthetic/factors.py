@@ -170,7 +170,7 @@ _UNITS = {
 }
 
 _SCENES = [
-    _numbered("yaw", "degrees", (15, 30, 45, 60, 75, 90), lambda angle: _turned(yaw=angle)),
+    _numbered("yaw", "degrees", (10, 20, 30, 45, 60, 75, 90), lambda angle: _turned(yaw=angle)),
     _numbered("pitch up", "degrees", (10, 20, 30, 40), lambda angle: _turned(pitch=angle)),
     _numbered("pitch down", "degrees", (10, 20, 30, 40), lambda angle: _turned(pitch=-angle)),
     _numbered("roll", "degrees", (15, 30, 60, 90), lambda angle: _turned(roll=angle)),
@@ -272,7 +272,7 @@ _PICTURES: list[tuple[Factor, Picture]] = [
     (Factor("blur", "pixels (sigma)", (1, 2, 3, 4, 6)), _blurred),
     (Factor("motion blur", "pixels", (4, 8, 12, 16, 24)), _shaken),
     (Factor("noise", "grey levels", (5, 10, 20, 40, 60)), _noisy),
-    (Factor("resolution", "pixels between the eyes", (20, 14, 10, 7, 5)), _coarse),
+    (Factor("resolution", "pixels between the eyes", (14, 10, 7, 5, 3.5)), _coarse),
     (Factor("JPEG quality", "", (50, 30, 20, 10, 5)), _compressed),
 ]
 PICTURES = {factor.name: (factor, change) for factor, change in _PICTURES}
@@ -298,7 +298,7 @@ def _rotated(points: np.ndarray, degrees: float, rng: np.random.Generator) -> np
 
 # Each moves where the face's landmarks come to lie in the crop.
 _CUTS: list[tuple[Factor, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]]] = [
-    (Factor("crop shift", "pixels", (2, 4, 8, 12, 16)), _shifted),
+    (Factor("crop shift", "pixels", (1, 2, 4, 6, 8, 12)), _shifted),
     (Factor("crop larger", "times", (1.1, 1.2, 1.35, 1.5)), _scaled),
     (Factor("crop smaller", "times", (0.9, 0.8, 0.7, 0.6)), _scaled),
     (Factor("crop rotation", "degrees", (5, 10, 20, 30, 45)), _rotated),

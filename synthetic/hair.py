@@ -295,7 +295,7 @@ def grow_hair(identity: Identity, head: HeadModel, vertices: np.ndarray, field: 
             along = _tangent(comb, outward) * (1 - 0.5 * pull) + outward * stand + np.array([0, -1.0, 0]) * pull
             along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-6)
         place = place + along * step
-        place = _settle(place, field, 0.15 + thick * min(1.0, 0.35 + 2.5 * t), cut, limit, identity)
+        place = _settle(place, field, 0.15 + thick * min(1.0, 0.35 + 2.5 * t), cut, limit)
         swing = cut.curl * min(1.0, 0.2 + 2.2 * t)
         angle = phase + clump + turn * (k + 1) * step[:, 0]
         side = np.cross(along, outward)
@@ -317,8 +317,7 @@ def grow_hair(identity: Identity, head: HeadModel, vertices: np.ndarray, field: 
     return join(parts)
 
 
-def _settle(place: np.ndarray, field: RadiusField, above: np.ndarray, cut: Cut, limit: np.ndarray,
-            identity: Identity) -> np.ndarray:  # fmt: skip
+def _settle(place: np.ndarray, field: RadiusField, above: np.ndarray, cut: Cut, limit: np.ndarray) -> np.ndarray:
     """Push points [N, 3] out of the head and, unless they are bangs, sideways off the face."""
     offset = place - CENTRE
     radius = np.linalg.norm(offset, axis=1)

@@ -408,7 +408,7 @@ class Renderer:
         pieces, lens_points, lens_faces = [], None, None
         if photo.glasses:
             eyes = np.stack([vertices[eye].mean(0) for eye in self.head.eye_vertices])
-            frame, lens_points, lens_faces = props.glasses(photo, vertices[: len(vertices)], eyes)
+            frame, lens_points, lens_faces = props.glasses(photo, vertices, eyes)
             pieces.append(frame)
         if photo.hat:
             pieces.append(props.hat_piece(photo, person.field))

@@ -357,7 +357,7 @@ def _brows(identity: Identity, canvas: Canvas, rng: np.random.Generator) -> np.n
     return np.clip(small * 1.5 + cv2.GaussianBlur(small, (0, 0), 2.5) * 0.55, 0, 1)
 
 
-def _spots(canvas: Canvas, centres: np.ndarray, sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _spots(centres: np.ndarray, sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Soft discs at canonical positions [N, 3] with radii in texels and strengths, as one layer [H, W]."""
     layer = np.zeros((HEIGHT, WIDTH), np.float32)
     for (x, y), size, value in zip((Canvas.texel(centres) * 16).round().astype(int), sizes, values, strict=True):
@@ -406,11 +406,11 @@ def paint(identity: Identity, off: frozenset[str] = frozenset()) -> np.ndarray:
         count = int(420 * identity.freckles)
         fx = np.concatenate([rng.normal(0, 3.4, count)])
         fy = rng.normal(-2.2, 1.9, count)
-        spots = _spots(canvas, _surface(canvas, fx, fy), rng.uniform(0.4, 1.5, count), rng.uniform(0.2, 1, count))
+        spots = _spots(_surface(canvas, fx, fy), rng.uniform(0.4, 1.5, count), rng.uniform(0.2, 1, count))
         melanin += 0.20 * spots * (1 - canvas.lips)
     mole_x, mole_y = rng.normal(0, 4.0, identity.moles), rng.normal(-4, 4.5, identity.moles)
     mole_size = np.exp(rng.normal(0.35, 0.45, identity.moles))
-    moles = _spots(canvas, _surface(canvas, mole_x, mole_y), mole_size, rng.uniform(0.4, 1.0, identity.moles))
+    moles = _spots(_surface(canvas, mole_x, mole_y), mole_size, rng.uniform(0.4, 1.0, identity.moles))
     melanin += 0.45 * moles
     if identity.wrinkles > 0.45:
         age_spots = np.clip(coarse + (0.8 * identity.wrinkles - 2.1), 0, 1)

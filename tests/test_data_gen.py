@@ -548,6 +548,23 @@ def test_strong_crops_are_reproducible_and_all_different(photo):
     assert Augmentation.named("published") == Augmentation(mirror=0.5, jitter=0.125)
 
 
+def test_whatever_the_device_cannot_do_is_left_to_the_host():
+    """Every probability of a recipe counts, also one that somebody adds: none may be forgotten in silence."""
+    calm = Augmentation.named("none")
+    alone = {
+        part.name: dataclasses.replace(calm, **{part.name: 0.5}).only_mirror_and_colours
+        for part in dataclasses.fields(Augmentation)
+    }
+    assert {name for name, fits in alone.items() if fits} == {"mirror", "jitter", "grey", "rotation", "scale", "shift"}
+    assert calm.only_mirror_and_colours
+
+    @dataclasses.dataclass(frozen=True)
+    class More(Augmentation):
+        fog: float = 0.0
+
+    assert not More(fog=0.5).only_mirror_and_colours and More().only_mirror_and_colours
+
+
 def test_normalise_is_torchvisions(photo):
     images = torch.from_numpy(np.stack([photo, photo[:, ::-1]]).copy())
     inputs = data_gen.normalise(images)

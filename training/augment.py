@@ -11,7 +11,7 @@ Decisions and their price:
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import cv2
@@ -47,6 +47,10 @@ def uniforms(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarr
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+ON_DEVICE = ("mirror", "jitter", "grey")  # what of a recipe `augment_on_device` does
+AMOUNTS = ("rotation", "scale", "shift")  # how much `geometry` moves; without it they mean nothing
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,7 @@ class Augmentation:
     @property
     def only_mirror_and_colours(self) -> bool:
         """True for what `augment_on_device` can do."""
-        rest = (
-            self.geometry,
-            self.low_resolution,
-            self.blur,
-            self.noise,
-            self.jpeg,
-            self.repaint,
-            self.border,
-            self.erase,
-        )
-        return not any(rest)
+        return not any(getattr(self, part.name) for part in fields(self) if part.name not in ON_DEVICE + AMOUNTS)
 
 
 # What of a crop's numbers is used for what; the rest is taken by `_Draw`, one after the other.
