@@ -112,3 +112,20 @@ def test_the_tour_names_what_there_is():
         )
     for file in re.findall(r"`([\w/]+\.py)`", text):
         assert (ROOT / file).is_file(), file
+
+
+def test_the_map_of_the_repository_is_the_repository():
+    text = (ROOT / "README.md").read_text()
+    section = text.split("## A map of the repository")[1].split("## ")[0]
+    named = set(re.findall(r"^([\w/., ]+?)  ", section, re.MULTILINE))
+    places = {place.strip() for names in named for place in names.split(",")}
+    files = {name for name in tracked() if "/" not in name and name.endswith(".py")}
+    folders = {name.split("/")[0] + "/" for name in tracked() if "/" in name and not name.startswith(".")}
+    assert places == files | folders
+    assert len(text.splitlines()) <= 200
+
+
+def test_every_page_of_the_manual_is_in_its_navigation():
+    navigation = set(re.findall(r": ([\w-]+\.md)", (ROOT / "mkdocs.yml").read_text()))
+    pages = {name.removeprefix("docs/") for name in tracked() if re.fullmatch(r"docs/[\w-]+\.md", name)}
+    assert navigation == pages
