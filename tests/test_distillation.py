@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers.toy_models import DIM, TEACHER, write_onnx
 from helpers.training import (
+    ROOT,
     assert_same_state,
     finish,
     folder_set,
@@ -91,7 +94,7 @@ def test_a_network_learns_the_teachers_directions():
 
 
 CASES = {
-    "beside": {"loss": "adaface"},
+    "beside": {"loss": "curricularface", "sub_centres": 2, "filter": 0.3, "sample_rate": 0.5},
     "alone, online": {"loss": "none", "teacher_online": True},
 }
 
@@ -117,6 +120,19 @@ def test_a_killed_run_ends_with_the_same_bits(crops, teacher, tmp_path, case):
     assert_same_state(found, expected)
     assert (out / "teacher").exists() == (case == "beside")
     assert not any("map" in key for key in load(out / "embedding.pt")), "the map is dropped"
+    exported = subprocess.run(
+        [sys.executable, "export_centres.py", "--checkpoint", out / "best.pt", "--out", tmp_path / "centres"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if case == "beside":
+        assert "6 x 2 centres of 16 dimensions" in exported.stdout
+        centres = np.load(tmp_path / "centres" / "centres.npy")
+        assert centres.shape == (6, 2, 16)
+        np.testing.assert_allclose(np.linalg.norm(centres, axis=2), 1, rtol=1e-6)
+    else:
+        assert exported.returncode == 1 and "trained without labels" in exported.stderr
 
 
 def test_embeddings_are_computed_once_and_shared(crops, teacher, tmp_path):
