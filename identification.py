@@ -356,11 +356,11 @@ def draw_worst(
         folds=np.zeros(len(same), np.int64), sha256=sources[-1].sha256, photos=list(files), faces=found.rows,
     )  # fmt: skip
     result = evaluate(np.array([pair.cosine for pair in worst]), same, pairs.folds, name=pairs.name, far_levels=())
-    thresholds = [point.threshold for point in summary.points if point.resolved]
-    errors = Errors(
-        thresholds[-1] if thresholds else 0.0, np.flatnonzero(~same), np.flatnonzero(same), np.zeros(0, int)
-    )
-    draw_errors(options.out / "worst.png", pairs, result, errors, embedder.name, most=options.sheet)
+    errors = Errors(0.0, np.flatnonzero(~same), np.flatnonzero(same), np.zeros(0, int))
+    draw_errors(
+        options.out / "worst.png", pairs, result, errors, embedder.name, most=options.sheet,
+        statement="wrong labels are among these", heads=("most alike of two people", "most unlike of one person"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from verification import identification
 from verification.all_pairs import Side
 from verification.hold_out import split
 from verification.identification import UNRANKED, Roles, answer, closed_roles, closed_set, open_roles, open_set
+from verification.pairs import open_lists
 
 ROOT = Path(script.__file__).parent
 
@@ -150,7 +151,9 @@ def test_a_folder_is_split_by_people(tmp_path):
         for file in (tmp_path / "out" / part).glob("*/*"):
             assert file.read_bytes() == (source / file.parent.name / file.name).read_bytes()
     lines = (tmp_path / "out" / "pairs.csv").read_text().splitlines()
-    assert len(lines) == 1 + report["pairs"] and lines[0] == "file1\tfile2\tsame"
+    assert len(lines) == 1 + report["pairs"] and lines[0] == "file1,file2,same"
+    listed = open_lists(tmp_path / "out" / "held-out", [tmp_path / "out" / "pairs.csv"])
+    assert len(listed.same) == report["pairs"] and len(set(listed.identities.tolist())) == 2
     again = split(source, tmp_path / "again", 2, seed=1)
     assert again["held_out"] == report["held_out"]
     with pytest.raises(InputError, match="holds something else"):

@@ -8,7 +8,9 @@ file system has none); RecordIO is written anew.
 `report.json` is written last: a run that was killed is done again and gives the same.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ import numpy as np
 import utils
 from cropping.photos import identity_of, list_photos
 from formats.crop_sets import CropSet, CropWriter, open_crops
-from formats.tables import escape, write_identities
+from formats.tables import write_identities
 from utils import InputError
 
 PAIRS = 20  # of one person, and as many of two, for each person held out
@@ -173,6 +175,8 @@ def _write_pairs(path: Path, files: Sequence[str], seed: int) -> int:
         first, second = (own[people[index]] for index in sorted((one, other)))
         rows.add((first[generator.integers(len(first))], second[generator.integers(len(second))], 0))
         tries += 1
-    lines = ["file1\tfile2\tsame", *(f"{escape(a)}\t{escape(b)}\t{same}" for a, b, same in sorted(rows))]
-    utils.write_bytes(path, ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([("file1", "file2", "same"), *sorted(rows)])
+    utils.write_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
     return len(rows)

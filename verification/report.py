@@ -313,9 +313,20 @@ _CELL, _GAP, _PAIR_GAP, _MARGIN, _CAPTION, _HEAD = 112, 4, 14, 20, 26, 78
 
 
 def draw_errors(
-    path: Path, pairs: VerificationSet, result: VerificationResult, errors: Errors, model: str, *, most: int
+    path: Path,
+    pairs: VerificationSet,
+    result: VerificationResult,
+    errors: Errors,
+    model: str,
+    *,
+    most: int,
+    statement: str | None = None,
+    heads: tuple[str, str] | None = None,
 ) -> None:
-    """A PNG of the worst false accepts (left) and false rejects (right): photo with the chosen face, and crop."""
+    """A PNG of the worst false accepts (left) and false rejects (right): photo with the chosen face, and crop.
+
+    `statement` and `heads` replace what stands above all, and above the two columns.
+    """
     across = 1 if pairs.photos is not None else 2
     tile = _tile_width(pairs)
     half = across * tile + (across - 1) * _MARGIN
@@ -323,12 +334,14 @@ def draw_errors(
     rows = max(-(-min(len(indices), most) // across) for indices in lists.values())
     height = _HEAD + max(rows, 1) * (_CELL + _CAPTION) + _MARGIN
     sheet = Image.new("RGB", (2 * half + 4 * _MARGIN, height), "white")
-    title = f"{result.set_name}, {model}: wrong at the threshold {to_angle(errors.threshold):.1f}°"
+    statement = statement or f"wrong at the threshold {to_angle(errors.threshold):.1f}°"
+    title = f"{result.set_name}, {model}: {statement}"
     plotting.draw_text(sheet, (_MARGIN, 14), title, size=18, bold=True, width=sheet.width - 2 * _MARGIN)
     for column, (label, indices) in enumerate(lists.items()):
         left = _MARGIN + column * (half + 2 * _MARGIN)
         shown = indices[:most]
         head = f"{label}: {len(indices)}" + (f", the worst {len(shown)}" if len(shown) < len(indices) else "")
+        head = head if heads is None else heads[column]
         plotting.draw_text(sheet, (left, 48), head, size=15, width=half, colour=(plotting.RED, plotting.BLUE)[column])
         for position, index in enumerate(shown):
             x = left + position % across * (tile + _MARGIN)
