@@ -207,7 +207,7 @@ def test_identities_have_to_fit():
         intervals.pair_intervals([0.5], [True], [["a", "b"]], correct=[True])
 
 
-def test_many_pairs_are_pairs():
+def test_many_pairs_are_pairs(monkeypatch):
     """Drawing only the pairs near the threshold gives the intervals of drawing all."""
     generator = np.random.default_rng(6)
     cosines, same, identities = people_with_difficulty(generator, 150, None)
@@ -216,3 +216,8 @@ def test_many_pairs_are_pairs():
     for far, interval in every.tar.items():
         assert many[far].value == interval.value
         assert (many[far].low, many[far].high) == pytest.approx((interval.low, interval.high), abs=0.01)
+    monkeypatch.setattr(intervals.ManyPairs, "_APART", 0)
+    wider = intervals.ManyPairs(*identities.T, same, replicates=400).tar_intervals(cosines, [0.1, 0.01])
+    for far, interval in every.tar.items():
+        assert wider[far].value == interval.value
+        assert 0.9 < (wider[far].high - wider[far].low) / (interval.high - interval.low) < 1.5

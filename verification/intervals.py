@@ -226,10 +226,12 @@ class ManyPairs:
     first, second: int [P], whose the two sides of each pair are, from 0; a pair is weighted as one of one person where
     they are equal. same: bool [P]. Only the impostor pairs near and above a threshold are drawn one by one; the others
     enter through their total weight, which one product with the matrix of how often any two people meet gives for all
-    replicates. Where it would take too long there are fewer replicates, at least 100 (their number is reported).
+    replicates. Where it would take too long there are fewer replicates, at least 100 (their number is reported), and
+    among so many pairs those of two people are not drawn by themselves: the interval is then the wider one.
     """
 
-    _EFFORT = 200_000_000  # pairs times replicates
+    _EFFORT = 50_000_000  # pairs times replicates
+    _APART = 200_000  # pairs near and above a threshold up to which two people are drawn by themselves
 
     def __init__(
         self, first: ArrayLike, second: ArrayLike, same: ArrayLike, *, replicates: int = REPLICATES, seed: int = 0
@@ -262,7 +264,11 @@ class ManyPairs:
         rows, first, second, same = (part[~alone] for part in (rows, first, second, same))
         second = np.where(same, first, second)
         rest = _Rest(self.drawn, self.totals, int((~self.same).sum()))
-        people = _People.of_numbers(self.count, first, second, rest)
+        if len(rows) <= self._APART:
+            people = _People.of_numbers(self.count, first, second, rest)
+        else:
+            alone = np.full(len(rows), -1)
+            people = _People(self.count, first, np.where(same, -1, second), alone, rest)
         statistic = _TarAtFar(np.append(scores[rows], -np.inf), np.append(same, False), [far])
         replicates = min(self.replicates, max(100, self._EFFORT // len(rows)))
         return _intervals(statistic, people, replicates, self.seed)[0]
