@@ -179,6 +179,10 @@ class Shelf:
         """Whether a folder is somebody's."""
         return folder in self._owners
 
+    def damaged(self, what: str) -> InputError:
+        """The error about the ledger of folders."""
+        return self._ledger.damaged(what)
+
     def folder(self, space: str, identity: str) -> str:
         """The folder of a person, made if need be. Whoever has the same name in another space, or one that is the same
         as a file name, gets another."""
@@ -194,6 +198,10 @@ class Shelf:
         self._folders[person], self._owners[used] = used, person
         (self.out / used).mkdir(exist_ok=True)
         return used
+
+    def known(self, space: str, identity: str) -> str:
+        """The folder that a person has, "" if none."""
+        return self._folders.get((printable(space), printable(identity)), "")
 
     def namesake(self, space: str, identity: str) -> str:
         """The space of somebody else who has the folder that this person wanted, "" if there is nobody."""
@@ -252,10 +260,12 @@ class Journal:
     or of another size is done again under the same name.
     """
 
-    def __init__(self, path: Path, out: Path) -> None:
-        self._ledger, self._out = Ledger(path), out
+    def __init__(self, path: Path, shelf: Shelf) -> None:
+        self._ledger, self._out = Ledger(path), shelf.out
         self.missing: dict[int, Row] = {}
         for number, row in enumerate(self.rows()):
+            if row.path and not shelf.owns(row.path.partition("/")[0]):
+                raise shelf.damaged(f"does not say whose {row.path.partition('/')[0]} is")
             if row.path and not self._there(row):
                 self.missing[number] = row
 
@@ -328,6 +338,8 @@ class Extraction:
                     self._take(member)
                 elif index in self._journal.missing:
                     self._again(member, self._journal.missing[index])
+                if member.identity:
+                    self._note_namesake(member)
         except Broken as error:
             return str(error)
         else:
@@ -381,7 +393,7 @@ class Extraction:
             file += suffix or ""
         elif suffix is None:
             remarks.append("does not begin as an image does")
-        folder = self._folder(member)
+        folder = self._shelf.folder(member.space, member.identity)
         name = self._shelf.file(folder, file)
         wanted = f"{member.identity}/{file}"
         path = f"{folder}/{name}"
@@ -391,13 +403,13 @@ class Extraction:
         row = Row(status, "; ".join(remarks), path, len(data), hashlib.sha256(data).hexdigest(), member.name)
         self._write(row, data, journal=True)
 
-    def _folder(self, member: Member) -> str:
-        folder = self._shelf.folder(member.space, member.identity)
-        if folder != member.identity and member.identity not in self._apart:
+    def _note_namesake(self, member: Member) -> None:
+        """Remember who was kept apart, also of members that an earlier run has taken."""
+        folder = self._shelf.known(member.space, member.identity)
+        if folder and folder != member.identity and member.identity not in self._apart:
             space = self._shelf.namesake(member.space, member.identity)
             if space:
                 self._apart[member.identity] = (space.replace("\\x0a", " ").strip(), folder)
-        return folder
 
     def _again(self, member: Member, row: Row) -> None:
         try:
@@ -538,7 +550,7 @@ def _extract(sources: list[tuple[Source, dict[str, Any]]], out: Path) -> tuple[W
     workplace = Workplace(out)
     given = [(source, chosen, workplace.entry(source, chosen)) for source, chosen in sources]
     shelf = Shelf(out)
-    journals = {entry["path"]: Journal(workplace.journal(entry), out) for entry in workplace.entries}
+    journals = {entry["path"]: Journal(workplace.journal(entry), shelf) for entry in workplace.entries}
     for entry in workplace.entries:
         if entry["finished"]:
             journals[entry["path"]].expect(entry["rows"], entry["check"])

@@ -73,6 +73,12 @@ def test_people_of_two_sets_are_kept_apart_and_named(tmp_path, capsys):
     assert people(tmp_path / "raw") == dict.fromkeys(["0", "1", "2", "0~2", "1~2", "2~2"], 1)
     assert "3 identities have the names of others in" in capsys.readouterr().out
     assert run(tmp_path / "raw", *sources) == 0  # and they stay so
+    # A run that goes on says the same as one that was never stopped.
+    listing = (tmp_path / "raw" / "listing.json").read_bytes()
+    state = tmp_path / "raw" / extract._STATE / "sources.json"
+    state.write_text(state.read_text().replace('"finished": true', '"finished": false'))
+    assert run(tmp_path / "raw", *sources) == 0
+    assert (tmp_path / "raw" / "listing.json").read_bytes() == listing
     assert run(tmp_path / "prefix", *sources, options=["--prefix", "lfw", "casia"]) == 0
     assert set(people(tmp_path / "prefix")) == {f"{name}-{who}" for name in ("lfw", "casia") for who in range(3)}
     assert run(tmp_path / "join", *sources, options=["--join"]) == 0
@@ -261,12 +267,14 @@ def damaged_states(out):
     yield "deep", lambda: sources.write_text("[" * 100_000)
     yield "no sources", sources.unlink
     yield "folders leads out", lambda: folders.write_bytes(folders.read_bytes().replace(b"Ann\t", b"../Ann\t"))
+    yield "no folders", folders.unlink
+    yield "a folder is lost", lambda: folders.write_bytes(folders.read_bytes().splitlines(keepends=True)[0])
     yield "folders of nothing", lambda: folders.write_bytes(b"x\n")
 
 
 def test_damaged_state_is_one_line_and_writes_nothing(tmp_path, capsys):
     source = make_zip(tmp_path / "s.zip", {"Ann/1.jpg": photo(1), "Ann/2.jpg": photo(2), "Bob/1.jpg": photo(3)})
-    ways = 17
+    ways = 19
     for number in range(ways):
         out = tmp_path / str(number) / "deep" / "raw"
         assert run(out, source) == 0
