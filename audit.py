@@ -49,6 +49,7 @@ from embedding import Embedder, open_embedder
 from formats import crop_sets, selection, tables
 from formats.embeddings import EmbeddingStore
 from options import parse
+from processes import Shard
 from utils import InputError
 from verification.features import verify
 from verification.metrics import curve, operating_point
@@ -76,13 +77,20 @@ class Findings:
         self.kinds[index], self.reasons[index], self.action[index], self.to[index] = kind, reason, action, to
 
 
-def embed(options: config.Audit, crops: crop_sets.Crops, fingerprint: str, embedder: Embedder) -> tuple[Any, Any]:
-    """Features [n, D] and measures [n, WIDTH] of all crops, mapped; computed where they are not there yet."""
+def embed(
+    options: config.Audit, crops: crop_sets.Crops, fingerprint: str, embedder: Embedder
+) -> tuple[Any, Any] | None:
+    """Features [n, D] and measures [n, WIDTH] of all crops, mapped; computed where they are not there yet.
+
+    None as long as other shards have not computed theirs.
+    """
+    shard = Shard.parse(options.shard)
     key = {"data": fingerprint, "model": embedder.fingerprint, "measures": [THUMB, *SIGNS], "shifts": options.shifts}
     folder = options.out / "embeddings"
     features = EmbeddingStore(folder / "features", key, len(crops), embedder.dim)
     measures = EmbeddingStore(folder / "measures", key, len(crops), WIDTH, "float16")
-    todo = sorted({*features.missing(), *measures.missing()})
+    mine = shard.index, shard.count
+    todo = sorted({*features.missing(*mine), *measures.missing(*mine)})
     with utils.progress(sum(len(features.numbers(chunk)) for chunk in todo), "embed", unit="crop") as bar:
         for chunk in todo:
             numbers = features.numbers(chunk)
@@ -90,6 +98,12 @@ def embed(options: config.Audit, crops: crop_sets.Crops, fingerprint: str, embed
             measures.save(chunk, signs)
             features.save(chunk, rows)
             bar.update(len(numbers))
+    waiting = {*features.missing(), *measures.missing()} if shard.count > 1 else set()
+    if waiting:
+        print(
+            f"shard {shard}: done; {len(waiting)} chunks of other shards are not there yet: run the same command again"
+        )
+        return None
     return features.values(), measures.values()
 
 
@@ -249,7 +263,7 @@ def sections_of(
     def text(index: int) -> str:
         return found.names[found.labels[index]]
 
-    sections = []
+    sections: list[tuple[str, list[tuple[str, str, list[report.Picture]]]]] = []
     for kind in (WRONG, STRANGER, UNUSABLE):
         inside = [index for index, this in enumerate(found.kinds) if this == kind]
         inside.sort(key=lambda index: -found.score[index])
@@ -273,12 +287,12 @@ def sections_of(
             pictures = evidence.get(report.pair_id(pair), []) + report.pictures_of(read, shown, text)
             findings.append((report.pair_id(pair), pair.reason, pictures))
         sections.append((kind, findings))
-    pictures = [
+    twice = [
         (report.crop_id(pair.second), f"{pair.how} ({pair.correlation:.3f})",
          report.pictures_of(read, (pair.first, pair.second), text))
         for pair in duplicates[: report.PER_PAGE]
     ]  # fmt: skip
-    sections.append((DUPLICATE, pictures))
+    sections.append((DUPLICATE, twice))
     return sections
 
 
@@ -287,7 +301,9 @@ def quality(options: config.Audit, embedder: Embedder) -> list[Any]:
     assert options.quality_on is not None
     pairs = open_set(options.quality_on, options.out / "cache", device=utils.choose_device(options.device))
     result = verify(embedder, pairs, cache_dir=options.out / "cache")
-    features, measures = measure(embedder, pairs.crops, shifts=options.shifts)
+    windows = range(0, len(pairs.crops), 512)
+    parts = [measure(embedder, pairs.crops[start : start + 512], shifts=options.shifts) for start in windows]
+    features, measures = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     signs = {"norm": np.linalg.norm(features, axis=1)}
     signs |= dict(zip(SIGNS, measures[:, THUMB * THUMB :].T, strict=True))
     genuine = pairs.same & ~pairs.missing_pairs()
@@ -313,7 +329,10 @@ def audit(options: config.Audit) -> None:
     device = utils.choose_device(options.device)
     embedder = open_embedder(options, device)
     fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
-    features, measures = embed(options, crops, fingerprint, embedder)
+    embedded = embed(options, crops, fingerprint, embedder)
+    if embedded is None:
+        return
+    features, measures = embedded
     found = Findings(crops)
     centres = robust_centres(features, found.labels, crops.identities)
     nearest, other = nearest_other(features, found.labels, centres.centres, device)

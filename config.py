@@ -730,6 +730,12 @@ class Audit(Model):
     )
     far: float = option(1e-2, "false accept rate of the threshold for --quality-on", group="findings", above=0, below=1)
     out: Path = option(REQUIRED, "folder of the tables, sheets, page and embeddings", group="results", metavar="DIR")
+    shard: str | None = option(
+        None,
+        "embed part K of N, such as 3/16, into a shared --out; none takes what torchrun or Slurm says, or all",
+        group="machine",
+        metavar="K/N",
+    )
 
 
 @dataclass

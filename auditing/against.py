@@ -18,6 +18,7 @@ from cropping.photos import PhotoError, decode_crop, identity_of, list_photos, r
 from formats import crop_sets
 from utils import InputError
 from verification import lfw, sets
+from verification.lazy import CropArray
 
 WINDOW = 512  # crops that are embedded together
 
@@ -79,7 +80,7 @@ def _is_crop(file: Path) -> bool:
 
 def _people(
     set_name: str,
-    crops: np.ndarray,
+    crops: CropArray,
     identities: np.ndarray,
     pictures: list[str],
     embed: Callable[[np.ndarray], np.ndarray],

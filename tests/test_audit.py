@@ -494,6 +494,18 @@ def test_a_killed_audit_goes_on_and_another_model_is_not_mixed_in(faulty, tmp_pa
     assert "holds embeddings of something else" in capsys.readouterr().err
 
 
+def test_shards_share_the_embedding_and_give_the_same_tables(faulty, tmp_path, monkeypatch, capsys):
+    folder, _, model = faulty
+    words = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
+    assert run(monkeypatch, *words, "--out", tmp_path / "shared", "--shard", "1/2") == 0
+    assert "other shards are not there yet" in capsys.readouterr().out
+    assert not (tmp_path / "shared" / selection.CROPS).exists()
+    assert run(monkeypatch, *words, "--out", tmp_path / "shared", "--shard", "2/2") == 0
+    assert run(monkeypatch, *words, "--out", tmp_path / "alone") == 0
+    for name in (selection.CROPS, selection.IDENTITIES):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
 def test_an_unreadable_crop_is_unusable_and_the_rest_is_audited(faulty, tmp_path, monkeypatch):
     _folder, _, model = faulty
     people_folder = tmp_path / "people"
