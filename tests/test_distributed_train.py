@@ -262,9 +262,10 @@ def test_unreadable_crops_of_all_processes_are_named_once(tmp_path):
     line = options(tmp_path / "crops", tmp_path / "run", skip_unreadable=True, save_every=1)
     code, text = train_run(line, tmp_path / "output", size=2)
     assert code == 0, text
-    assert [text.count(f"crop {index}: unreadable, replaced") for index in damaged] == [1] * len(damaged)
+    where = [crop_sets.open_training_set(tmp_path / "crops").describe(index) for index in damaged]
+    assert [text.count(f"{place}: unreadable, replaced") for place in where] == [1] * len(damaged)
     named = json.loads((tmp_path / "run" / "results.json").read_text())["unreadable_crops"]
-    assert [int(name.split()[-1]) for name in named] == list(damaged)
+    assert named == where
     assert load(tmp_path / "run" / "checkpoint.pt")["skipped"] == list(damaged)
 
 

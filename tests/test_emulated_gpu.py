@@ -309,7 +309,7 @@ def test_crops_that_the_gpu_cannot_decode_are_decoded_by_the_cpu(tmp_path, gpu, 
     settings = {"device": "cuda", "decode": "gpu", "epochs": 1, "skip_unreadable": True, "augment": "none"}
     out = start(tmp_path / "crops", "run", **settings)
     results = json.loads((out / "results.json").read_text())
-    assert [name[-6:] for name in results["unreadable_crops"]] == ["crop 9"]
+    assert results["unreadable_crops"] == [crop_sets.open_training_set(tmp_path / "crops").describe(9)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

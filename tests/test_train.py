@@ -379,13 +379,16 @@ def test_unreadable_crops_stop_the_run_or_are_counted(tmp_path):
     crop_sets.write_crops(tmp_path / "crops", items)
     code, text = train_run(options(tmp_path / "crops", tmp_path / "a", epochs=1), tmp_path / "output")
     assert code == 1
-    assert "crop 5: jpg image, but damaged or cut short (--skip-unreadable replaces" in text
+    assert re.search(
+        r"train.rec: record 6 at offset \d+: jpg image, but damaged or cut short \(--skip-unreadable rep", text
+    )
     line = options(tmp_path / "crops", tmp_path / "b", skip_unreadable=True, workers=1)
     code, text = train_run(line, tmp_path / "output")
     assert code == 0, text
-    assert text.count("crop 5: unreadable, replaced by the next crop") == 1  # in two epochs
+    where = crop_sets.open_training_set(tmp_path / "crops").describe(5)
+    assert text.count(f"{where}: unreadable, replaced by the next crop") == 1  # in two epochs
     named = json.loads((tmp_path / "b" / "results.json").read_text())["unreadable_crops"]
-    assert len(named) == 1 and named[0].endswith("crop 5")
+    assert named == [where]
 
 
 def test_damaged_records_stop_the_run_or_are_counted(tmp_path):
@@ -402,7 +405,7 @@ def test_damaged_records_stop_the_run_or_are_counted(tmp_path):
     code, text = train_run(options(folder, tmp_path / "b", skip_unreadable=True), tmp_path / "output")
     assert code == 0, text
     named = json.loads((tmp_path / "b" / "results.json").read_text())["unreadable_crops"]
-    assert [name.split()[-1] for name in named] == ["0", "7"]
+    assert [name.split(": record ")[1].split()[0] for name in named] == ["1", "8"]
     line = options(folder, tmp_path / "b", skip_unreadable=True, resume=True)
     assert train_run(line, tmp_path / "output")[0] == 0
 

@@ -48,6 +48,10 @@ class Rows:
         self.parts = parts
         self.shape = torch.Size((identities, *parts[0][1].shape[1:]))
 
+    def dim(self) -> int:
+        """As a tensor's."""
+        return len(self.shape)
+
     def __getitem__(self, wanted: slice) -> Tensor:
         start, stop, _ = wanted.indices(self.shape[0])
         pieces = []
