@@ -42,7 +42,7 @@ import utils
 from config import CROP_SIZE
 from cropping.photos import decode_crop
 from download import checkpoint_path
-from embedding import Embedder, OnnxModel, Preprocessing, embedder_of_onnx, normalise, open_embedder
+from embedding import Embedder, Preprocessing, embedder_of_onnx, normalise, open_embedder
 from formats import crop_sets
 from models import feeding_of, name_of
 from networks.catalogue import INSIGHTFACE
@@ -472,6 +472,12 @@ def main() -> None:
         raise InputError("--variants int8 needs --calibration: crops (not those of the evaluation) to take ranges from")
     if options.figures is not None and (options.lfw or options.bin):
         raise InputError("--figures takes what was measured; --lfw and --bin measure: give one or the other")
+    inside = options.for_ or options.normalise_inside or options.mirror_inside
+    if inside and options.checkpoint.lower().endswith(".onnx"):
+        raise InputError(
+            f"{options.checkpoint}: is ONNX; its graph is copied as it is, without --normalise-inside, --mirror-inside "
+            "and --for, which start from a checkpoint"
+        )
     if options.for_ == "insightface":
         # The package adds no mirror image, so a threshold measured with one would not be that of what it computes.
         mirror = options.mirror_inside or options.mirror or False
@@ -481,11 +487,6 @@ def main() -> None:
     for name in ("onnxscript", "torch.onnx", "onnx_ir", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
     embedder = open_embedder(options, "cpu")
-    if isinstance(embedder.model, OnnxModel) and (options.normalise_inside or options.mirror_inside):
-        raise InputError(
-            f"{embedder.name}: is ONNX; its graph is copied as it is, without --normalise-inside, --mirror-inside and "
-            "--for, which start from a checkpoint"
-        )
     options.out.mkdir(parents=True, exist_ok=True)
     for path in options.out.glob(".*.tmp"):  # of a run that was killed while it wrote
         path.unlink(missing_ok=True)
