@@ -9,7 +9,8 @@ Decisions and their price:
   by the code that evaluation and export use.
 * Everything random is a pure function of (seed, epoch, index of the crop): a hash, not a generator's state. The number
   of workers, the number of ranks and restarts inside an epoch cannot change what a crop looks like or when it comes.
-  The order of an epoch is one permutation of all crops, computed by every rank (8 bytes per crop of memory).
+  The order of an epoch is one permutation of all crops, computed by every rank (8 bytes per crop of memory: the
+  present and the next one).
 * Batches are full. What is left of an epoch's order after the last full batch (fewer crops than one batch, other ones
   in each epoch) is not seen in that epoch.
 """
@@ -20,7 +21,8 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,8 +44,24 @@ from utils import InputError, image_suffix
 
 
 def epoch_order(crops: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch sees its crops: a permutation of range(crops), int64."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(crops)
+    """The order in which an epoch sees its crops: a permutation of range(crops), int32 where that is enough."""
+    order = np.arange(crops, dtype=np.int32 if crops < 1 << 31 else np.int64)
+    np.random.Generator(np.random.Philox(key=[seed, epoch])).shuffle(order)
+    return order
+
+
+class _Ahead:
+    """A result that is worked out in a thread before it is asked for. The thread holds nobody up at the end."""
+
+    def __init__(self, work: Callable[[], np.ndarray]) -> None:
+        self._found: list[np.ndarray] = []
+        self._thread = threading.Thread(target=lambda: self._found.append(work()), daemon=True)
+        self._thread.start()
+
+    def result(self) -> np.ndarray:
+        """What it is, when it is there."""
+        self._thread.join()
+        return self._found[0]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -83,20 +101,28 @@ class BatchOrder:
         """Indices of all crops of a step over all ranks, int64 [batch_size]."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.crops, self.seed, epoch)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        return order[position * self.batch_size : (position + 1) * self.batch_size].astype(np.int64)
 
     def micro_batches(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, indices int64 [local size]) of this rank from step `start` up to, not including, step `stop`."""
+        """(epoch, indices int64 [local size]) of this rank from step `start` up to, not including, step `stop`.
+
+        The next epoch's order is worked out while the present one is used: of 42 million crops it takes seconds, for
+        which all processes would stand still.
+        """
         micro = self.batch_size // self.accumulate
         local = micro // self.world_size
-        current, order = -1, np.empty(0, np.int64)
+        current, order = -1, np.empty(0, np.int32)
+        ahead: _Ahead | None = None
         for step in range(start, stop):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != current:
-                current, order = epoch, epoch_order(self.crops, self.seed, epoch)
+                order = epoch_order(self.crops, self.seed, epoch) if ahead is None else ahead.result()
+                current, ahead = epoch, None
+                if (epoch + 1) * self.steps_per_epoch < stop:
+                    ahead = _Ahead(functools.partial(epoch_order, self.crops, self.seed, epoch + 1))
             for part in range(self.accumulate):
                 first = position * self.batch_size + part * micro + self.rank * local
-                yield epoch, order[first : first + local]
+                yield epoch, order[first : first + local].astype(np.int64)
 
 
 class Batch(NamedTuple):

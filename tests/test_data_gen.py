@@ -173,6 +173,12 @@ def test_large_seeds_epochs_and_indices():
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ():
+    plain = np.random.Generator(np.random.Philox(key=[3, 5])).permutation(1000)
+    assert np.array_equal(data_gen.epoch_order(1000, 3, 5), plain)
+    order = data_gen.BatchOrder(100, 8, 3)  # the next epoch's order comes from a thread
+    for (epoch, indices), step in zip(order.micro_batches(5, 60), range(5, 60), strict=True):
+        assert epoch == step // 12 and indices.dtype == np.int64
+        assert np.array_equal(indices, order.global_batch(step))
     first, second = data_gen.epoch_order(1000, 0, 0), data_gen.epoch_order(1000, 0, 1)
     assert sorted(first) == sorted(second) == list(range(1000))
     assert (first == second).sum() < 20
