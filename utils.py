@@ -344,9 +344,18 @@ def image_suffix(data: bytes) -> str | None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists here; `InputError` otherwise."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists here; `InputError` otherwise.
+
+    An NVIDIA GPU whose driver is too old for this PyTorch is an error, too, not a CPU: training would take weeks.
+    """
     import torch
 
+    if name != "cpu" and _NVIDIA_DRIVER.exists() and torch.version.cuda and not torch.cuda.is_available():
+        version = _NVIDIA_DRIVER.read_text().splitlines()[0]
+        raise InputError(
+            f"--device {name}: PyTorch, made for CUDA {torch.version.cuda}, cannot use the NVIDIA driver that is here "
+            f"({version}); CUDA 13 needs driver 580 or newer. Update it, or give --device cpu"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -368,6 +377,7 @@ def own_device(name: str) -> "torch.device":
     return device
 
 
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _precision = threading.RLock()
 
 

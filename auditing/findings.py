@@ -16,7 +16,7 @@ crops
   fitted to the quartiles); two identities are one person from the cosine on at which no more than the error rate of the
   findings are expected by chance.
 * *One label, two people.* The crops fall into two parts, each near to itself, that are no nearer to each other than the
-  centres of two random identities (but for the false alarm rate).
+  centres of two random identities (but for the false alarm rate), and the gap is beyond chance as above.
 * *A test set's person.* As many crops of an identity as that person has are nearer to some other identity than the
 limit
   with the false alarm rate.
@@ -109,7 +109,7 @@ def limits(
         score_limit=score_limit,
         other_limit=_quantile(other[sure], 1 - false_alarms, 1.0),
         stranger_limit=stranger_limit,
-        merge_limit=merge_threshold(near_centre, error_rate),
+        merge_limit=chance_threshold(near_centre, error_rate),
         split_limit=_quantile(apart, 1 - false_alarms, -1.0),
         wrong_share=wrong_share,
         error_rate=error_rate,
@@ -148,11 +148,14 @@ def score_threshold(
     return limit, wrong
 
 
-def merge_threshold(near_centre: np.ndarray, error_rate: float) -> float:
-    """From which cosine of two centres on no more than `error_rate` of such pairs of identities are chance."""
-    values = np.sort(near_centre[np.isfinite(near_centre)].astype(np.float64))
+def chance_threshold(extremes: np.ndarray, error_rate: float) -> float:
+    """From which value on no more than `error_rate` of these values, each the largest of many, are chance.
+
+    Infinity where fewer than 20 values say nothing, or none is conspicuous.
+    """
+    values = np.sort(extremes[np.isfinite(extremes)].astype(np.float64))
     if len(values) < 20:
-        return 1.0
+        return np.inf
     low, high = np.quantile(values, [0.25, 0.75])
     # Gumbel's quantile function is location - scale ln(-ln p).
     scale = (high - low) / (np.log(-np.log(0.25)) - np.log(-np.log(0.75)))
@@ -163,7 +166,7 @@ def merge_threshold(near_centre: np.ndarray, error_rate: float) -> float:
     # The lowest value from which on all pass.
     failing = np.flatnonzero(~passing)
     first = failing[-1] + 1 if len(failing) else 0
-    return float(values[first]) if first < len(values) else float(np.nextafter(1.0, 2.0))
+    return float(values[first]) if first < len(values) else np.inf
 
 
 def judge_crops(
@@ -220,8 +223,12 @@ def find_merges(
 def find_splits(
     embeddings: np.ndarray, labels: np.ndarray, found: Centres, bounds: Limits, names: Sequence[str]
 ) -> list[PairFinding]:
-    """Identities whose crops fall into two parts, each near to itself and no nearer to the other than strangers are."""
-    findings = []
+    """Identities whose crops fall into two parts, each near to itself and no nearer to the other than strangers are.
+
+    Any crops can be cut in two, so the gap between the parts must also be beyond what the set's identities show by
+    chance.
+    """
+    parted = []
     for label, members in groups(labels, len(found.centres)):
         least = max(SPLIT_PARTS[0], int(np.ceil(SPLIT_PARTS[1] * len(members))))
         if len(members) < 2 * least:
@@ -232,16 +239,17 @@ def find_splits(
         if min(sizes) < least:
             continue
         one, other = (unit_rows(unit[part == side].sum(axis=0)[None])[0] for side in (0, 1))
-        between = float(one @ other)
         inner = min(_cohesion(unit[part == side]) for side in (0, 1))
-        if between < bounds.split_limit and inner >= bounds.stranger_limit:
-            smaller = int(sizes[1] < sizes[0])
-            findings.append(
-                PairFinding(SPLIT, label, str(label), inner - between,
-                            f"{names[label]}: {max(sizes)} + {min(sizes)} crops, between the parts {between:.3f} "
-                            f"(limit {bounds.split_limit:.3f}), within {inner:.3f}",
-                            tuple(members[part == smaller].tolist()))
-            )  # fmt: skip
+        parted.append((label, members[part == int(sizes[1] < sizes[0])], max(sizes), inner, float(one @ other)))
+    gap_limit = chance_threshold(np.array([inner - between for *_, inner, between in parted]), bounds.error_rate)
+    findings = [
+        PairFinding(SPLIT, label, str(label), inner - between,
+                    f"{names[label]}: {larger} + {len(smaller)} crops, between the parts {between:.3f} "
+                    f"(limit {bounds.split_limit:.3f}), within {inner:.3f}",
+                    tuple(smaller.tolist()))
+        for label, smaller, larger, inner, between in parted
+        if between < bounds.split_limit and inner >= bounds.stranger_limit and inner - between >= gap_limit
+    ]  # fmt: skip
     return sorted(findings, key=lambda finding: -finding.score)
 
 

@@ -18,11 +18,11 @@ from auditing.findings import (
     KEEP,
     STRANGER,
     WRONG,
+    chance_threshold,
     find_merges,
     find_splits,
     judge_crops,
     limits,
-    merge_threshold,
     person_limit,
     score_threshold,
 )
@@ -192,8 +192,9 @@ def test_the_limit_for_people_of_a_test_set_keeps_its_false_alarm_rate():
 def test_thresholds_of_sets_that_say_nothing():
     nothing = np.array([], np.float32)
     assert score_threshold(nothing, nothing, nothing, nothing, 0.05) == (np.inf, 0.0)
-    assert merge_threshold(np.full(3, 0.5), 0.05) == 1.0
-    assert merge_threshold(np.full(100, 0.5), 0.05) > 0.5  # all alike: nobody is conspicuous
+    assert chance_threshold(np.full(3, 0.5), 0.05) == np.inf
+    assert chance_threshold(np.full(100, 0.5), 0.05) > 0.5  # all alike: nobody is conspicuous
+    assert 0.45 < chance_threshold(np.append(np.random.default_rng(0).gumbel(0.3, 0.03, 500), 0.9), 0.05) <= 0.9
 
 
 # --- the same photo twice ---------------------------------------------------------------------------------------------

@@ -265,3 +265,16 @@ def test_without_locks_what_a_killed_process_left_is_taken_over(tmp_path, monkey
     # Nobody here can say whether a process of another machine still runs.
     (tmp_path / "lock.owner").write_text("elsewhere 1 2")
     assert is_busy(tmp_path / "lock", r"busy \(elsewhere 1 2; if that process is gone, remove .*lock.owner\)")
+
+
+def test_a_driver_that_is_too_old_is_no_cpu(tmp_path, monkeypatch):
+    driver = tmp_path / "version"
+    monkeypatch.setattr(utils, "_NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert utils.choose_device("auto").type == "cpu"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.1\nGCC version\n")
+    assert utils.choose_device("cpu").type == "cpu"
+    for name in ("auto", "cuda"):
+        with pytest.raises(InputError, match=r"needs driver 580 or newer"):
+            utils.choose_device(name)
