@@ -599,7 +599,7 @@ class Compare:
 class Identification(Model, PhotoFaces):
     """identification.py: a folder of people."""
 
-    checkpoint: str | None = option(
+    checkpoint: str | None = option(  # type: ignore[assignment]  # may be left out here
         None,
         "the model: a training checkpoint, a state_dict under the released key names, an .onnx embedding model, an "
         "address, or released for the published network",
@@ -670,7 +670,7 @@ class MakeBin(PhotoFaces):
 class IjbEval(Model):
     """ijb_eval.py: IJB-B and IJB-C."""
 
-    checkpoint: str | None = option(
+    checkpoint: str | None = option(  # type: ignore[assignment]  # may be left out here
         None, "the model, as lfw_eval.py takes it; not with --features", group="model", metavar="FILE"
     )
     ijb: Path = option(
@@ -754,7 +754,7 @@ class AuditApply:
 class TinyfaceEval(Model):
     """tinyface_eval.py: TinyFace."""
 
-    checkpoint: str | None = option(
+    checkpoint: str | None = option(  # type: ignore[assignment]  # may be left out here
         None, "the model, as lfw_eval.py takes it; not with --features", group="model", metavar="FILE"
     )
     tinyface: Path | None = option(

@@ -24,7 +24,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -191,8 +191,8 @@ class CropDataset(torch.utils.data.Dataset):
                 change(position, crop, rgb[position])
         except InputError as error:
             return Batch(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, str(error))
-        labels, indices = torch.from_numpy(labels), torch.from_numpy(indices)
-        return Batch(images, labels, indices, _NOTHING, _NOTHING, torch.tensor(skipped, dtype=torch.int64), "")
+        unread = torch.tensor(skipped, dtype=torch.int64)
+        return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), _NOTHING, _NOTHING, unread, "")
 
     def _encoded(self, indices: np.ndarray, values: np.ndarray) -> Batch:
         crops = [self._read(index) for index in indices.tolist()]
@@ -325,7 +325,7 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 

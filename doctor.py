@@ -110,7 +110,8 @@ def recrop(pairs: VerificationSet, part: float, dx: float, dy: float) -> Verific
     matrix = np.array([[part, 0, offset[0]], [0, part, offset[1]]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     size = (CROP_SIZE, CROP_SIZE)
-    crops = [cv2.warpAffine(crop, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE) for crop in pairs.crops]
+    given = (pairs.crops[row] for row in range(len(pairs.crops)))
+    crops = [cv2.warpAffine(crop, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE) for crop in given]
     return dataclasses.replace(pairs, crops=np.stack(crops))
 
 
@@ -139,6 +140,8 @@ class _InTrainingMode(nn.Module):
 
 class _Logits(nn.Module):
     """The head's cosines [N, centres], to the first `HEAD_IDENTITIES` at most, in place of the feature."""
+
+    centres: Tensor
 
     def __init__(self, network: nn.Module, centres: Tensor) -> None:
         super().__init__()
@@ -339,6 +342,7 @@ def main() -> None:
     embedder, checkpoint = _load(options, device)
     cache = None if options.out is None else options.out / "cache"
     path = options.lfw or options.bin
+    assert path is not None  # one of them is given
     pairs = subset(open_set(path, cache, pairs=options.pairs, device=device), options.most)
     trials = examine(embedder, checkpoint, pairs, cache)
     print(f"{embedder.name} on {len(pairs.same)} pairs of {pairs.name} (> marks how it is fed now)\n")

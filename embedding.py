@@ -313,14 +313,20 @@ def load_embedder(
     Raises InputError, naming the file, for anything that cannot be used.
     """
     path = checkpoint_path(checkpoint)
-    given = {"channels": channels, "mean": mean, "std": std, "pixel_range": pixel_range, "mirror": mirror}
+    given: dict[str, Any] = {
+        "channels": channels,
+        "mean": mean,
+        "std": std,
+        "pixel_range": pixel_range,
+        "mirror": mirror,
+    }
     given = {key: value for key, value in given.items() if value is not None}
     for key in ("mean", "std"):
         if key in given:
             given[key] = tuple(float(value) for value in given[key])
     if path.suffix.lower() == ".onnx":
         return _load_onnx(path, torch.device(device), given, batch_size)
-    network = load_network(path).to(device, memory_format=torch.channels_last)
+    network = load_network(path).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     preprocessing = _fed(path, network, given)
     return Embedder.from_network(
         network,
@@ -477,7 +483,7 @@ class OnnxModel:
         return matrices[0]
 
     def run(self, batch: torch.Tensor) -> torch.Tensor:
-        array = np.ascontiguousarray(batch.numpy(), dtype=self.dtype)
+        array: np.ndarray = np.ascontiguousarray(batch.numpy(), dtype=self.dtype)
         size = self.batch or len(array)
         rows = [self._run_batch(array[start : start + size], size) for start in range(0, len(array), size)]
         return torch.from_numpy(np.concatenate(rows))

@@ -74,6 +74,10 @@ class ExportedNetwork(nn.Module):
     OpenCV 4 has neither slices with a negative step nor sizes that are computed.
     """
 
+    shift: Tensor
+    scale: Tensor
+    reverse: Tensor
+
     def __init__(self, network: nn.Module, normalisation: Preprocessing | None, mirror: bool) -> None:
         super().__init__()
         self.network, self.mirror = network, mirror
@@ -115,6 +119,7 @@ def to_onnx(module: ExportedNetwork) -> bytes:
             dynamic_shapes={"crops": {0: torch.export.Dim("batch")}},
             verbose=False,
         )
+    assert program is not None  # as always with dynamo=True
     model = program.model_proto
     for entries in (model.graph.node, model.graph.input, model.graph.output, model.graph.value_info):
         for entry in entries:
@@ -407,8 +412,8 @@ def export_detector(options: config.Export) -> dict[str, Any]:
     }
     model = with_metadata(retinaface.engines.onnx_model(folded), metadata)
     photos = np.random.Generator(np.random.Philox(key=[1, 0])).integers(0, 256, (2, 250, 250, 3), np.uint8)
-    exported = retinaface.engines.OnnxEngine(folded).run(photos)
-    reference = retinaface.engines.TorchEngine(folded, torch.device("cpu")).run(photos)
+    exported = retinaface.engines.OnnxEngine(folded).run(list(photos))
+    reference = retinaface.engines.TorchEngine(folded, torch.device("cpu")).run(list(photos))
     difference = float(np.abs(np.asarray(exported) - np.asarray(reference)).max())
     path = options.out / "detector.onnx"
     utils.write_bytes(path, model)

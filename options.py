@@ -34,7 +34,7 @@ def option(
     help: str,
     *,
     group: str = "options",
-    choices: Sequence[str] | str | None = None,
+    choices: Sequence[Any] | str | None = None,
     metavar: str | None = None,
     positional: bool = False,
     at_least: float | None = None,
@@ -103,7 +103,7 @@ def _value_type(annotation: Any) -> tuple[Any, int | str | None]:
     return annotation, None
 
 
-def _choices(field: dataclasses.Field) -> Sequence[str] | Mapping[str, str] | None:
+def _choices(field: dataclasses.Field) -> Sequence[Any] | Mapping[str, str] | None:
     """What an option can be; see `option`."""
     choices = field.metadata["choices"]
     if not isinstance(choices, str):

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -36,14 +37,14 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
 )
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK)
 
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),  # type: ignore[attr-defined]  # missing in its stubs
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
@@ -73,7 +74,7 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 def title(axes: Axes, subject: str, statement: str) -> None:
     """Two lines above the axes, at their left: what is shown (shortened to fit) and, bold, what it says."""
     subject, statement = legible(subject, shaped=False), legible(statement, shaped=False)
-    room = int(axes.figure.get_figwidth() * 12)  # characters of 11 points in so many inches
+    room = int(cast("Figure", axes.figure).get_figwidth() * 12)  # characters of 11 points in so many inches
     subject = subject if len(subject) <= room else subject[: room - 1] + "…"
     axes.set_title(f"{subject}\n", loc="left")
     axes.annotate(statement, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", weight="bold")
@@ -106,7 +107,7 @@ def legible(text: str, *, shaped: bool = True) -> str:
     need a library that shapes them: Pillow has one in its wheels, matplotlib (`shaped` false) has none.
     """
     known = _characters()
-    shaped = shaped and features.check("raqm")
+    shaped = bool(shaped and features.check("raqm"))
     return "".join(
         character
         if ord(character) in known and (shaped or unicodedata.bidirectional(character) not in ("R", "AL", "AN"))

@@ -22,12 +22,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import config
 import utils
+from cropping.align import Rule
 from cropping.chunks import Chunks, Tally, Work, describe, process, waiting_for
-from cropping.faces import FaceFinder, Photo, detector_settings, encode_jpeg, open_detector, realign
+from cropping.faces import FaceFinder, Photo, Turn, detector_settings, encode_jpeg, open_detector, realign
 from cropping.photos import Listing, identity_of, in_order, list_photos
 from formats.crop_sets import CropWriter
 from formats.tables import NO_CROP, FaceRow, FaceTable, row_text, table_text, write_identities
@@ -66,7 +67,11 @@ def photo_at(folder: Path, file: str) -> Photo:
 def detecting(options: config.PreProcess, files: Sequence[str]) -> Work:
     """What finds, chooses and aligns the faces of a window of photos."""
     finder = FaceFinder(
-        open_detector(options), options.rule, min_side=options.min_side, min_face=options.min_face, turn=options.turn
+        open_detector(options),
+        cast("Rule", options.rule),
+        min_side=options.min_side,
+        min_face=options.min_face,
+        turn=cast("Turn", options.turn),
     )
 
     def work(numbers: Sequence[int]) -> list[tuple[FaceRow, bytes | None]]:

@@ -122,7 +122,7 @@ def build_network(options: Train, world: World) -> nn.Module:
     if options.sync_bn:
         network = distributed.synchronise_batch_norm(network, world)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    return network.to(world.device, memory_format=layout)
+    return network.to(world.device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 def build_head(options: Train, identities: int, schedule: Schedule, world: World) -> MarginHead | NoHead:
@@ -294,7 +294,7 @@ def next_action(options: Train, step: int, seconds: float, termination: Terminat
     if termination.received:
         return STOP
     every = options.save_every
-    due = step % every.steps == 0 if every.steps else seconds >= every.seconds
+    due = step % every.steps == 0 if every.steps else every.seconds is not None and seconds >= every.seconds
     return SAVE if due else 0
 
 

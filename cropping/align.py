@@ -86,7 +86,7 @@ def align_face(bgr: NDArray[np.uint8], landmarks: ArrayLike, size: int = CROP_SI
     return warp(bgr, matrix, size)
 
 
-def warp(bgr: NDArray[np.uint8], matrix: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
+def warp(bgr: NDArray[np.uint8], matrix: NDArray[np.float64], size: int) -> np.ndarray:
     """Apply `matrix` [2, 3] (photo to crop) to a photo uint8 [H, W, 3]; returns [size, size, 3], black outside."""
     if max(bgr.shape[:2]) >= _WARP_LIMIT:
         bgr, matrix = _cut_to_reach(bgr, matrix, size)

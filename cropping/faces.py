@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 import cv2
 import numpy as np
@@ -306,7 +306,7 @@ class _Seen:
         return _Seen(corners.astype(np.float32), found.scores, landmarks.astype(np.float32))
 
 
-def _view(bgr: Crop, box: Sequence[float] | None, turn: float) -> tuple[NDArray[np.float64], int]:
+def _view(bgr: Crop, box: Sequence[float] | None, turn: float) -> tuple[np.ndarray, int]:
     """The matrix [2, 3] from the photo to a square view of it turned by `turn` degrees, and the view's side."""
     height, width = bgr.shape[:2]
     clipped = clip_box(box, (width, height))
@@ -335,7 +335,7 @@ def box_crop(bgr: Crop, box: NDArray[np.float64], size: int = CROP_SIZE) -> Crop
     return warp(bgr, matrix * (size / CROP_SIZE), size)
 
 
-def centre_crop(bgr: Crop, size: int = CROP_SIZE) -> Crop:
+def centre_crop(bgr: Crop, size: int = CROP_SIZE) -> np.ndarray:
     """The largest square in the middle of a photo, as a crop [size, size, 3]."""
     height, width = bgr.shape[:2]
     side = min(height, width)
@@ -390,7 +390,7 @@ def realign(
             raise PhotoError("another photo", f"{sides}, the detections are of one of {row.width}x{row.height}")
     except PhotoError as error:
         return replace(_row(photo, NO_CROP, error.reason), **source), None
-    face = _Face(np.float32(row.box), np.float32(row.landmarks), row.score)
+    face = _Face(np.array(row.box, np.float32), np.array(row.landmarks, np.float32), row.score)
     row, crop = _align(_face_row(photo, face, row.faces), bgr, face, min_face, size)
     return replace(row, **source), crop
 
@@ -458,6 +458,14 @@ def as_photo(source: Photo | str | Path) -> Photo:
         return source
     path = Path(source)
     return Photo(path, path.as_posix(), path.parent.name)
+
+
+@overload
+def encode_jpeg(crop: Crop, quality: int) -> bytes: ...
+
+
+@overload
+def encode_jpeg(crop: None, quality: int) -> None: ...
 
 
 def encode_jpeg(crop: Crop | None, quality: int) -> bytes | None:

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -118,7 +119,7 @@ def read_photo(
     return _upright(bgr, _orientation(image)) if orient else bgr
 
 
-def decode_crop(encoded: bytes) -> NDArray[np.uint8]:
+def decode_crop(encoded: bytes) -> np.ndarray:
     """An encoded crop as RGB uint8 [112, 112, 3], turned as its EXIF says. `ValueError` with the reason if it is none.
 
     The one way from a crop's bytes to its pixels, for training, evaluation and export. OpenCV first, which is several
@@ -232,7 +233,7 @@ def _is_cut(data: bytes) -> bool:
     if data.startswith(b"GIF8"):
         return data.rstrip(b"\0")[-1:] != b";"
     if data.startswith((b"II*\0", b"MM\0*")):  # the directory that a TIFF's header points to: n entries of 12 bytes
-        order = "little" if data[:1] == b"I" else "big"
+        order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
         start = int.from_bytes(data[4:8], order)
         return start + 2 + 12 * int.from_bytes(data[start : start + 2], order) + 4 > len(data)
     return data[4:8] in (b"ftyp", b"jP  ") and not _boxes_fit(data)
@@ -263,7 +264,7 @@ def _decode(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
         raise _broken(data, error) from error
 
 
-def _to_bgr(image: Image.Image) -> NDArray[np.uint8]:
+def _to_bgr(image: Image.Image) -> np.ndarray:
     """Pixels of any mode as BGR uint8 [H, W, 3]."""
     image.load()
     if image.mode.startswith("I"):  # 16 bits, also where Pillow keeps them in 32
@@ -328,7 +329,7 @@ def _note_scan(segment: bytes, missing: dict[int, int]) -> None:
         missing[component] = missing.get(component, 0) & ~brought
 
 
-def _decode_jpeg(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
+def _decode_jpeg(image: Image.Image, data: bytes) -> np.ndarray:
     """Decode a JPEG; `PhotoError` if a part of the picture is missing, also when the file has an end mark."""
     marks = _follow_marks(data)
     if marks.end is None:
@@ -365,7 +366,7 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _upright(bgr: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def _upright(bgr: np.ndarray, orientation: int) -> np.ndarray:
     """Undo an EXIF orientation (CIPA DC-008, tag 274)."""
     if orientation in (5, 6, 7, 8):
         bgr = cv2.transpose(bgr)

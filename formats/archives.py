@@ -19,6 +19,7 @@ Price: a compressed tar can only be read from its start, so a restart decompress
 """
 
 import bz2
+import functools
 import gzip
 import hashlib
 import io
@@ -34,7 +35,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 
 import zstandard
 
@@ -251,7 +252,7 @@ def _next_number(number: str) -> str:
     """01 after 00, ab after aa; "" after the last."""
     if number.isdecimal():
         return str(int(number) + 1).zfill(len(number))
-    first, second = number
+    first, second = tuple(number)
     if second < "z":
         return first + chr(ord(second) + 1)
     return chr(ord(first) + 1) + "a" if first < "z" else ""
@@ -370,7 +371,7 @@ NOBODY = "lies in no folder that names an identity, and has no label; --identity
 def _is_tar(head: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(head[:_BLOCK], "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in the stubs
         return True  # zeros: an archive of nothing
     except tarfile.HeaderError:
         return False
@@ -382,7 +383,7 @@ def is_image_name(file: str) -> bool:
     return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - not a path of this file system
 
 
-def _photo(file: BinaryIO, name: str, declared: int, limits: Limits) -> bytes:
+def _photo(file: IO[bytes] | zipfile.ZipExtFile, name: str, declared: int, limits: Limits) -> bytes:
     """The bytes of a member that is an image by its name or by its contents; `NotTaken` for anything else."""
     if declared > limits.member_bytes:
         raise NotTaken("refused", f"{declared} bytes, more than {limits.member_bytes} (--max-file-mb)")
@@ -453,7 +454,7 @@ class _Zstandard(io.RawIOBase):
         return count
 
 
-_PACKINGS: dict[str, tuple[bytes | tuple[bytes, ...], Callable[[BinaryIO], Any]]] = {
+_PACKINGS: dict[str, tuple[bytes | tuple[bytes, ...], Callable[[Any], Any]]] = {
     "gz": (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
     "bz2": (b"BZh", bz2.BZ2File),
     "xz": (b"\xfd7zXZ\0", lzma.LZMAFile),
@@ -570,7 +571,7 @@ class FolderSource:
     def members(self) -> Iterator[Member]:
         """The files, links and special files below the folder."""
         for position, (name, *_) in enumerate(self._entries, 1):
-            yield _placed(name, self._level, self.root, lambda name=name: self._read(name), position)
+            yield _placed(name, self._level, self.root, functools.partial(self._read, name), position)
 
     def _read(self, name: str) -> bytes:
         return _read_file(self.path, name, self._limits)
@@ -654,7 +655,7 @@ class TarSource:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 while (info := tar.next()) is not None:
-                    tar.members.clear()  # it would keep every header
+                    tar.members.clear()  # type: ignore[attr-defined]  # not in the stubs; it would keep every header
                     if not info.isdir():
                         read = lambda info=info, tar=tar: self._read(tar, info)  # noqa: E731
                         yield info.name, read, stream.consumed()
@@ -688,7 +689,7 @@ class TarSource:
         except tarfile.TarError as error:
             raise Broken(f"cut off inside {info.name!r}") from error
 
-    def _bytes_of(self, file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    def _bytes_of(self, file: IO[bytes], info: tarfile.TarInfo) -> bytes:
         return _photo(file, info.name, info.size, self._limits)
 
 
@@ -722,7 +723,7 @@ class ShardSource(TarSource):
             group.append((name, data, position))
         yield from self._labelled(group)
 
-    def _bytes_of(self, file: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    def _bytes_of(self, file: IO[bytes], info: tarfile.TarInfo) -> bytes:
         if webdataset.is_label(info.name):
             return file.read(webdataset.MAX_LABEL)
         return super()._bytes_of(file, info)
@@ -743,7 +744,7 @@ class ShardSource(TarSource):
             else:
                 identity = labelled(self.path, label)
                 file = name.replace("\\", "/").rpartition("/")[2]
-                yield Member(name, identity, file, lambda data=data: data, position)
+                yield Member(name, identity, file, functools.partial(bytes, data), position)
 
 
 def labelled(path: Path, label: str) -> str:
@@ -785,7 +786,7 @@ class ZipSource:
                 read_bytes += 0 if self._is_absurd(info) else info.file_size
                 if read_bytes > max(_RATIO_FROM, self._limits.ratio * self._size):
                     raise Broken(f"expands to more than {self._limits.ratio:g} times its size; no photos do")
-                yield _placed(info.filename, self._level, self.root, lambda info=info: self._read(info), position)
+                yield _placed(info.filename, self._level, self.root, functools.partial(self._read, info), position)
         except zipfile.BadZipFile as error:
             raise Broken(f"corrupt: {error}") from error
         if begins > _SPLIT_MARK:
@@ -834,7 +835,7 @@ def _local_entries(file: BinaryIO, limits: Limits) -> Iterator[tuple[str, Callab
         if len(data) < packed:
             return
         name = raw_name.decode("utf-8" if flags & 0x800 else "cp437", "replace")
-        yield name, lambda data=data, name=name, m=method, s=size, c=crc: _entry(data, name, m, s, c, limits)
+        yield name, functools.partial(_entry, data, name, method, size, crc, limits)
 
 
 def _entry(data: bytes, name: str, method: int, size: int, crc: int, limits: Limits) -> bytes:

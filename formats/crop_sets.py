@@ -249,7 +249,7 @@ class CropSet:
         order = np.argsort(self.reader.offsets[positions], kind="stable")
         quiet = len(keys) < QUIET_SCAN
         bar = None if quiet else utils.progress(len(keys), f"labels of {self.name}", unit="record")
-        for done, index in enumerate(memoryview(order), 1):
+        for done, index in enumerate(order.data, 1):
             key = keys[index]
             label = self._peek(key)[0]
             if not 0 <= label < FLOAT32_EXACT or label != int(label):

@@ -239,8 +239,8 @@ class RecordReader:
 
     def _views(self) -> None:
         """Memory views give Python integers several times faster than indexing a numpy array does."""
-        self._offset_at = memoryview(self._offsets)
-        self._stop_at = None if self._stops is None else memoryview(self._stops)
+        self._offset_at = self._offsets.data
+        self._stop_at = None if self._stops is None else self._stops.data
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_descriptor", "_offset_at", "_stop_at")}
@@ -427,7 +427,7 @@ class RecordReader:
         At the end the `.idx` is compared with what was met: a file cut off exactly between two records shows only
         there. Raises `InputError` at the first frame that is damaged and at bytes after the last record.
         """
-        offsets = memoryview(np.sort(self._offsets) if self.idx_path is not None else np.empty(0, np.int64))
+        offsets = (np.sort(self._offsets) if self.idx_path is not None else np.empty(0, np.int64)).data
         at = number = listed = 0
         window, begins = b"", 0  # the part of the file that is in memory, and its offset
         while at < self.size:

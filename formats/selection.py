@@ -69,7 +69,7 @@ class SelectedCrops:
 
     @staticmethod
     def _origins(labels: np.ndarray, selection: Selection, used: np.ndarray) -> list[int]:
-        first = {}
+        first: dict[int, int] = {}
         for index in np.flatnonzero(selection.keep).tolist():
             first.setdefault(int(selection.labels[index]), int(labels[index]))
         return [first[label] for label in used.tolist()]

@@ -225,7 +225,7 @@ def read_identities(path: Path) -> list[str]:
     """Names by label from an identities.tsv (label, identity, ...; a header line). Raises `InputError` on a wrong
     line.
     """
-    names = []
+    names: list[str] = []
     lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
     for number, line in enumerate(lines[1:-1], 2):
         cells = line.split("\t")

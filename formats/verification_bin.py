@@ -97,7 +97,7 @@ class _Machine:
                 return self.pop()
             action = _ACTIONS.get(opcode)
             if action is None:
-                known = pickletools.code2op.get(opcode.decode("latin1"))
+                known = pickletools.code2op.get(opcode.decode("latin1"))  # type: ignore[attr-defined]  # not in the stubs
                 name = known.name if known else repr(opcode)
                 raise _Refused(f"pickle opcode {name} occurs in no verification set; refused, nothing was run")
             action(self)

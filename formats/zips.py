@@ -8,7 +8,7 @@ import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, BinaryIO
+from typing import BinaryIO
 from zipfile import BadZipFile
 
 _END = struct.Struct("<4s4H2IH")  # 4.3.16
@@ -112,7 +112,7 @@ def _zip64(extra: bytes) -> Iterator[int]:
         at += 4 + length
 
 
-def open_entry(file: BinaryIO, info: zipfile.ZipInfo) -> IO[bytes]:
+def open_entry(file: BinaryIO, info: zipfile.ZipInfo) -> zipfile.ZipExtFile:
     """The unpacked bytes of an entry, as a file. `BadZipFile` and `NotImplementedError` as by `ZipFile.open`."""
     file.seek(info.header_offset)
     local = file.read(_LOCAL.size)

@@ -78,7 +78,8 @@ class AdaFaceIR(nn.Module):
             nn.Linear(512 * 7 * 7, embedding_size),
             nn.BatchNorm1d(embedding_size, affine=False),
         )
-        blocks, before = [], 64
+        blocks: list[nn.Module] = []
+        before = 64
         stages: list[tuple[str, ...]] = []
         for channels, repeats in zip(CHANNELS, depths, strict=True):
             stages.append(tuple(f"body.{len(blocks) + index}" for index in range(repeats)))

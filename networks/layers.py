@@ -97,6 +97,7 @@ def _frozen_statistics(block: nn.Module) -> Iterator[None]:
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
+        assert norm.num_batches_tracked is not None  # only those without running statistics have none
         # Another counter, not None: the batch norms that are synchronised over ranks insist on one.
         norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
     try:

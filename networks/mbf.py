@@ -4,8 +4,8 @@ Twice as wide as the paper's between the blocks and not wider inside them; the s
 channels, and a linear layer with batch norm ends it.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -96,4 +96,5 @@ class InsightFaceMobile(nn.Module):
 
     def _blocks(self) -> Iterator[nn.Module]:
         for index, module in enumerate(self.layers):
-            yield from module.layers if index in _ROWS else [module]
+            blocks: Iterable[nn.Module] = cast("Layers", module).layers if index in _ROWS else [module]
+            yield from blocks

@@ -36,4 +36,4 @@ def _level(
     centres = np.empty((rows, columns, len(sizes), 2), dtype=np.float32)
     centres[..., 0] = (np.arange(columns, dtype=np.float32)[:, None] + 0.5) * stride
     centres[..., 1] = (np.arange(rows, dtype=np.float32)[:, None, None] + 0.5) * stride
-    return centres.reshape(-1, 2), np.tile(np.float32(sizes), rows * columns)
+    return centres.reshape(-1, 2), np.tile(np.array(sizes, np.float32), rows * columns)

@@ -103,7 +103,7 @@ def suppress(found: Candidates, threshold: float) -> Candidates:
     order = _descending(found.scores)[:MAX_CANDIDATES]
     # The reference sorts again inside its suppression; both sorts put equal scores in an order of their own.
     order = order[_descending(found.scores[order])]
-    counted = torch.from_numpy(found.boxes[order] + np.float32([0, 0, 1, 1]))
+    counted = torch.from_numpy(found.boxes[order] + np.array([0, 0, 1, 1], np.float32))
     kept = nms(counted, torch.from_numpy(found.scores[order]), threshold)
     return found.select(order[kept[:MAX_FACES].numpy()])
 

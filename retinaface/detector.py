@@ -157,7 +157,7 @@ def _join(plan: tuple[Tile, ...], found: list[Candidates]) -> Candidates:
         x, y = there.centres.T
         x1, y1, x2, y2 = tile.inner
         own = there.select((x1 <= x) & (x < x2) & (y1 <= y) & (y < y2))
-        corner = np.float32([tile.left, tile.top])
+        corner = np.array([tile.left, tile.top], np.float32)
         parts.append(
             Candidates(own.boxes + np.tile(corner, 2), own.scores, own.landmarks + corner, own.centres + corner)
         )

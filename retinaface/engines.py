@@ -151,10 +151,10 @@ class _Graph:
         self._weights = weights
         self._nodes: list[Any] = []
         self._constants: dict[str, np.ndarray] = {
-            "twice": np.float32([1, 1, 2, 2]),
-            "origin": np.int64([0, 0]),
-            "plane": np.int64([2, 3]),
-            "flat": np.int64([0, 0, -1]),
+            "twice": np.array([1, 1, 2, 2], np.float32),
+            "origin": np.array([0, 0], np.int64),
+            "plane": np.array([2, 3], np.int64),
+            "flat": np.array([0, 0, -1], np.int64),
         }
 
     def serialise(self) -> bytes:

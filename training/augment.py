@@ -12,7 +12,7 @@ Decisions and their price:
 import functools
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -78,7 +78,7 @@ class Augmentation:
     erase: float = 0.0  # a rectangle of 15 to 45 % of each side, at a random place, in a random colour
 
     @classmethod
-    def named(cls, name: Literal["published", "strong", "none"]) -> "Augmentation":
+    def named(cls, name: str) -> "Augmentation":
         """One of the recipes of `--augment`."""
         if name == "none":
             return cls(mirror=0.0, jitter=0.0)

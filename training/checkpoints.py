@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from config import Train
 from options import plain_options
 from training.distributed import World, restore_statistics
+from training.margin import MarginHead
 from training.run import Run, State, Sums
 from training.storage import CHECKPOINT, Stored
 from utils import InputError
@@ -90,7 +91,10 @@ def _kept(state: State, module: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def _kept_for_head(state: State) -> dict[str, Tensor]:
     """The same for this rank's rows of a full head; what there is not is missing."""
-    values = {} if state.head.sampled else state.optimizer.state.get(state.head.weight, {})
+    head = state.head
+    values: dict[str, Any] = {}
+    if isinstance(head, MarginHead) and not head.sampled:
+        values = state.optimizer.state.get(head.weight, {})
     return {f"head_{name}": copy_on_host(values[key]) for name, key in _KEPT.items() if key in values}
 
 
@@ -109,8 +113,9 @@ def restore(state: State, found: Stored, world: World) -> None:
         _restore_kept(state, state.network, content["optimizer"])
         for name, key in _KEPT.items():
             whole = content["optimizer"].get(f"head_{name}")
-            if whole is not None and not state.head.sampled:
-                _keep(state, state.head.weight, key, state.head.own_rows(whole) if whole.dim() else whole)
+            head = state.head
+            if whole is not None and isinstance(head, MarginHead) and not head.sampled:
+                _keep(state, head.weight, key, head.own_rows(whole) if whole.dim() else whole)
         if state.distillation is not None:
             state.distillation.load_state_dict(content["distillation"]["model"])
             _restore_kept(state, state.distillation, content["distillation"])

@@ -113,10 +113,11 @@ class Distillation(nn.Module):
     def __init__(self, teacher: Teacher, embedding_size: int, weight: float, world: World) -> None:
         super().__init__()
         self.teacher, self.weight, self.world = teacher, weight, world
-        self.map = nn.Identity()
+        self.map: nn.Module = nn.Identity()
         if teacher.dim != embedding_size:
-            self.map = nn.Linear(embedding_size, teacher.dim, bias=False)
-            nn.init.orthogonal_(self.map.weight)
+            linear = nn.Linear(embedding_size, teacher.dim, bias=False)
+            nn.init.orthogonal_(linear.weight)
+            self.map = linear
 
     def forward(self, features: Tensor, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """This rank's share of the loss (its gradient is to be summed over the ranks), the loss, and statistics.

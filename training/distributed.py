@@ -374,6 +374,7 @@ class CrossRankBatchNorm(BatchNorm):
         """See the class."""
         if not self.training:
             return super().forward(input)
+        assert self.running_mean is not None
         count = input.numel() // input.shape[1] * dist.get_world_size()
         values = input.to(self.running_mean.dtype)  # float32 also under autocast
         weight, bias = self.weight, self.bias
@@ -381,6 +382,7 @@ class CrossRankBatchNorm(BatchNorm):
             weight, bias = torch.ones_like(self.running_mean), torch.zeros_like(self.running_mean)
         output, mean, variance = _NormaliseOverRanks.apply(values, weight, bias, self.eps, count)
         if self.track_running_stats:
+            assert self.num_batches_tracked is not None and self.running_var is not None and self.momentum is not None
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)

@@ -113,7 +113,7 @@ class CropEmbedding:
         rows = np.full((len(numbers), self.dim), np.nan, np.float32)
         readable = [position for position, crop in enumerate(crops) if crop is not None]
         if readable:
-            rows[readable] = normalise(self.embedder.features(np.stack([crops[position] for position in readable])))
+            rows[readable] = normalise(self.embedder.features(np.stack([crop for crop in crops if crop is not None])))
         return rows
 
     def _decode(self, index: int) -> np.ndarray | None:

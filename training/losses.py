@@ -11,6 +11,7 @@ cosines, `others`, states its own derivative, because autograd would keep copies
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -133,7 +134,7 @@ class Loss(nn.Module):
         return cls.__name__.lower()
 
     @classmethod
-    def numbers(cls, margin: Margin | None) -> Margin:
+    def numbers(cls, margin: Sequence[float] | None) -> Margin:
         """`margin`, or the default where it is None or empty. Raises ValueError for another number of numbers."""
         wanted = len(cls.default_margin)
         if margin and len(margin) != wanted:
@@ -156,7 +157,7 @@ class Loss(nn.Module):
         return taken
 
 
-def text_of(margin: Margin) -> str:
+def text_of(margin: Sequence[float]) -> str:
     """A margin as the command line takes it."""
     return " ".join(f"{value:g}" for value in margin)
 
@@ -214,6 +215,8 @@ class AdaFace(Loss):
     """
 
     default_margin = (0.4,)
+    norm_mean: Tensor
+    norm_std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,6 +247,7 @@ class CurricularFace(Loss):
 
     default_margin = (0.5,)
     reshapes_others = True
+    t: Tensor
 
     def __init__(self) -> None:
         super().__init__()

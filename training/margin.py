@@ -78,6 +78,10 @@ class MarginHead(nn.Module):
     Raises ValueError for values outside these ranges.
     """
 
+    weight: nn.Parameter  # of a full head
+    _rows: Tensor  # of a sampled one
+    _velocity: Tensor
+
     def __init__(
         self,
         embedding_size: int,
@@ -199,7 +203,7 @@ class MarginHead(nn.Module):
         """
         drawn = [(rows, leaf) for rows, leaf in self._drawn if leaf.grad is not None]
         if len(drawn) > 1:
-            rows, gradient = self._summed([(rows, leaf.grad) for rows, leaf in drawn])
+            rows, gradient = self._summed([(rows, leaf.grad) for rows, leaf in drawn if leaf.grad is not None])
             leaf = torch.empty_like(gradient)  # nobody reads its values
             leaf.grad = gradient
             drawn = [(rows, leaf)]
@@ -233,6 +237,7 @@ class MarginHead(nn.Module):
         [(rows, leaf)] = self._drawn
         self._drawn.clear()
         gradient = leaf.grad
+        assert gradient is not None  # as `sampled_leaves` chose them
         values = self._rows[rows]
         gradient.add_(values, alpha=weight_decay)
         velocity = self._velocity[rows].mul_(momentum).add_(gradient)
@@ -411,6 +416,7 @@ class _MarginSoftmax(torch.autograd.Function):
         miss = torch.expm1(-entropy)  # d entropy / d logit
         norm_gradient = None
         if loss.trains_norm:
+            assert norm_slope is not None and penalty_slope is not None
             norm_gradient = coefficient * miss * scale * norm_slope + penalty_slope / len(unit)
         # Saved this way, not as attributes, the cosines are freed by the backward pass.
         ctx.save_for_backward(
@@ -460,7 +466,9 @@ class _MarginSoftmax(torch.autograd.Function):
         return unit_gradient, weight_gradient, norm_gradient, *[None] * 4
 
 
-def _evaluated(loss: Loss, cosine: Tensor, norm: Tensor, margin: Margin) -> tuple[Tensor | None, ...]:
+def _evaluated(
+    loss: Loss, cosine: Tensor, norm: Tensor, margin: Margin
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`loss.target`, its derivatives by cosine and norm, `loss.penalty` and its derivative; None where there is none.
 
     All [N] in the dtype of `cosine`, but the value, which is as exact as the loss gives it.

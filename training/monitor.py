@@ -92,9 +92,9 @@ class Window:
         """Fetch what was collected since the last reading and start anew; None when there was no step."""
         if not self.losses:
             return None
-        values = torch.stack([torch.stack(self.losses), torch.stack(self.top1).to(self.losses[0].dtype)]).tolist()
+        losses, hits = torch.stack([torch.stack(self.losses), torch.stack(self.top1).to(self.losses[0].dtype)]).tolist()
         seconds = time.perf_counter() - self.since
-        reading = Reading(self.first, *values, seconds, self.waited, self.stats)
+        reading = Reading(self.first, losses, hits, seconds, self.waited, self.stats)
         self._begin(self.first + len(self.losses))
         return reading
 

@@ -28,7 +28,8 @@ class Reporter:
         crops = run.options.batch_size // run.options.accumulate
         self.watch = monitor.Watch(state.head.centres_seen(crops), 0.0)
         self.pace = monitor.Pace()
-        self.board, self.bar = None, None
+        self.board: monitor.Board | None = None
+        self.bar: Any = None  # there is one where there is a board
         if run.world.is_main:
             self.board = monitor.Board(monitor.board_folder(run.options.out), state.step + 1 if state.step else 0)
             self.bar = utils.progress(run.steps, "train", initial=state.step, unit="step")
@@ -60,8 +61,8 @@ class Reporter:
         self.watch.margin_cost = self.state.head.cost_of_margin(feature_norm)
         for text in self.watch.warnings(reading, feature_norm, rate / options.lr):
             self.run.log(f"warning: {text}")
-        if text := self.pace.note(reading):
-            self.run.log(f"note: {text}")
+        if note := self.pace.note(reading):
+            self.run.log(f"note: {note}")
         values = {
             "train/loss": shown.loss / shown.steps,
             "train/top1": shown.top1 / shown.steps,
