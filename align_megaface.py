@@ -12,9 +12,11 @@ that says why. A killed run goes on when it is started again.
 import passive_threads  # noqa: F401  # isort: skip
 
 import sys
+from typing import cast
 
 import config
 import utils
+from cropping.align import Rule
 from cropping.crop_tree import check_folders, crop_tree
 from cropping.faces import FaceFinder, Photo, detector_settings, open_detector
 from cropping.photos import list_photos
@@ -31,7 +33,7 @@ def main() -> None:
         "align_megaface",
         len(listing.files),
         lambda number: Photo(options.src / listing.files[number], listing.files[number]),
-        lambda: FaceFinder(open_detector(options), options.rule, fallback=True),
+        lambda: FaceFinder(open_detector(options), cast("Rule", options.rule), fallback=True),
         listing,
         {**detector_settings(options), "rule": options.rule},
         {},

@@ -42,8 +42,8 @@ def main() -> None:
         np.save(file, centres.numpy())
     tables.write_identities(options.out / storage.IDENTITIES, names)
     *count, dimensions = centres.shape
-    count = " x ".join(map(str, count))
-    print(f"{options.out}: network of step {content['step']}, {count} centres of {dimensions} dimensions")
+    classes = " x ".join(map(str, count))
+    print(f"{options.out}: network of step {content['step']}, {classes} centres of {dimensions} dimensions")
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ import passive_threads  # noqa: F401  # isort: skip
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 import config
 import plotting
 import utils
+from cropping.align import Rule
 from embedding import Embedder, open_embedder
 from formats.tables import escape
 from options import parse, plain_options
@@ -56,7 +57,9 @@ def main() -> None:
     cache = options.cache or options.out / "cache"
     finder = None
     if not options.aligned:
-        finder = CachedFinder(options.rule, options.detector_weights, options.max_side or None, device, cache)
+        finder = CachedFinder(
+            cast("Rule", options.rule), options.detector_weights, options.max_side or None, device, cache
+        )
     folders = [options.photos] if options.photos else [options.gallery, options.probes]
     sources = [
         embed_people(embedder, folder, cache, finder=finder, workers=options.workers) for folder in folders if folder
@@ -325,14 +328,14 @@ def draw(out: Path, pairs: AllPairs, results: dict[str, Any], model: str) -> Non
             lowest = 10 ** np.floor(np.log10(1 / max(opened["non_mated_probes"], 10)))
             axes.step(np.maximum(opened["curve"]["fpir"], lowest), opened["curve"]["dir"], where="post")
             plotting.log_rate_axis(axes, lowest)
-            shown = [point for point in opened["dir_at_fpir"] if point["resolved"]]
-            for point in shown:
+            resolved = [point for point in opened["dir_at_fpir"] if point["resolved"]]
+            for point in resolved:
                 low, high = point["by_identity"]["interval_95"]
                 axes.plot([point["fpir"]] * 2, [low, high], color=plotting.RED, linewidth=1)
                 axes.plot(point["fpir"], point["dir"], "o", color=plotting.RED)
             axes.set_ylim(0, 1.02)
             said = f"{opened['gallery_people']} people known, {opened['non_mated_probes']} probes of strangers"
-            plotting.title(axes, f"open set, {model}", said + ("; bars: by person" if shown else ""))
+            plotting.title(axes, f"open set, {model}", said + ("; bars: by person" if resolved else ""))
 
 
 def draw_worst(
@@ -347,8 +350,9 @@ def draw_worst(
 
     shown = np.array([(number(sources[0], pair.first), number(sources[-1], pair.second)) for pair in worst])
     found = read_crops(list(files)) if options.aligned else crop_faces(
-        list(files), rule=options.rule, weights=options.detector_weights, max_side=options.max_side or None,
-        device=embedder.model.device, workers=options.workers, cache_dir=cache, name="worst pairs",
+        list(files), rule=cast("Rule", options.rule), weights=options.detector_weights,
+        max_side=options.max_side or None, device=embedder.model.device, workers=options.workers, cache_dir=cache,
+        name="worst pairs",
     )  # fmt: skip
     same = np.arange(len(worst)) >= len(summary.nearest_impostors[: options.sheet])
     pairs = VerificationSet(

@@ -12,9 +12,11 @@ command goes on where an interrupted run stopped, and a second model needs no se
 import passive_threads  # noqa: F401  # isort: skip
 
 import sys
+from typing import cast
 
 import config
 import utils
+from cropping.align import Rule
 from embedding import open_embedder
 from options import parse, plain_options
 from utils import InputError
@@ -44,7 +46,7 @@ def main() -> None:
             pairs=options.pairs or None,
             folds=options.folds,
             aligned=options.aligned,
-            rule=options.rule,
+            rule=cast("Rule", options.rule),
             detector_weights=options.detector_weights,
             max_side=options.max_side or None,
             device=device,

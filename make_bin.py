@@ -14,11 +14,13 @@ import passive_threads  # noqa: F401  # isort: skip
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 import config
 import utils
+from cropping.align import Rule
 from cropping.crop_tree import encode_as_named
 from formats.verification_bin import write_bin
 from options import parse
@@ -37,7 +39,7 @@ def main() -> None:
         options.cache,
         pairs=options.pairs,
         aligned=options.aligned,
-        rule=options.rule,
+        rule=cast("Rule", options.rule),
         detector_weights=options.detector_weights,
         max_side=options.max_side or None,
         device=utils.choose_device(options.device),

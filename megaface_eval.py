@@ -23,6 +23,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -107,6 +108,7 @@ def _open_sides(options: config.MegafaceEval) -> tuple[Side, Side]:
     named = None if options.distractor_list is None else LIST_SIZE.search(options.distractor_list.name)
     if named and int(named[1]) != len(distractors):
         print(f"{options.distractor_list}: {len(distractors):,} distractors, not {int(named[1]):,}", file=sys.stderr)
+    assert probes.ids is not None
     if len(set(probes.ids)) == len(probes):
         raise InputError(f"{options.probe_list or options.facescrub}: no identity has two probes")
     if options.sizes and max(options.sizes) > len(distractors):
@@ -215,6 +217,7 @@ def _compete(
     nobody = np.zeros(len(probes), bool), np.zeros(len(distractors), bool)
     marks = nobody if noise is None else (noise[1].marks(probes.names), noise[2].marks(distractors.names))
     gone = [np.isin(np.arange(len(store.names)), list(store.problems)) for store in stores]
+    assert probes.ids is not None
     outcomes = []
     for treatment in (RAW,) if noise is None else (RAW, noise[0]):
         entrants = treat(
@@ -252,7 +255,7 @@ def _identify(entrants: Entrants, sizes: list[int], device: torch.device) -> lis
         return identification(
             entrants.probes,
             entrants.ids,
-            entrants.distractors,
+            cast("np.ndarray", entrants.distractors),  # a `RowView` does all that is asked of it
             sizes,
             absent=entrants.absent,
             ignored=entrants.ignored,

@@ -73,7 +73,8 @@ def main() -> None:
         print(f"shard {shard} is done; {len(missing)} of {people.count} people are left to other shards")
         return
     head = load_head()
-    taken, found, error, who, embeddings = [], [], [], [], [[] for _ in embedders]
+    taken, found, error, who = [], [], [], []
+    embeddings: list[list[np.ndarray]] = [[] for _ in embedders]
     with utils.progress(people.count * people.images * len(embedders), "embedding", unit="crop") as bar:
         for chunk in range(people.count):
             person = people.load(chunk, head)

@@ -103,7 +103,7 @@ def robust_centres(embeddings: np.ndarray, labels: np.ndarray, identities: int) 
 
 def _trusted(unit: np.ndarray, between: float) -> np.ndarray:
     """Which of an identity's unit rows [n, D] a centre is made of, bool [n]; `between`: the cosine of strangers."""
-    usable = unit.any(axis=1)
+    usable = np.asarray(unit.any(axis=1))
     if usable.sum() <= 2:
         return usable
     places = np.flatnonzero(usable)

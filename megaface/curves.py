@@ -139,7 +139,7 @@ def _finish(axes: Axes, rates: Sequence[np.ndarray]) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     """All curves below the axes, also those whose labels begin with an underscore, which matplotlib would leave out."""
     lines = [*axes.get_lines(), *axes.patches]
-    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=1)
+    figure.legend(lines, [str(line.get_label()) for line in lines], loc="outside lower center", ncols=1)
 
 
 def _label(text: str) -> str:

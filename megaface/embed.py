@@ -119,10 +119,11 @@ def _stack(found: list["np.ndarray | str"]) -> Decoded:
 
 def _read(side: Side, row: int) -> "np.ndarray | str":
     """A crop, uint8 RGB, or why there is none."""
-    if side.files[row] is None:
+    file = side.files[row]
+    if file is None:
         return side.reasons[row]
     try:
-        bgr = read_photo(side.folder / side.files[row], orient=False)
+        bgr = read_photo(side.folder / file, orient=False)
     except PhotoError as error:
         return f"crop: {error.reason}"
     height, width = bgr.shape[:2]

@@ -36,7 +36,7 @@ import utils
 from utils import InputError
 
 HEADER = struct.Struct("<4i")  # rows, columns, bytes per row, type
-TYPES = {5: np.dtype("<f4"), 6: np.dtype("<f8")}  # OpenCV's CV_32F and CV_64F
+TYPES: dict[int, np.dtype[Any]] = {5: np.dtype("<f4"), 6: np.dtype("<f8")}  # OpenCV's CV_32F and CV_64F
 LARGEST = 1 << 20  # more numbers than that are no feature
 READERS = 8  # threads: enough to keep a disk or a network file system busy
 FILES_PER_TASK = 256
@@ -163,7 +163,7 @@ class _Reader:
         problems = [problem for row in rows if (problem := self._read_row(row)) is not None]
         damaged = {problem.path for problem in problems}
         bad = ~np.isfinite(self.features[rows.start : rows.stop]).all(axis=1)
-        not_finite = [self.paths[rows.start + i] for i in np.flatnonzero(bad)]
+        not_finite = [self.paths[rows.start + i] for i in np.flatnonzero(bad).tolist()]
         return problems + [_Problem(1, path, "holds NaN or inf") for path in not_finite if path not in damaged]
 
     def _read_row(self, row: int) -> _Problem | None:
@@ -413,7 +413,9 @@ class StoreWriter:
 
     def _resume(self) -> None:
         """Open the partial array behind its last safe row, or start a new one."""
-        head, rows, checksums, problems = self._head(), 0, [], {}
+        head, rows = self._head(), 0
+        checksums: list[str] = []
+        problems: dict[int, str] = {}
         try:
             progress = _read_json(self._progress)
             if self._is_mine(progress):

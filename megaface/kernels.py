@@ -69,7 +69,7 @@ class Contest(NamedTuple):
 
     least: np.ndarray  # float64 [r]
     width: np.ndarray  # float64 [r]
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method of that name is not used
 
 
 class Pairs(NamedTuple):
@@ -83,7 +83,7 @@ class Pairs(NamedTuple):
 
 def compiled(function: Function) -> Function:
     """Compile with Numba: without the interpreter's lock, as NumPy divides, kept for the next process."""
-    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    return numba.njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[return-value]
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -231,7 +231,7 @@ def exact_scores(
 @compiled
 def to_bin(value: float, scale: float, offset: float, bins: int) -> int:
     """The bin of a value: monotone."""
-    return np.int32(min(max(value * scale + offset, np.float32(0)), np.float32(bins - 1)))
+    return np.int32(min(max(value * scale + offset, np.float32(0)), np.float32(bins - 1)))  # type: ignore[return-value, arg-type]
 
 
 @compiled
@@ -316,7 +316,7 @@ def sort_in(
         code = np.uint32(table[places[j]])
         histogram[code] += weights[j]
         columns[count] = j
-        count += code >= sure
+        count += code >= sure  # type: ignore[assignment]  # Numba keeps it an int
     return count
 
 

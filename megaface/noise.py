@@ -92,7 +92,7 @@ def treat(
     rows, columns = np.flatnonzero(~noisy_probes), np.flatnonzero(~noisy_distractors)
     if not len(rows) or not len(columns):
         raise InputError(f"all {'probes' if not len(rows) else 'distractors'} are on the noise list")
-    kept_ids = [ids[row] for row in rows]
+    kept_ids = [ids[row] for row in rows.tolist()]
     view = RowView(distractors, columns)
     return Entrants(EXCLUDE, probes[rows], kept_ids, view, absent[rows], missing[columns], rows, columns, 0)
 

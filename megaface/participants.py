@@ -80,7 +80,10 @@ def open_side(folder: Path, what: str, template: TemplateList | None, *, with_id
 def _from_tree(
     folder: Path, what: str, files: list[str], table: FaceTable | None, fingerprint: str, *, with_ids: bool
 ) -> Side:
-    names, ids, found, statuses = [], [], [], []
+    names: list[str] = []
+    ids: list[str] = []
+    found: list[str | None] = []
+    statuses: list[str] = []
     reasons: dict[int, str] = {}
     annotations_only = 0
     for file in files:

@@ -59,7 +59,7 @@ class Roc:
         """The points that the devkit writes: false accept rates and verification rates, float32."""
         accepts, rates = self.accepts, self.rates
         if accepts[0] != 0:
-            accepts, rates = np.concatenate([[0], accepts]), np.concatenate([np.float32([0]), rates])
+            accepts, rates = np.concatenate([[0], accepts]), np.concatenate([np.zeros(1, np.float32), rates])
         if accepts[-1] != self.impostors:
             accepts, rates = np.concatenate([accepts, [self.impostors]]), np.concatenate([rates, rates[-1:]])
         kept = subsample(rates)
@@ -144,7 +144,9 @@ def subsample(values: np.ndarray) -> list[int]:
     previous, start = np.float32(-1), 0
     while start < len(values):
         # float32 subtraction is monotone, so the first point far enough can be found by bisection.
-        start = bisect_left(range(len(values)), True, start, key=lambda i: np.float32(values[i] - previous) > STEP)
+        start = bisect_left(
+            range(len(values)), True, start, key=lambda i: bool(np.float32(values[i] - previous) > STEP)
+        )
         if start < len(values):
             kept.append(start)
             previous = values[start]

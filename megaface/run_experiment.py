@@ -154,6 +154,7 @@ class Experiment:
     def probes(self) -> TemplateList:
         """The probes, their paths extended to their features."""
         photos = read_template_list(self.probe_list, with_ids=True)
+        assert photos.ids is not None
         if len(set(photos.ids)) == len(photos):
             raise InputError(f"{self.probe_list}: no identity has two probes, so there is nothing to be found")
         return self.extended(photos, self.probe_features)
@@ -221,6 +222,7 @@ def compute(
 ) -> Identification:
     """Challenge 1 for one list of distractors, `paths` its files."""
     ids = run.experiment.probes.ids
+    assert ids is not None
     try:
         with utils.progress(min(run.size, len(distractors)), "matching", unit="distractor") as bar:
             (result,) = identification(probes, ids, distractors, [run.size], device=device, advance=bar.update)
@@ -235,6 +237,7 @@ def compute(
 def run_devkit(run: Run, shape: tuple[int, int], texts: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], list[str]]:
     """What the official binaries say of one list (`shape`: probes, distractors), and how that differs from ours."""
     experiment = run.experiment
+    assert experiment.devkit is not None
     experiment.devkit.identification(run.feature_list, experiment.probe_feature_list, run.matrix, shape)
     written = tuple(path.with_name(f".{path.name}.devkit") for path in run.results)
     try:

@@ -170,7 +170,8 @@ class Scan:
 
     def new_segment(self) -> Segment:
         """One without answers."""
-        return Segment(*self.questions.thresholds.shape, len(self.questions.genuine))
+        probes, thresholds = self.questions.thresholds.shape
+        return Segment(probes, thresholds, len(self.questions.genuine))
 
     # ------------------------------------------------------------------------------------------ the work
 

@@ -130,13 +130,14 @@ class GpuWork:
             score = 2 * values[row, column] - scan.squares[which[row]]
         else:
             score = self.exact(which[row], column, len(values))
-        probe, column = (some.cpu().numpy() for some in (which[row], column))
+        probe, place = (some.cpu().numpy() for some in (which[row], column))
         twins = None if self.block.weights is None else scan.twins
-        self.segment.add_best(probe, self.block.columns[column], score.cpu().numpy(), twins)
+        self.segment.add_best(probe, self.block.columns[place], score.cpu().numpy(), twins)
 
     def count_impostors(self, which: Tensor, half: Tensor) -> None:
         """Add the scores of the ROC's probes `which` to the impostors above each genuine score."""
         scan, windows = self.scan, self.impostors
+        assert windows is not None
         score = 2 * half - scan.squares[which][:, None]
         kept = flat_nonzero(score > windows.lowest)
         if not len(kept):

@@ -119,9 +119,10 @@ class Windows:
         time."""
         if rows.start not in self._tables:
             table = np.empty((rows.stop - rows.start, self.bins), smallest_kind(2 * self.count + 1))
-            kernels.fill_tables(
-                *(some[rows].cpu().numpy() for some in (self.low, self.high, self.scale, self.offset)), table
+            low, high, scale, offset = (
+                some[rows].cpu().numpy() for some in (self.low, self.high, self.scale, self.offset)
             )
+            kernels.fill_tables(low, high, scale, offset, table)
             self._tables[rows.start] = torch.from_numpy(table).to(self.device)
         return self._tables[rows.start]
 

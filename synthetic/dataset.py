@@ -397,6 +397,7 @@ def merge(people: People) -> dict[str, Any]:
                 persons.write(f"{chunk}\t{plan.name(number)}\t{number}\t{record}\n")
                 truth.write(rows)
                 for crop in crops:
+                    assert writer is not None
                     writer.write(crop, chunk)
                 if annotations is not None:
                     annotations.write(annotation_rows(plan, people.out, number, rows))

@@ -39,7 +39,7 @@ def reference(identity: Identity, head: HeadModel) -> Scene:
     camera = photo.camera | {"exposure": 0.0, "contrast": 1.0, "saturation": 1.0, "balance": [1.0, 1.0, 1.0]}
     camera |= {"vignette": 0.0, "noise": 0.004}
     makeup = photo.makeup | {"lip_amount": 0.0, "shadow_amount": 0.0, "blush_amount": 0.0, "mascara": 0.0}
-    straight = {"yaw": 0.0, "pitch": 0.0, "roll": 0.0, "torso_yaw": 0.0, "torso_pitch": 0.0}
+    straight: dict[str, Any] = {"yaw": 0.0, "pitch": 0.0, "roll": 0.0, "torso_yaw": 0.0, "torso_pitch": 0.0}
     calm = replace(photo, **straight, gaze=(0.0, 0.0), camera=camera, makeup=makeup, distance=150.0, shift=(0.0, 0.0))
     background = photo.background | {"kind": "gradient", "level": 0.35}
     return identity, replace(
@@ -52,7 +52,7 @@ def reference(identity: Identity, head: HeadModel) -> Scene:
 
 def _turned(yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0, body: bool = False) -> Callable[[Scene], Scene]:
     def change(scene: Scene) -> Scene:
-        torso = {"torso_yaw": yaw, "torso_pitch": pitch} if body else {"torso_yaw": 0.6 * yaw}
+        torso: dict[str, Any] = {"torso_yaw": yaw, "torso_pitch": pitch} if body else {"torso_yaw": 0.6 * yaw}
         return scene[0], replace(scene[1], yaw=yaw, pitch=pitch, roll=roll, **torso)
 
     return change
@@ -263,7 +263,9 @@ def _coarse(bgr: np.ndarray, ratio: float, eyes: float, _: np.random.Generator) 
 
 def _compressed(bgr: np.ndarray, _: float, quality: float, __: np.random.Generator) -> np.ndarray:
     _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    assert decoded is not None
+    return decoded
 
 
 _PICTURES: list[tuple[Factor, Picture]] = [

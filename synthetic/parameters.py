@@ -120,7 +120,7 @@ class Photo:
     expression: dict[str, float]
     gaze: tuple[float, float]
     lights: list[dict[str, Any]]
-    ambient: dict[str, tuple[float, float, float]]
+    ambient: dict[str, Any]
     background: dict[str, Any]
     glasses: dict[str, Any] | None
     hat: dict[str, Any] | None
@@ -156,7 +156,8 @@ def _colour(rng: np.random.Generator, saturation: float, low: float, high: float
     hue = rng.uniform(0, 6)
     ramp = np.clip(np.abs((hue + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
     value = np.exp(rng.uniform(np.log(low), np.log(high)))
-    return tuple(float(c) for c in value * (1 - saturation + saturation * ramp))
+    red, green, blue = (float(c) for c in value * (1 - saturation + saturation * ramp))
+    return red, green, blue
 
 
 # Local changes whose full range deforms a face beyond what people look like, and the share of it that is used.
@@ -410,7 +411,7 @@ def _towards(azimuth: float, elevation: float) -> tuple[float, float, float]:
     return float(np.sin(a) * np.cos(e)), float(np.sin(e)), float(np.cos(a) * np.cos(e))
 
 
-def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tuple[float, float, float]]]:
+def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Directional lights (towards, colour, spread as tangent of the half angle) and ambient light linear in the normal.
 
     Brightness is relative: the camera's exposure normalises it.
@@ -421,7 +422,8 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tu
 
     def white(amount: float, temperature: float) -> tuple[float, float, float]:
         tint = np.exp(temperature * np.array([0.08, 0.0, -0.12])) * np.exp(rng.normal(0, 0.02, 3))
-        return tuple(float(c) for c in amount * tint)
+        red, green, blue = (float(c) for c in amount * tint)
+        return red, green, blue
 
     side = rng.choice([-1.0, 1.0])
     lights = []
@@ -466,7 +468,8 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tu
         add(-side * rng.uniform(20, 110), rng.uniform(0, 50), second, 0.1)
         level = rng.uniform(0.3, 0.6)
         sky, ground = _colour(rng, 0.2, 0.5, 1.0), _colour(rng, 0.2, 0.3, 0.8)
-    sky = tuple(c * float(np.exp(warm * t)) for c, t in zip(sky, (0.05, 0.0, -0.07), strict=True))
+    red, green, blue = (c * float(np.exp(warm * t)) for c, t in zip(sky, (0.05, 0.0, -0.07), strict=True))
+    sky = (red, green, blue)
     middle = [(a + b) / 2 * level for a, b in zip(sky, ground, strict=True)]
     slope_y = [(a - b) / 2 * level for a, b in zip(sky, ground, strict=True)]
     # Brighter on one side and in front; on stage the sides differ in colour, too.
@@ -483,7 +486,7 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, tu
     return lights, ambient
 
 
-EVEN_LIGHT = (
+EVEN_LIGHT: tuple[list[dict[str, Any]], dict[str, Any]] = (
     [{"towards": _towards(20, 30), "colour": (0.8, 0.8, 0.8), "spread": 0.3}],
     {"mean": (0.5,) * 3, "x": (0.0,) * 3, "y": (0.15,) * 3, "z": (0.05,) * 3, "kind": "even"},
 )
@@ -536,7 +539,8 @@ def _worn(rng: np.random.Generator) -> dict[str, Any]:
 def _makeup(rng: np.random.Generator, identity: Identity) -> dict[str, Any]:
     wears = rng.random() < (0.5 if identity.who["gender"] < 0.5 else 0.03)
     lip = _colour(rng, 0.8, 0.1, 0.5)
-    lip = tuple(float(c) for c in np.array(lip) * np.array([1.0, 0.3, 0.45]) + np.array([0.12, 0.0, 0.02]))
+    red, green, blue = (float(c) for c in np.array(lip) * np.array([1.0, 0.3, 0.45]) + np.array([0.12, 0.0, 0.02]))
+    lip = (red, green, blue)
     return {
         "lip": lip,
         "lip_amount": float(rng.uniform(0.2, 0.85)) if wears and rng.random() < 0.7 else 0.0,

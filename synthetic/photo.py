@@ -26,10 +26,10 @@ def background(photo: Photo, size: int) -> np.ndarray:
     rng = np.random.default_rng(what["seed"])
     side = 96
     colours = _palette(rng, 8, what["level"])
-    canvas = np.empty((side, side, 3), np.float32)
+    canvas: np.ndarray = np.empty((side, side, 3), np.float32)
     ramp = np.linspace(0, 1, side, dtype=np.float32)
     if rng.random() < 0.5:
-        t = ramp[:, None, None]
+        t: np.ndarray = ramp[:, None, None]
     else:
         t = ((ramp[:, None] + ramp[None]) / 2)[..., None]
     canvas[:] = colours[0] * (1 - t) + colours[1] * t

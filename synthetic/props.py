@@ -107,7 +107,8 @@ def glasses(photo: Photo, vertices: np.ndarray, eyes: np.ndarray) -> tuple[Piece
     front = max(np.quantile(z[brow], 0.97) - 0.35, z[bridge].max() + 0.05 if bridge.any() else 2.0) + 0.35
     drop = -0.35 + what["drop"]
     half = max(abs(eyes[0, 0]), abs(eyes[1, 0]), 2.6) + 0.3
-    parts, lens_points, lens_faces = [], [], []
+    parts, lens_faces = [], []
+    lens_points: list[np.ndarray] = []
     outline = _outline(what["shape"], what["size"])
 
     def bend(points: np.ndarray) -> np.ndarray:
@@ -173,7 +174,7 @@ def hat_piece(photo: Photo, field: RadiusField) -> Piece:
     colours = np.broadcast_to(np.array(hat["colour"], np.float32), (rows, columns, 3)).copy()
     if kind in ("beanie", "brim"):
         colours[: 3 if kind == "beanie" else 2] = hat["second"]
-    info = np.tile(np.float32([[pattern, 0.05, 0.0]]), (rows * columns, 1))
+    info = np.tile(np.array([[pattern, 0.05, 0.0]], np.float32), (rows * columns, 1))
     faces = _grid_faces(rows, columns, wrap=True).astype(np.int32)
     parts = [Piece(points.astype(np.float32), faces, colours.reshape(-1, 3), info)]
     edge = points.reshape(rows, columns, 3)[0]
@@ -248,7 +249,7 @@ def mask_piece(photo: Photo, field: RadiusField) -> Piece:
     t = np.linspace(0, 1, rows)[:, None]
     elevation = bottom[None] * (1 - t) + top[None] * t
     direction = skin.unit(np.radians(np.broadcast_to(azimuth, elevation.shape)), np.radians(elevation)).reshape(-1, 3)
-    radius = field(direction).reshape(rows, columns).astype(np.float32)
+    radius: np.ndarray = field(direction).reshape(rows, columns).astype(np.float32)
     # Cloth spans the hollows beside nose and mouth.
     radius = np.maximum(radius, cv2.GaussianBlur(radius, (0, 0), 2.5, borderType=cv2.BORDER_REPLICATE)) + 0.45
     points = CENTRE + direction.reshape(rows, columns, 3) * radius[..., None]

@@ -93,13 +93,13 @@ class Renderer:
         self.base = tensor(head.base)
         self.macro = tensor(head.macro.reshape(len(head.macro), -1))
         self.expression = tensor(head.expression.reshape(len(head.expression), -1))
-        self.rings = wp.array(head.rings, dtype=wp.int32, device=self.warp)
-        self.head_faces = wp.array(head.faces.reshape(-1), dtype=wp.int32, device=self.warp)
+        self.rings: wp.array = wp.array(head.rings, dtype=wp.int32, device=self.warp)
+        self.head_faces: wp.array = wp.array(head.faces.reshape(-1), dtype=wp.int32, device=self.warp)
         below = np.nonzero(head.torso_share > 0)[0]
         self.below = tensor(below)
         self.share = tensor(head.torso_share[below])[None, :, None]
         self.eye_index = [tensor(eye) for eye in head.eye_vertices]
-        self.masks = wp.array(self.canvas.masks, dtype=wp.uint8, device=self.warp)
+        self.masks: wp.array = wp.array(self.canvas.masks, dtype=wp.uint8, device=self.warp)
         self.lash_strand = _lash_coordinates(head.faces[head.material == LASH], head.canonical)
         place = head.canonical
         skin_vertices = np.unique(head.faces[head.material == SKIN])
@@ -179,6 +179,7 @@ class Renderer:
         azimuth, elevation = np.arctan2(offset[:, 0], offset[:, 2]), np.arcsin(offset[:, 1] / radius)
         edge = props.hat_edge(photo, np.degrees(azimuth))
         under = np.clip((np.degrees(elevation) - edge + 4) / 8, 0, 1)
+        assert photo.hat is not None
         if photo.hat["kind"] == "band":
             under *= np.degrees(elevation) < edge + 16
         direction = offset / radius[:, None]
@@ -282,7 +283,7 @@ class Renderer:
         return wp.array(np.ascontiguousarray(values), dtype=dtype, device=self.warp)
 
     def _identity_arrays(self, person: Person) -> dict[str, Any]:
-        arrays = {
+        arrays: dict[str, Any] = {
             "faces": self._array(person.faces.reshape(-1), wp.int32),
             "materials": self._array(person.materials, wp.int32),
             "aux": self._array(person.aux, wp.vec3),
@@ -323,10 +324,11 @@ class Renderer:
             rows.append(self._uniforms(person, photo, camera, eyes, gaze[i]))
             truths.append(self._truth(camera, shown[i]))
         self._settle()
-        normals = wp.from_torch(all_normals, dtype=wp.vec3)
-        self._normals(wp.from_torch(points, dtype=wp.vec3), normals)
+        normals: Any = wp.from_torch(all_normals, dtype=wp.vec3)
+        places: Any = wp.from_torch(points, dtype=wp.vec3)
+        self._normals(places, normals)
         for i in range(count):
-            shape = wp.from_torch(points[i], dtype=wp.vec3)
+            shape: Any = wp.from_torch(points[i], dtype=wp.vec3)
             if i < len(meshes):
                 wp.copy(meshes[i].points, shape)
                 meshes[i].refit()

@@ -135,7 +135,8 @@ def _window(*layers: np.ndarray, margin: int = 0) -> tuple[slice, slice]:
     """Rows and columns of the smallest window that holds all that is not zero in layers [H, W], and a margin."""
     used = np.any([layer != 0 for layer in layers], axis=0)
     ends = [np.nonzero(used.any(axis))[0][[0, -1]] + (-margin, margin + 1) for axis in (1, 0)]
-    return tuple(slice(max(0, int(first)), int(last)) for first, last in ends)
+    rows, columns = (slice(max(0, int(first)), int(last)) for first, last in ends)
+    return rows, columns
 
 
 @lru_cache(maxsize=1)
@@ -480,7 +481,9 @@ def _encode(colour: np.ndarray, relief: np.ndarray) -> np.ndarray:
 
 def skin_tone(identity: Identity) -> tuple[float, float, float]:
     """Average reflectance, for hands."""
-    return tuple(float(c) for c in reflectance(np.array(identity.melanin), np.array(0.22 + 0.3 * identity.haemoglobin)))
+    tone = reflectance(np.array(identity.melanin), np.array(0.22 + 0.3 * identity.haemoglobin))
+    red, green, blue = (float(c) for c in tone)
+    return red, green, blue
 
 
 def average_surface(head: HeadModel, vertices: np.ndarray, rays: np.ndarray) -> np.ndarray:

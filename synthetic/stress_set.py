@@ -103,7 +103,9 @@ class StressSet:
 
 
 def _decoded(jpeg: bytes) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    decoded = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert decoded is not None
+    return decoded
 
 
 def _code() -> str:
@@ -131,7 +133,7 @@ class _Maker:
             encode(align_face(np.ascontiguousarray(image), self._cut(shot, points)), CROP_QUALITY)
             for shot, image, points in zip(people.shots, images, landmarks, strict=True)
         ]
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "jpegs": np.frombuffer(b"".join(jpegs), np.uint8),
             "ends": np.cumsum([len(jpeg) for jpeg in jpegs]).astype(np.int64),
             "taken": taken,

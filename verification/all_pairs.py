@@ -404,9 +404,8 @@ class _Draws:
     CHUNK = 16  # replicates at a time: 200,000 pairs of 16 replicates are 25 MB
 
     def __init__(self, pairs: AllPairs, genuine: _Genuine, replicates: int, seed: int) -> None:
-        self.people = int(
-            sum(np.bincount(pairs.labels[side], minlength=pairs.people) for side in (0, 1)).astype(bool).sum()
-        )
+        photos = [np.bincount(pairs.labels[side], minlength=pairs.people) for side in (0, 1)]
+        self.people = int((photos[0] + photos[1]).astype(bool).sum())
         self.replicates = replicates
         self.drawn = intervals.multiplicities(pairs.people, replicates, np.random.default_rng(seed)).astype(np.float64)
         scores, labels = (np.concatenate(column) for column in zip(*genuine.parts, strict=True))

@@ -65,8 +65,8 @@ class Answers:
     def joined(answers: Sequence["Answers"]) -> "Answers":
         """The probes of several galleries as one list."""
         names = ("people", "mated", "mate", "other", "rank")
-        columns = [np.concatenate([getattr(one, name) for one in answers]) for name in names]
-        return Answers(*columns, gallery_people=max(one.gallery_people for one in answers))
+        columns: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in answers]) for name in names}
+        return Answers(**columns, gallery_people=max(one.gallery_people for one in answers))
 
 
 def closed_roles(side: Side, generator: np.random.Generator, gallery_photos: int = 1) -> Roles:
@@ -169,7 +169,7 @@ def open_set(splits: Sequence[Answers], fpir_levels: Sequence[float] = FPIR_LEVE
     counts = _detection(everything)
     # What is resolved by one split is: the others ask the same people again.
     smallest = min(int((~one.mated).sum()) for one in splits)
-    points = []
+    points: list[dict[str, Any]] = []
     resolved = [level for level in fpir_levels if smallest * level * (1 + 1e-12) >= 1]
     found = detections(everything, resolved, seed)
     for level in fpir_levels:

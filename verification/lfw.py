@@ -352,7 +352,7 @@ def detector_hash(weights: str | Path | None, device: str) -> str:
     for name, arrays in sorted(load_weights(weights).items()):
         digest.update(name.encode())
         for array in arrays:
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     package = sorted(Path(retinaface.__file__).parent.glob("*.py"))
     code = utils.code_sha256(*package, *(module.__file__ for module in (align, faces, photos)))
     libraries = utils.versions("torch", "onnxruntime", "opencv-python", "opencv-python-headless", "pillow")

@@ -23,6 +23,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -249,8 +250,8 @@ class _Reader:
             names = [check_name(lfw.photo_name(*photo), self.at(line)) for photo in photos]
             numbered |= dict(zip(names, photos, strict=True))
             self.add(line, names, photos[0][0] == photos[1][0])
-        photos = [numbered[name] for name in self.index]
-        return self.finish(folds, numbered=photos, identities=[identity for identity, _ in photos])
+        every = [numbered[name] for name in self.index]
+        return self.finish(folds, numbered=every, identities=[identity for identity, _ in every])
 
     # files and flags
 
@@ -347,8 +348,8 @@ def _group_columns(head: list[str], taken: set[int]) -> dict[str, tuple[int, int
 def _numbers_of(folds: list[str]) -> np.ndarray:
     """int64 [P] from 0: folds in the order of their numbers, or of their names."""
     names = set(folds)
-    key: Callable[[str], object] = int if all(map(_WHOLE.fullmatch, names)) else str
-    order = {name: position for position, name in enumerate(sorted(names, key=key))}  # type: ignore[type-var]
+    key: Callable[[str], Any] = int if all(map(_WHOLE.fullmatch, names)) else str
+    order = {name: position for position, name in enumerate(sorted(names, key=key))}
     return np.array([order[name] for name in folds], dtype=np.int64)
 
 

@@ -99,7 +99,7 @@ def _set_report(embedder: Embedder, pairs: VerificationSet, result: Verification
     entry["by_identity"] = None if people is None else result_intervals(result, people[pairs.pairs]).to_json()
     own = own_threshold(embedder)
     if own is not None:
-        entry["model_threshold"] = threshold_json(own) | rates_at(own, result)
+        entry["model_threshold"] = (threshold_json(own) or {}) | rates_at(own, result)
     return entry
 
 
@@ -186,7 +186,7 @@ def _percent(value: float | None) -> str:
 
 
 def _kfold_cell(result: VerificationResult) -> str:
-    if result.kfold_mean is None:
+    if result.kfold_mean is None or result.kfold_std is None:
         return "-"
     return f"{100 * result.kfold_mean:.2f} % ± {100 * result.kfold_std:.2f} ({len(result.folds)} folds)"
 
@@ -258,7 +258,7 @@ def _histogram_edges(angles: np.ndarray) -> np.ndarray:
 
 
 def _draw_distribution(axes: Axes, angles: np.ndarray, edges: np.ndarray, label: str, colour: str) -> None:
-    axes.hist(angles, edges, density=True, color=colour, alpha=0.35)
+    axes.hist(angles, edges.tolist(), density=True, color=colour, alpha=0.35)
     mean, deviation = float(angles.mean()), float(angles.std())
     label = f"{label}: {mean:.1f}° ± {deviation:.1f}°"
     if deviation < 0.01:  # all angles equal but for rounding: the curve would be a needle
@@ -290,20 +290,20 @@ def draw_roc(path: Path, result: VerificationResult, model: str) -> None:
         plotting.log_rate_axis(axes, lowest)
         if finest > lowest * 1.001:
             axes.axvspan(lowest, finest, color="#eeeeee", label=f"finer than {counts.impostors} pairs can tell")
-        resolved = [point for point in result.points if point.resolved]
+        resolved = [(point.far, point.tar) for point in result.points if point.tar is not None]
         if resolved:
-            rates = [point.far for point in resolved], [point.tar for point in resolved]
-            axes.plot(*rates, "o", color=plotting.RED, label="TAR at FAR " + ", ".join(f"{p.far:g}" for p in resolved))
+            label = "TAR at FAR " + ", ".join(f"{far:g}" for far, _ in resolved)
+            axes.plot([far for far, _ in resolved], [tar for _, tar in resolved], "o", color=plotting.RED, label=label)
+        assert result.eer is not None
         axes.plot(result.eer, 1 - result.eer, "s", color=plotting.ORANGE, label="EER")
         visible = counts.tar[np.maximum(counts.far, lowest) >= finest]
         bottom = plotting.rate_floor(float(visible.min()))
         axes.set_ylim(bottom, 1 + (1 - bottom) / 50)
-        for point in resolved:
+        for far, tar in resolved:
             # The curve only rises: there is room above it on the left and, near the top, below it on the right.
-            below = point.tar > bottom + 0.8 * (1 - bottom)
+            below = tar > bottom + 0.8 * (1 - bottom)
             offset, side = ((6, -14), "left") if below else ((-6, 6), "right")
-            place = (point.far, point.tar)
-            axes.annotate(_percent(point.tar), place, offset, textcoords="offset points", ha=side, fontsize=9)
+            axes.annotate(_percent(tar), (far, tar), offset, textcoords="offset points", ha=side, fontsize=9)
         plotting.title(axes, f"{result.set_name}, {model}", f"AUC {result.auc:.4f}, EER {_percent(result.eer)}")
         figure.legend(loc="outside lower center", ncols=3)
 
@@ -378,6 +378,7 @@ def _paste_pair(
 
 
 def _photo(pairs: VerificationSet, image: int) -> Image.Image:
+    assert pairs.photos is not None and pairs.faces is not None
     try:
         bgr = read_photo(pairs.photos[image])
     except PhotoError:  # it was readable a moment ago: gone since, the crop is there still

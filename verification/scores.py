@@ -70,7 +70,8 @@ def describe(stem: str, pairs: VerificationSet, result: VerificationResult) -> d
 def write_scores(out: Path, stem: str, pairs: VerificationSet, result: VerificationResult) -> None:
     """Write the scores of a set into the folder of its results.json."""
     buffer = io.BytesIO()
-    np.savez(buffer, **_of(pairs, result))
+    columns: dict[str, Any] = dict(_of(pairs, result))
+    np.savez(buffer, **columns)
     utils.write_bytes(out / describe(stem, pairs, result)["file"], buffer.getvalue())
 
 

@@ -91,7 +91,7 @@ def open_set(
         lists = open_lists(path, paths, folds)
         if aligned:
             return _open_folder(path, paths, lists, read_crops(lists.files), {})
-        detection = {"rule": rule, "weights": detector_weights, "max_side": max_side, "device": device}
+        detection: dict[str, Any] = {"rule": rule, "weights": detector_weights, "max_side": max_side, "device": device}
         name = path.resolve().name
         found = lfw.crop_faces(lists.files, name=name, cache_dir=cache_dir, workers=workers, **detection)
         lists.notes.extend(look_aligned(lists.files))
@@ -187,7 +187,7 @@ def _open_bin(path: Path, folds: int, workers: int | None) -> VerificationSet:
         raise InputError(f"{path}: holds no pairs")
     # In lfw.bin a third of the images are repetitions of others.
     index: dict[bytes, int] = {}
-    first_seen = []
+    first_seen: list[int] = []
     for position, image in enumerate(images):
         if index.setdefault(image, len(first_seen)) == len(first_seen):
             first_seen.append(position)

@@ -60,7 +60,7 @@ class Subjects:
         self.weights = multiplicities(count, replicates, np.random.default_rng(seed)).astype(np.float64)  # [N, R]
         reference = self.embeddings[:, 0]
         first, second = np.triu_indices(count, 1)
-        cosines = np.sum(reference[first] * reference[second], axis=1, dtype=np.float64)
+        cosines = np.asarray(np.sum(reference[first] * reference[second], axis=1, dtype=np.float64))
         order = np.argsort(-cosines)
         self.first, self.second, self.cosines = first[order], second[order], cosines[order]
         self.threshold = float(_threshold(self.cosines, np.ones((len(cosines), 1)), far)[0])
