@@ -22,7 +22,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint const
 demo: setup-synthetic
 	PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
 
-test: setup-synthetic lint
+test: setup-synthetic lint types
 	$(RUN) -m pytest -n 2
 
 fast: setup-synthetic lint

@@ -241,6 +241,10 @@ def test_photos_that_lie_are_turned(tmp_path, quarters, turn, lying):
     bgr = np.ascontiguousarray(np.rot90(upright, quarters))
     row, crop = one(tmp_path, bgr, AnyWay(lying), turn=turn)
     assert row.status == CROP
+    if turn == "auto" and not lying and quarters in (1, 3):
+        # What stands straight and scores little is upside down, not on its side: there the landmarks would lie.
+        assert row.reason == ""
+        return
     expected = {0: "", 1: "upright when turned by -90", 2: "upright when turned by 180", 3: "upright when turned by 90"}
     if turn == "never":
         assert row.reason == "" and shows_a_face(crop) == (quarters == 0)

@@ -168,7 +168,7 @@ class EmulatedGpu(TorchFunctionMode):
         if threading.current_thread() is threading.main_thread() and not self._nesting[threading.get_ident()]:
             EmulatedGpu.active = None
             self._patches.close()
-            for cached in (data_gen._statistics, data_gen._decoding_stream):  # a real GPU may be next
+            for cached in (data_gen._decoding_stream,):  # a real GPU may be next
                 cached.cache_clear()
 
     # --- what Python code calls --------------------------------------------------------------------------------------
