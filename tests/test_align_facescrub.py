@@ -371,4 +371,4 @@ def test_panoramas_without_a_face(painted, tmp_path):
 def test_overlap_must_be_a_share(painted, tmp_path, capsys, value):
     src, annotated = make_photos(tmp_path, 1)
     code = painted("--src", src, "--annotations", annotated, "--dst", tmp_path / "dst", "--min-overlap", value)
-    assert code == 1 and "between 0 and 1" in capsys.readouterr().err
+    assert code == 1 and "must be at least 0 and at most 1" in capsys.readouterr().err
