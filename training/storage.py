@@ -61,6 +61,8 @@ class Rows:
                 pieces.append(rows[low:high])
         if sum(map(len, pieces)) != stop - start:
             raise ValueError(f"of the identities {start} to {stop} only {sum(map(len, pieces))} are in the parts")
+        if not pieces:  # no identities at all: --loss none
+            return self.parts[0][1][:0]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
