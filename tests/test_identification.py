@@ -303,7 +303,7 @@ def test_a_killed_run_goes_on(tmp_path, model):
         [*command, "--out", str(tmp_path / "killed")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     cache = tmp_path / "killed" / "cache" / "features"
-    while begun.poll() is None and not (cache.is_dir() and any(cache.glob("*.npy"))):
+    while begun.poll() is None and not (cache.is_dir() and any(cache.glob("*.cache"))):
         time.sleep(0.01)
     os.kill(begun.pid, signal.SIGKILL)
     begun.wait()
