@@ -311,6 +311,6 @@ def test_a_killed_run_goes_on(tmp_path, model):
     for name in ("killed", "whole"):
         subprocess.run([*command, "--out", str(tmp_path / name)], check=True, capture_output=True)
         found = json.loads((tmp_path / name / "results.json").read_text())
-        del found["environment"]
+        assert found
         texts.append((found, (tmp_path / name / "pairs.tsv").read_bytes()))
     assert texts[0] == texts[1]
