@@ -371,7 +371,8 @@ def audit(options: config.Audit) -> None:
         "data": {"name": crops.name, "path": str(options.data), "crops": len(crops), "identities": crops.identities,
                  "fingerprint": fingerprint},
         "model": embedder.describe(),
-        "limits": vars(bounds),
+        # An infinite limit is one that nothing reaches: too few crops or identities to say anything.
+        "limits": {name: None if value == np.inf else value for name, value in vars(bounds).items()},
         "counts": counts,
         "against": against,
         "quality": quality(options, embedder) if options.quality_on is not None else [],
