@@ -30,7 +30,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from config import CROP_SIZE
 from cropping import photos
@@ -255,13 +254,20 @@ def check_jpeg(crops: Crops) -> None:
         raise InputError(f"--decode gpu: {crops.name} holds no JPEG, and nothing else is decoded there")
 
 
+def decode_jpeg(encoded: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """JPEGs, flat uint8 tensors in main memory, as RGB uint8 [3, height, width] on the device."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # two seconds that only --decode gpu should pay
+
+    return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+
+
 @functools.cache
 def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def _decode_on(device: torch.device, encoded: list[Tensor]) -> list[Tensor]:
-    """JPEGs, flat uint8 tensors in main memory, as RGB uint8 [3, height, width] on the device.
+    """What `decode_jpeg` gives, ready for the present stream.
 
     nvJPEG writes at once, whatever is in the queue of the stream it is called in (pytorch/vision pull request 9606).
     But memory that the host has given back may still be read by kernels in the queue, as training never waits for
@@ -269,10 +275,10 @@ def _decode_on(device: torch.device, encoded: list[Tensor]) -> list[Tensor]:
     stream has read it.
     """
     if device.type == "cpu":
-        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        return decode_jpeg(encoded, device)
     present, decoding = torch.cuda.current_stream(device), _decoding_stream(device)
     with torch.cuda.stream(decoding):
-        decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+        decoded = decode_jpeg(encoded, device)
     present.wait_stream(decoding)
     for image in decoded:
         image.record_stream(present)

@@ -72,6 +72,15 @@ def test_imports_point_down():
             assert not upper & {"training", "verification", "megaface", "ijb", "embedding", "models"}, (name, upper)
 
 
+def test_nothing_imports_torchvision_before_it_is_needed():
+    """It takes as long as all the rest together, in every process."""
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [word for word in names if word.split(".")[0] == "torchvision"], name
+
+
 def test_no_module_takes_the_private_names_of_another():
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):

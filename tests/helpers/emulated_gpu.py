@@ -357,16 +357,16 @@ class EmulatedGpu(TorchFunctionMode):
     # --- what torch.cuda says ----------------------------------------------------------------------------------------
 
     def _stand_ins(self):
-        gpu, run, decode = self, threading.Thread.run, torchvision.io.decode_jpeg
+        gpu, run, decode = self, threading.Thread.run, data_gen.decode_jpeg
 
         def run_with_gpu(thread):
             with gpu:  # modes are per thread
                 run(thread)
 
-        def decode_jpeg(images, mode=torchvision.io.ImageReadMode.UNCHANGED, device="cpu", **settings):
+        def decode_jpeg(images, device):
             if torch.device(device).type == "cpu":
-                return decode(images, mode, device, **settings)
-            return gpu._decode(images, mode.value)
+                return decode(images, device)
+            return gpu._decode(images, torchvision.io.ImageReadMode.RGB.value)
 
         engine = torch.autograd._engine_run_backward
 
