@@ -374,17 +374,3 @@ def test_statistics_that_are_the_same_everywhere_stay_so(monkeypatch):
     )
     with distributed.averaged_statistics(network, World(0, 3, torch.device("cpu"))):
         assert torch.equal(network.running_mean, value)
-
-
-def test_checkpoints_of_before_these_options_go_on(crops, tmp_path):
-    out, output = tmp_path / "run", tmp_path / "output"
-    assert tune(options(crops, out, epochs=1, batch_size=12), output)[0] == 0
-    content = load(out / "checkpoint.pt")
-    for name in ("init", "init_head", "freeze", "freeze_epochs", "head_lr", "optimizer"):
-        del content["config"][name]
-    del content["begun_from"], content["optimizer"]["mean_squares"]
-    torch.save(content, out / "checkpoint.pt")
-    code, text = tune(options(crops, out, epochs=2, batch_size=12, resume=True, optimizer="adamw"), output)
-    assert code == 1 and "cannot go on with --optimizer adamw (was sgd)" in text
-    code, text = tune(options(crops, out, epochs=2, batch_size=12, resume=True), output)
-    assert code == 0, text

@@ -7,12 +7,15 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.training import assert_same_state, finish, load, options, record_set, scalars, start, train_main, train_run
 
 import config
 import utils
+from options import plain_options
 from training import checkpoints, storage
 
 STEPS = 120
@@ -165,6 +168,17 @@ def test_resume_refuses_another_run_and_other_data(crops, tmp_path):
     assert json.loads((out / "results.json").read_bytes())["finished"]
     code, text = train_run(options(crops, out, **first, resume=True), output)
     assert code == 1 and "--epochs 1, but 3 are done" in text
+
+
+def test_a_checkpoint_of_another_version_is_refused():
+    """An option that the checkpoint does not know is not taken for its default."""
+    nowhere = Path()
+    now = config.Train(data=nowhere, out=nowhere)
+    saved = plain_options(now)
+    saved["learning_rate"] = saved.pop("head_lr")
+    found = storage.Stored(Path("run/checkpoint.pt"), {"config": saved, "data": {}, "epoch": 0})
+    with pytest.raises(utils.InputError, match=r"checkpoint\.pt: .*another version.*\(head_lr, learning_rate\)"):
+        checkpoints.check_same_run(SimpleNamespace(options=now, data={}), found)
 
 
 def test_every_option_is_free_or_changeable_or_the_run_itself():

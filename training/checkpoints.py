@@ -5,7 +5,6 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,14 +123,14 @@ def restore(state: State, found: Stored, world: World) -> None:
         state.shown_sums = Sums(**content["shown_sums"])
         state.history = content["history"]
         state.skipped = set(content["skipped"])
-        state.begun_from = content.get("begun_from")
+        state.begun_from = content["begun_from"]
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{found.path}: does not fit this run ({str(error).splitlines()[0]})") from error
 
 
 def _restore_kept(state: State, module: nn.Module, content: dict[str, Any]) -> None:
     for name, key in _KEPT.items():
-        kept = content.get(name, {})
+        kept = content[name]
         for parameter_name, parameter in module.named_parameters():
             if parameter_name in kept:
                 _keep(state, parameter, key, kept[parameter_name])
@@ -148,10 +147,14 @@ def check_same_run(run: Run, found: Stored) -> dict[str, list[Any]]:
 
     Raises `InputError` naming every one that must not change inside a run and did, and for other data.
     """
-    # A checkpoint of before an option was introduced is of its default.
     content, path = found.content, found.path
-    saved, now = _default_options() | content["config"], plain_options(run.options)
-    changed = {key: [saved.get(key), now[key]] for key in now if key not in FREE_OPTIONS and saved.get(key) != now[key]}
+    saved, now = content["config"], plain_options(run.options)
+    if saved.keys() != now.keys():
+        raise InputError(
+            f"{path}: was written by another version of train.py, whose options are others "
+            f"({', '.join(sorted(saved.keys() ^ now.keys()))}); go on with that version, or begin with --init"
+        )
+    changed = {key: [saved[key], now[key]] for key in now if key not in FREE_OPTIONS and saved[key] != now[key]}
     refused = {key: values for key, values in changed.items() if key not in CHANGEABLE_OPTIONS}
     if refused:
         raise InputError(
@@ -189,8 +192,3 @@ def way_out_of_a_broken_step(options: Train) -> str:
 def _data_line(data: dict[str, Any]) -> str:
     teacher = f", --teacher {data['teacher'][:12]}" if "teacher" in data else ""
     return f"{data['crops']} crops of {data['identities']} identities, fingerprint {data['fingerprint'][:12]}{teacher}"
-
-
-def _default_options() -> dict[str, Any]:
-    nothing = Path()
-    return plain_options(Train(data=nothing, out=nothing))
