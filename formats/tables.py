@@ -24,8 +24,7 @@ NO_CROP = "no_crop"
 STATUSES = (CROP, BOX_CROP, CENTRE_CROP, NO_CROP)
 
 COLUMNS = ("identity", "file", "status", "reason", "faces", "box", "landmarks", "score", "width", "height", "sha256")
-
-
+# Whoever knows more of an identity writes it into columns after these.
 IDENTITY_COLUMNS = ("label", "identity", "crops")
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -222,12 +221,15 @@ class FaceTable:
 
 
 def read_identities(path: Path) -> list[str]:
-    """Names by label from an identities.tsv (label, identity, ...; a header line). Raises `InputError` on a wrong
-    line.
+    """Names by label from an identities.tsv; columns after label and identity are passed over.
+
+    Raises `InputError` for another table, and naming the line where the labels do not count from 0.
     """
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").removesuffix("\n").split("\n")
+    if tuple(lines[0].split("\t")[:2]) != IDENTITY_COLUMNS[:2]:
+        raise InputError(f"{path}: not a table of identities (its first line must begin with label and identity)")
     names: list[str] = []
-    lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
-    for number, line in enumerate(lines[1:-1], 2):
+    for number, line in enumerate(lines[1:], 2):
         cells = line.split("\t")
         if len(cells) < 2 or cells[0] != str(len(names)):
             raise InputError(
@@ -237,9 +239,14 @@ def read_identities(path: Path) -> list[str]:
     return names
 
 
+def identity_line(label: int, name: str, crops: int | None, *others: str) -> str:
+    """A line of an identities.tsv with its newline. `others`, cells of more columns, are written as they are."""
+    return "\t".join([str(label), escape(name), "" if crops is None else str(crops), *others]) + "\n"
+
+
 def write_identities(path: str | Path, names: Sequence[str], crops: Sequence[int] | None = None) -> None:
     """Names by label, and the number of crops of each where it is known, as an identities.tsv."""
-    counts = [""] * len(names) if crops is None else [str(count) for count in crops]
-    rows = (f"{label}\t{escape(name)}\t{count}" for label, (name, count) in enumerate(zip(names, counts, strict=True)))
-    text = "\n".join(["\t".join(IDENTITY_COLUMNS), *rows, ""])
+    counts = [None] * len(names) if crops is None else crops
+    rows = (identity_line(label, name, count) for label, (name, count) in enumerate(zip(names, counts, strict=True)))
+    text = "".join(["\t".join(IDENTITY_COLUMNS) + "\n", *rows])
     utils.write_bytes(path, text.encode("utf-8", "surrogateescape"))

@@ -32,6 +32,7 @@ import utils
 from cropping.align import align_face
 from cropping.chunks import Chunks
 from formats.crop_sets import CropWriter
+from formats.tables import IDENTITY_COLUMNS, identity_line
 from megaface import facescrub
 from processes import Shard
 from synthetic import kernels
@@ -387,14 +388,15 @@ def merge(people: People) -> dict[str, Any]:
                 return file
 
             truth = table("truth.tsv", COLUMNS)
-            persons = table("identities.tsv", ("label", "identity", "number", "parameters"))
+            persons = table("identities.tsv", (*IDENTITY_COLUMNS, "number", "parameters"))
             annotations = table("annotations.txt", facescrub.COLUMNS) if plan.layout == "facescrub" else None
             writer = stack.enter_context(CropWriter(people.out)) if plan.crops else None
             for chunk in range(people.count):
                 text, crops = people.load_identity(chunk)
                 record, _, rows = text.partition("\n")
                 number = plan.first + chunk
-                persons.write(f"{chunk}\t{plan.name(number)}\t{number}\t{record}\n")
+                count = plan.images if plan.crops else None
+                persons.write(identity_line(chunk, plan.name(number), count, str(number), record))
                 truth.write(rows)
                 for crop in crops:
                     assert writer is not None

@@ -77,6 +77,12 @@ def test_names_beside_a_record_file_survive_tabs_and_backslashes(tmp_path):
     (tmp_path / "identities.tsv").write_text("label\tidentity\n0\ta\n2\tb\n")
     with pytest.raises(InputError, match=r"line 3.*label 1"):
         assert crops.identity_names
+    (tmp_path / "identities.tsv").write_text("0\ta\n1\tb\n2\tc\n")
+    with pytest.raises(InputError, match="not a table of identities"):
+        assert crops.identity_names
+    # As synthesize.py once wrote it, and somebody's editor without the last line end.
+    (tmp_path / "identities.tsv").write_text("label\tidentity\tnumber\n0\ta\t7\n1\tb\t8\n2\tc\t9")
+    assert crops.identity_names == ["a", "b", "c"]
 
 
 def test_folders_that_cannot_be_trained_on(tmp_path):

@@ -31,6 +31,7 @@ import utils
 from cropping.align import align_face
 from cropping.photos import list_photos
 from formats.crop_sets import open_crops
+from formats.tables import read_identities
 from processes import Shard
 from synthetic import dataset, hair, kernels, parameters, photo, props, render, skin
 from synthetic.head import CAVITY, EYE, LASH, SKIN, TEETH, TONGUE, data_folder, load_head
@@ -126,9 +127,11 @@ def test_folders_photos_and_the_table_of_truth(made):
         record = json.loads(row["parameters"])
         assert record["yaw"] == pytest.approx(float(row["yaw"]), abs=0.01)
         assert {"lights", "expression", "camera", "glasses", "makeup", "background"} <= record.keys()
-    people = [line.split("\t") for line in (made / "identities.tsv").read_text().splitlines()[1:]]
-    assert [person[:3] for person in people] == [[str(i), f"s{i:06d}", str(i)] for i in range(3)]
-    assert json.loads(people[0][3])["local"] and json.loads(people[0][3])["melanin"] > 0
+    head, *people = [line.split("\t") for line in (made / "identities.tsv").read_text().splitlines()]
+    assert head == ["label", "identity", "crops", "number", "parameters"]  # the first three as of any set
+    assert [person[:4] for person in people] == [[str(i), f"s{i:06d}", "", str(i)] for i in range(3)]
+    assert json.loads(people[0][4])["local"] and json.loads(people[0][4])["melanin"] > 0
+    assert read_identities(made / "identities.tsv") == [f"s{i:06d}" for i in range(3)]
     assert json.loads((made / "report.json").read_text())["photos"] == 6
     assert not (made / ".parts").exists()
 
