@@ -27,7 +27,7 @@ import numpy as np
 
 import utils
 from config import CROP_SIZE
-from cropping.photos import read_photo
+from cropping.photos import decode_crop
 from embedding import load_embedder, normalise
 from formats.crop_sets import open_crops
 
@@ -47,7 +47,7 @@ def crops_of(path: Path, identities: int, images: int) -> tuple[np.ndarray, np.n
     full = [members for members in wanted.values() if len(members) == images][:identities]
     if len(full) < 2:
         raise utils.InputError(f"{path}: fewer than two identities have {images} crops")
-    crops = [read_photo(opened.read(index)[0], orient=False)[..., ::-1] for members in full for index in members]
+    crops = [decode_crop(opened.read(index)[0]) for members in full for index in members]
     return np.stack(crops), np.repeat(np.arange(len(full)), images)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 import utils
 from config import CROP_SIZE
-from cropping.photos import PhotoError, read_photo
+from cropping.photos import PhotoError, read_crop
 from embedding import Embedder, normalise
 from megaface.features import CHUNK, Store, StoreWriter
 from megaface.participants import Side
@@ -123,10 +123,8 @@ def _read(side: Side, row: int) -> "np.ndarray | str":
     if file is None:
         return side.reasons[row]
     try:
-        bgr = read_photo(side.folder / file, orient=False)
+        return read_crop(side.folder / file)
     except PhotoError as error:
         return f"crop: {error.reason}"
-    height, width = bgr.shape[:2]
-    if (height, width) != (CROP_SIZE, CROP_SIZE):
-        return f"crop: {width}x{height} instead of {CROP_SIZE}x{CROP_SIZE}"
-    return bgr[..., ::-1]
+    except ValueError as error:
+        return f"crop: {error}"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 import plotting
-from cropping.photos import PhotoError, read_photo
+from cropping.photos import PhotoError, read_crop
 from megaface.noise import Entrants
 from megaface.participants import Side
 from megaface.protocol import Identification
@@ -244,7 +244,7 @@ def _crop(side: Side, row: int) -> Image.Image:
     file = side.files[row]
     try:
         if file is not None:
-            return plotting.fit(read_photo(side.folder / file, orient=False)[..., ::-1], _CELL)
-    except PhotoError:  # it was readable a moment ago
+            return plotting.fit(read_crop(side.folder / file), _CELL)
+    except (PhotoError, ValueError):  # it was readable a moment ago
         pass
     return Image.new("RGB", (_CELL, _CELL), "#eeeeee")  # a noisy probe that became a mean has no crop of its own

@@ -20,6 +20,7 @@ from torchvision.transforms import functional
 
 import data_gen
 import models
+from cropping import photos
 from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
 from training import augment
@@ -377,6 +378,17 @@ def test_a_crop_that_exif_turns_is_turned_wherever_it_is_decoded(tmp_path):
     images, labels, skipped = data_gen.to_device(dataset[(0, np.array([0, 1]))], dataset, torch.device("cpu"))
     assert labels.tolist() == [0, 0] and skipped == []
     assert np.abs(np.rot90(plain, -1).astype(int) - images[1].numpy()).mean() < 4
+    # Evaluation, on files that anybody made, sees the same pixels; it alone refuses half a JPEG with an end mark.
+    grey = encoded(plain[:, :, 0], ".png")
+    for crop in (items[0][0], items[1][0], grey):
+        for resize in (False, True):
+            assert np.array_equal(photos.read_crop(crop, resize=resize), data_gen.decode_crop(crop))
+    half = items[0][0][: len(items[0][0]) // 2] + b"\xff\xd9"
+    assert data_gen.decode_crop(half).shape == (112, 112, 3)
+    with pytest.raises(photos.PhotoError, match="truncated"):
+        photos.read_crop(half)
+    with pytest.raises(ValueError, match="96x112 instead of 112x112"):
+        photos.read_crop(encoded(plain[:, :96], ".png"))
 
 
 def test_a_set_without_jpeg_is_not_for_a_device_that_decodes(crops, tmp_path):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -16,7 +15,7 @@ from config import CROP_SIZE, DETECTION_SIDE
 from cropping import faces
 from cropping.align import Rule
 from cropping.faces import as_photo
-from cropping.photos import PhotoError, read_file, read_photo
+from cropping.photos import PhotoError, read_crop, read_file
 from formats import tables, verification_bin
 from formats.tables import FaceRow
 from utils import InputError
@@ -150,7 +149,9 @@ def read_crops(files: Sequence[Path]) -> lfw.Faces:
         photo = as_photo(file)
         try:
             data = read_file(file)
-            _as_crop(read_photo(data), str(file))
+            read_crop(data, resize=True)
+        except ValueError as error:
+            raise InputError(f"{file}: {error}") from error
         except PhotoError as error:
             hashes.append("")
             rows.append(FaceRow(photo.identity, photo.file, tables.NO_CROP, error.reason))
@@ -164,7 +165,7 @@ def read_crops(files: Sequence[Path]) -> lfw.Faces:
         data = files[index].read_bytes()
         if hashlib.sha256(data).hexdigest() != hashes[index]:
             raise InputError(f"{files[index]}: changed since this run began; run the same command again")
-        return _decode_crop(data, str(files[index]))
+        return _decode(data, str(files[index]))
 
     return lfw.Faces(LazyCrops(len(files), read), rows, hashes, "")
 
@@ -196,7 +197,7 @@ def _open_bin(path: Path, folds: int, workers: int | None) -> VerificationSet:
     identities, notes = connected(len(first_seen), pairs, same)
 
     def decode(row: int) -> np.ndarray:
-        return _decode_crop(images[first_seen[row]], f"{path}: {names[row]}")
+        return _decode(images[first_seen[row]], f"{path}: {names[row]}")
 
     # A damaged image is told now, not in the middle of an evaluation or a training.
     parts = faces.windows(range(len(first_seen)))
@@ -227,19 +228,11 @@ def contiguous_folds(pairs: int, folds: int) -> np.ndarray:
     return np.repeat(np.arange(folds), sizes)
 
 
-def _decode_crop(data: bytes, name: str) -> np.ndarray:
+def _decode(data: bytes, name: str) -> np.ndarray:
     """Encoded image -> uint8 RGB [112, 112, 3]; other square sizes are resized."""
     try:
-        return _as_crop(read_photo(data), name)
+        return read_crop(data, resize=True)
     except PhotoError as error:
         raise InputError(f"{name}: {error.reason}") from error
-
-
-def _as_crop(bgr: np.ndarray, name: str) -> np.ndarray:
-    height, width = bgr.shape[:2]
-    if height != width:
-        raise InputError(f"{name}: {width}x{height} pixels, not a square crop")
-    if width != CROP_SIZE:
-        interpolation = cv2.INTER_AREA if width > CROP_SIZE else cv2.INTER_LINEAR
-        bgr = cv2.resize(bgr, (CROP_SIZE, CROP_SIZE), interpolation=interpolation)
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
