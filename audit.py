@@ -364,7 +364,11 @@ def audit(options: config.Audit) -> None:
     summary = (
         f"{len(crops):,} crops of {crops.identities:,} identities, {embedder.name}, error rate "
         f"{options.error_rate:g}; some {bounds.wrong_share:.1%} of the crops do not show their identity. "
+    )
+    summary += (
         f"{few:,} identities have one or two crops and are judged by other identities alone."
+        if bounds.judges
+        else "That is more than half: this model cannot tell these identities apart, and no single crop is judged."
     )
     report.write_page(options.out / "audit.html", f"Audit of {crops.name}", summary, counts, sections, fingerprint[:16])
     record = {

@@ -3,7 +3,7 @@
 Charts are drawn with matplotlib's Agg and SVG canvases directly, without pyplot: no window system, no global list of
 figures, so a training run that draws every epoch does not grow. The same data gives the same bytes.
 
-    with figures.drawing(folder / "roc", 7, 5) as figure:
+    with plotting.drawing(folder / "roc", 7, 5) as figure:
         axes = figure.add_subplot(xlabel="false accept rate", ylabel="true accept rate")
         axes.plot(...)
 """

@@ -3,23 +3,21 @@
 No constant decides; every threshold comes from the set's own distributions and a rate of error that is asked for.
 
 * *Crops.* The score of a crop is `other` - `own`. The `own` cosines of all crops are a mixture of right crops and of
-crops
-  that have nothing to do with their identity, and what the latter have is known: the cosines to random other centres.
-  Its share follows from the lower half of that distribution, where right crops are rare; what is left over is the
-  distribution of right crops. With the `other` cosines of crops that surely are right it says how many right crops lie
-  above any score, so the score from which a finding counts is the lowest one at which no more than the error rate of
-  the findings are right crops (a false discovery rate, as in Efron, "Large-scale inference", 2010, with an empirical
+  crops that have nothing to do with their identity, and what the latter have is known: the cosines to random other
+  centres. Its share follows from the lower half of that distribution, where right crops are rare; what is left over is
+  the distribution of right crops. With the `other` cosines of crops that surely are right it says how many right crops
+  lie above any score, so the score from which a finding counts is the lowest one at which no more than the error rate
+  of the findings are right crops (a false discovery rate, as in Efron, "Large-scale inference", 2010, with an empirical
   null). Above it a crop shows another *person* of the set where `other` is beyond what sure crops have by chance, and a
-  *stranger* otherwise.
+  *stranger* otherwise. Where more than half of the crops seem not to show their identity, either the set has no
+  identities or the model cannot tell them apart, and no crop is judged.
 * *Two labels, one person.* By chance the nearest other centre of an identity follows an extreme value distribution
-(Gumbel,
-  fitted to the quartiles); two identities are one person from the cosine on at which no more than the error rate of the
-  findings are expected by chance.
+  (Gumbel, fitted to the quartiles); two identities are one person from the cosine on at which no more than the error
+  rate of the findings are expected by chance.
 * *One label, two people.* The crops fall into two parts, each near to itself, that are no nearer to each other than the
   centres of two random identities (but for the false alarm rate), and the gap is beyond chance as above.
 * *A test set's person.* As many crops of an identity as that person has are nearer to some other identity than the
-limit
-  with the false alarm rate.
+  limit with the false alarm rate.
 
 An identity of one crop has no centre without that crop, and one of two has two crops that only speak of each other:
 their crops are judged by other identities alone, and the reason says so.
@@ -36,6 +34,7 @@ from auditing.centres import Centres, groups, nearest_other, unit_rows
 KEEP, WRONG, STRANGER, UNUSABLE, DUPLICATE = "", "wrong person", "stranger", "unusable", "duplicate"
 MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the test set"
 
+MOST_WRONG = 0.5  # share of crops that seem not to show their identity beyond which none is judged
 FEW = 3  # crops below which an identity has no majority
 SPLIT_ROUNDS = 10
 SPLIT_PARTS = 2, 0.2  # least crops, and least share, of the smaller part
@@ -54,6 +53,11 @@ class Limits:
     error_rate: float
     false_alarms: float
     observed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def judges(self) -> bool:
+        """Whether crops are judged at all."""
+        return self.wrong_share <= MOST_WRONG
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,16 @@ def limits(
     stranger_limit = _quantile(strangers, 1 - false_alarms, 1.0)
     sure = found.trusted & (found.own >= stranger_limit) & (found.own > other)
     score_limit, wrong_share = score_threshold(found.own, other, strangers, other[sure], error_rate)
+    other_limit = _quantile(other[sure], 1 - false_alarms, 1.0)
+    if wrong_share > MOST_WRONG:
+        score_limit = other_limit = np.inf
     random = np.random.default_rng(seed)
     known = np.flatnonzero(found.centres.any(axis=1))
     first, second = random.choice(known, (2, 100_000)) if len(known) else np.zeros((2, 0), np.int64)
     apart = np.einsum("nd,nd->n", found.centres[first], found.centres[second])[first != second]
     return Limits(
         score_limit=score_limit,
-        other_limit=_quantile(other[sure], 1 - false_alarms, 1.0),
+        other_limit=other_limit,
         stranger_limit=stranger_limit,
         merge_limit=chance_threshold(near_centre, error_rate),
         split_limit=_quantile(apart, 1 - false_alarms, -1.0),

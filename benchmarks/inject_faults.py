@@ -7,11 +7,13 @@ duplicates, people of a test set.
 
 `--out` gets a set in InsightFace's layout, `identities.tsv`, and `truth.tsv`: one row for each crop with its key, the
 label it has now, the label it should have (-1: nobody of this set), and which faults it has. The same seed gives the
-same bytes. An exchanged crop gets the label of another identity, drawn evenly; strangers are crops of identities that
-are taken out as a whole and scattered over the others; a duplicate is a crop again, re-encoded, resized or mirrored,
-under its own label or another one.
+same bytes; what is there already is kept. Labels are exchanged among the crops drawn, so that every one of them gets
+another identity's and every identity keeps its number; strangers are crops of identities that are taken out as a whole
+and scattered over the others; a duplicate is a crop again, re-encoded, resized or mirrored, under its own label or
+another one.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,26 @@ def changed(encoded: bytes, how: str) -> bytes:
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 70 if how == "encoded" else 90])[1].tobytes()
 
 
+def exchanged(labels: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Labels int64 [n] of which `count` are exchanged, each for another one; the number of each label is the same.
+
+    Raises InputError if that is impossible, because one identity has more than half of the crops that are drawn.
+    """
+    drawn = np.sort(random.choice(len(labels), count, replace=False))
+    true = labels[drawn]
+    if len(drawn) and 2 * np.bincount(true).max() > len(drawn):
+        raise InputError(f"{len(drawn)} crops to exchange, most of them of one identity; take a larger share")
+    given = random.permutation(true)
+    while len(same := np.flatnonzero(given == true)):
+        # A place whose exchange helps both sides; there is one, because no label has more than half of them.
+        place = same[0]
+        partner = random.choice(np.flatnonzero((given != true[place]) & (true != given[place])))
+        given[[place, partner]] = given[[partner, place]]
+    result = labels.copy()
+    result[drawn] = given
+    return result
+
+
 def plan(options: InjectFaults, labels: np.ndarray, test_labels: np.ndarray | None) -> list[Entry]:
     """What the faulty set holds. Labels may have gaps; `renumber` closes them."""
     random = np.random.default_rng(options.seed)
@@ -88,11 +110,11 @@ def plan(options: InjectFaults, labels: np.ndarray, test_labels: np.ndarray | No
             entry.faults.append("stranger")
 
     own = [entry for entry in entries if not entry.faults]
-    for position in random.permutation(len(own))[: round(options.exchange * count)]:
-        entry = own[position]
-        others = staying[staying != entry.truth]
-        entry.label = int(random.choice(others))
-        entry.faults.append("exchanged")
+    given = exchanged(np.array([entry.label for entry in own]), round(options.exchange * count), random)
+    for entry, label in zip(own, given.tolist(), strict=True):
+        if label != entry.label:
+            entry.label = label
+            entry.faults.append("exchanged")
 
     sizes = np.bincount(labels, minlength=identities)
     large = staying[sizes[staying] >= 6]
@@ -110,6 +132,8 @@ def plan(options: InjectFaults, labels: np.ndarray, test_labels: np.ndarray | No
             if entry.label == second:
                 entry.label = first
                 entry.faults.append(f"merged {second}")
+            if entry.truth == second:  # there is no other label for that person any more
+                entry.truth = first
 
     if test_labels is not None:
         people = random.permutation(int(test_labels.max()) + 1)[: options.test_identities]
@@ -142,25 +166,38 @@ def write(options: InjectFaults, entries: list[Entry], sources: list[crop_sets.C
             truth = new.get(entry.truth, NOBODY)
             lines.append(f"{key}\t{new[entry.label]}\t{truth}\t{', '.join(entry.faults)}\t{entry.source}/{entry.index}")
             bar.update()
-    utils.write_bytes(options.out / "truth.tsv", ("\n".join(lines) + "\n").encode())
     known = names[0]
     tables.write_identities(
         options.out / "identities.tsv",
         [known[label] if label < len(known) else f"added-{label}" for label in used],
     )
+    utils.write_bytes(options.out / "truth.tsv", ("\n".join(lines) + "\n").encode())
 
 
-@utils.command
-def main() -> None:
-    options = parse(InjectFaults, __doc__)
+def make(options: InjectFaults) -> None:
+    """Write the set; does nothing if it is there. Raises InputError if another one is."""
     sources = [crop_sets.open_training_set(options.data)]
     if options.test_people is not None:
         sources.append(crop_sets.open_training_set(options.test_people))
+    wanted = {name: value for name, value in vars(options).items() if name not in ("data", "test_people", "out")}
+    recipe = wanted | {"sources": [crop_sets.fingerprint(crops) for crops in sources]}
+    record = options.out / "faults.json"
+    if (options.out / "truth.tsv").exists():  # written last
+        if not record.exists() or json.loads(record.read_bytes()) != recipe:
+            raise InputError(f"{options.out}: holds another set; give another --out")
+        return
     entries = plan(options, sources[0].labels, sources[1].labels if len(sources) > 1 else None)
+    utils.write_json(record, recipe)
     write(options, entries, sources)
     counts = {name: sum(name in fault for entry in entries for fault in entry.faults) for name in
               ("exchanged", "stranger", "split", "merged", "duplicate", "test")}  # fmt: skip
     print(f"{options.out}: {len(entries)} crops; " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+@utils.command
+def main() -> None:
+    """See the file's docstring."""
+    make(parse(InjectFaults, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,43 @@
-"""What wrong labels cost, and what --filter and --sub-centres win back.
+"""What wrong labels cost, and what --filter, --sub-centres and an audit win back.
 
     python benchmarks/label_noise.py faces_large --val lfw dev_pairs.bin --out results/noise
     python benchmarks/label_noise.py faces_large --val lfw --out results/noise -- --epochs 2 --network mfn
 
-Trains on the set as it is and with 10 % and 30 % of its labels exchanged (make_noisy.py): plain, with --filter 0.4,
-and with --sub-centres 3, everything else alike. Options of train.py after -- replace those of the recipe. Killed, the
-same command goes on. Writes label_noise.json.
+Trains on the set as it is and with 10 % and 30 % of its labels exchanged (inject_faults.py), everything else alike:
+plain; with --filter 0.4; with --sub-centres 3; and plain without what audit.py finds by means of the network that the
+plain training gave (--exclude, --relabel). audit_recall.py says how much it found. Options of
+train.py after -- replace those of the recipe. Killed, the same command goes on. Writes label_noise.json.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules of this folder
 
 import trials
-from make_noisy import make
+from inject_faults import InjectFaults, make
 
 import utils
+from utils import InputError
 
 RECIPE = (
     "--network mfn --embedding-size 256 --augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.1 "
     "--warmup 1 --margin 0.4 --margin-warmup 3 --scale 32 --val-every 4"
 ).split()
-WAYS = {"plain": [], "filter": ["--filter", "0.4"], "sub-centres": ["--sub-centres", "3"]}
+WAYS = {"plain": [], "filter": ["--filter", "0.4"], "sub-centres": ["--sub-centres", "3"], "audited": []}
+
+
+def audit(data: Path, checkpoint: Path, out: Path) -> list[str]:
+    """Audit a set by a network, once; the options of train.py that follow from it."""
+    if not (out / "recall.json").exists():
+        line = ["--data", data, "--checkpoint", checkpoint, "--out", out, "--no-duplicates"]
+        for command in (["audit.py", *line], ["benchmarks/audit_recall.py", "--faulty", data, "--audit", out]):
+            if subprocess.run([sys.executable, *map(str, command)], cwd=trials.ROOT, check=False).returncode:
+                raise InputError(f"{out}: the audit failed; the same command goes on from there")
+    return ["--exclude", str(out / "audit.tsv"), "--relabel"]
 
 
 @utils.command
@@ -33,24 +47,34 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--val", type=Path, nargs="+", required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.3], metavar="SHARE")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="audited needs plain before it")
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the training")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options, more = trials.parse(parser)
+    options.out = options.out.resolve()
     common = [*RECIPE, "--seed", str(options.seed), "--val", *map(str, options.val), *more]
     rows = []
     for share in options.shares:
         data = options.data
         if share > 0:
             data = options.out / f"noise-{share:g}"
-            make(options.data, data, share, options.seed)
-        ways = {f"{share:.0%} exchanged, {way}": WAYS[way] for way in options.ways}
-        found = trials.run(
-            {name: ["--data", str(data), *own] for name, own in ways.items()}, common, options.out, options.processes
-        )
-        rows += [row | {"share": share} for row in found]
-        trials.write(options.out / "label_noise.json", __doc__.splitlines()[0], common, rows)
+            make(InjectFaults(data=options.data, out=data, exchange=share, seed=options.seed))
+        plain = None
+        for way in options.ways:
+            own, extra = ["--data", str(data), *WAYS[way]], {}
+            if way == "audited":
+                if share == 0 or plain is None:
+                    continue
+                folder = options.out / f"audit-{share:g}"
+                own += audit(data, plain / "embedding.pt", folder)
+                extra = {"audit": json.loads((folder / "recall.json").read_bytes())["wrong label"]}
+            name = f"{share:.0%} exchanged, {way}"
+            [row] = trials.run({name: own}, common, options.out, options.processes)
+            if way == "plain":
+                plain = trials.folder(options.out, name)
+            rows.append(row | {"share": share} | extra)
+            trials.write(options.out / "label_noise.json", __doc__.splitlines()[0], common, rows)
     print(trials.table(rows))
 
 

@@ -23,6 +23,11 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str
     return parser.parse_args(line[:place]), line[place + 1 :]
 
 
+def folder(out: Path, name: str) -> Path:
+    """Where a trial's training lies."""
+    return out / re.sub(r"[^\w.]+", "-", name)
+
+
 def run(trials: dict[str, list[str]], common: list[str], out: Path, processes: int = 1) -> list[dict]:
     """Train each trial (name -> its options, after the `common` ones) in OUT/NAME; a summary of each, in their order.
 
@@ -30,16 +35,16 @@ def run(trials: dict[str, list[str]], common: list[str], out: Path, processes: i
     """
     found = []
     for name, own in trials.items():
-        folder = out / re.sub(r"[^\w.]+", "-", name)
+        place = folder(out, name)
         launcher = [sys.executable]
         if processes > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        command = [*launcher, str(ROOT / "train.py"), *common, *own, "--out", str(folder), "--resume"]
+        command = [*launcher, str(ROOT / "train.py"), *common, *own, "--out", str(place), "--resume"]
         print(f"== {name}: {' '.join(own)}", flush=True)
         began = time.monotonic()
         if subprocess.run(command, check=False).returncode:
-            raise InputError(f"{folder}: the training failed; the same command goes on from there")
-        results = json.loads((folder / "results.json").read_bytes())
+            raise InputError(f"{place}: the training failed; the same command goes on from there")
+        results = json.loads((place / "results.json").read_bytes())
         last, best = results["last"], results["best"]
         found.append(
             {

@@ -86,7 +86,7 @@ class SelectedCrops:
         return self.crops.describe(int(self.indices[index]))
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+def rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, cells by column) of a table, one after the other; `InputError` naming file and line
     if it is none."""
     with open(path, "rb") as file:
@@ -158,7 +158,7 @@ def _apply_crops(path: Path, keep: np.ndarray, new: np.ndarray, identities: int,
     """Note what happens to single crops in `keep` and `new`; bool [crops]: moved."""
     moved = np.zeros(len(keep), bool)
     index = -1
-    for index, (number, row) in enumerate(_rows(path, CROP_COLUMNS)):
+    for index, (number, row) in enumerate(rows(path, CROP_COLUMNS)):
         if index >= len(keep):
             break
         action = row["action"]
@@ -191,7 +191,7 @@ def _apply_identities(
     relabel: bool,
 ) -> _Parts:
     parts, dropped = _Parts(np.arange(identities)), []
-    for number, row in _rows(path, IDENTITY_COLUMNS):
+    for number, row in rows(path, IDENTITY_COLUMNS):
         action, label = row["action"], row["label"]
         if action not in IDENTITY_ACTIONS or not label.isdecimal() or int(label) >= identities:
             raise InputError(f"{path}, line {number}: {action!r} of label {label!r} is nothing that can be done")

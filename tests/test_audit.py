@@ -144,6 +144,15 @@ def test_a_clean_set_has_next_to_no_findings():
     assert len(find_splits(features, truth, found, bounds, names)) <= 1
 
 
+def test_a_model_that_tells_nobody_apart_judges_no_crop():
+    """Half of a set was called strangers by a network that had hardly been trained."""
+    _, labels = people(100)
+    features = unit_rows(np.random.default_rng(3).standard_normal((len(labels), 64)))
+    *_, bounds, kinds, _, _, _, _ = judged(features, labels)
+    assert bounds.wrong_share > 0.5 and not bounds.judges
+    assert (kinds == KEEP).all()
+
+
 def test_strangers_are_told_from_people_of_the_set():
     features, truth = people(spread=0.9)
     random = np.random.default_rng(5)
@@ -428,11 +437,11 @@ def test_the_command_finds_what_was_put_in_and_training_takes_it(faulty, tmp_pat
     assert run(monkeypatch, *words, "--out", tmp_path / "audit") == 0
     printed = capsys.readouterr().out
     assert "1 of 2 people are in the training set" in printed
-    rows = list(selection._rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
+    rows = list(selection.rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
     called = {index for index, (_, row) in enumerate(rows) if row["kind"] in (WRONG, STRANGER)}
     assert len(called & truth) >= 15 and len(called - truth) <= 1
     assert sum(row["kind"] == "duplicate" for _, row in rows) == 1
-    people_rows = list(selection._rows(tmp_path / "audit" / "audit_identities.tsv", selection.IDENTITY_COLUMNS))
+    people_rows = list(selection.rows(tmp_path / "audit" / "audit_identities.tsv", selection.IDENTITY_COLUMNS))
     assert [row["other_identity"] for _, row in people_rows if row["kind"] == "in the test set"] == ["test: known"]
     page = (tmp_path / "audit" / "audit.html").read_text()
     assert "http://" not in page and "https://" not in page and page.count('class="finding"') >= 16
@@ -444,7 +453,7 @@ def test_the_command_finds_what_was_put_in_and_training_takes_it(faulty, tmp_pat
     decisions.write_text(f"finding\tdecision\n{report.crop_id(one)}\treject\n")
     monkeypatch.setattr(audit, "_embed_chunk", None)
     assert run(monkeypatch, *words, "--out", tmp_path / "audit", "--decisions", decisions) == 0
-    rows = list(selection._rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
+    rows = list(selection.rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
     assert rows[one][1]["action"] == "keep" and "rejected by a person" in rows[one][1]["reason"]
 
     assert (
@@ -517,7 +526,7 @@ def test_an_unreadable_crop_is_unusable_and_the_rest_is_audited(faulty, tmp_path
     shutil.copy(model, tmp_path / "model.onnx")
     words = ["--data", people_folder, "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
     assert run(monkeypatch, *words, "--out", tmp_path / "audit") == 0
-    rows = [row for _, row in selection._rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS)]
+    rows = [row for _, row in selection.rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS)]
     assert [row["crop"].endswith("07.jpg") for row in rows if row["kind"] == "unusable"] == [True]
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["counts"]["unusable"] == 1
 
