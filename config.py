@@ -702,7 +702,8 @@ class Audit(Model):
     data: Path = option(REQUIRED, "training crops, as train.py takes them", group="data", metavar="PATH")
     against: list[Path] = option(
         [],
-        "test sets whose people should not be in --data: folders of a person each (photos or crops), .bin, RecordIO",
+        "test sets whose people should not be in --data: folders of a person each (photos or crops), .bin, RecordIO, "
+        "IJB-B or IJB-C",
         group="data",
         metavar="PATH",
     )

@@ -22,7 +22,7 @@ import utils
 from embedding import open_embedder
 from ijb import report
 from ijb.crops import FOLDER, embed_images, read_features
-from ijb.lists import Lists, People, read_lists, read_pairs, read_people
+from ijb.lists import Lists, all_people, read_lists, read_pairs
 from ijb.one_to_many import Identification, identification
 from ijb.one_to_one import PairScorer, Verification, identities, verification
 from ijb.templates import TREATMENTS, USUAL, Templates, pool
@@ -70,7 +70,7 @@ def _one_to_one(options: config.IjbEval, lists: Lists, templates: Templates, nam
     if pairs.same.all() or not pairs.same.any():
         raise InputError(f"{lists.path('template_pair_label.txt')}: pairs of one kind only; no TAR at FAR without both")
     scorer = PairScorer(pairs, templates)
-    person = identities(pairs, templates, _people(lists))
+    person = identities(pairs, templates, all_people(lists))
     del pairs
     people = ManyPairs(person[scorer.first], person[scorer.second], scorer.same, replicates=options.replicates)
     results: list[Verification] = []
@@ -89,12 +89,6 @@ def _one_to_one(options: config.IjbEval, lists: Lists, templates: Templates, nam
         with utils.atomic_path(options.out / "scores.npz") as path, open(path, "wb") as file:
             np.savez(file, **saved)
     return results
-
-
-def _people(lists: Lists) -> list[People]:
-    """The lists of 1:N that are there: they say whose the templates are."""
-    names = [f"1N_gallery_{gallery}" for gallery in lists.galleries] + ["1N_probe_mixed"]
-    return [read_people(lists, name) for name in names if lists.path(f"{name}.csv").is_file()]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """People of test sets, whatever the sets come as, as lists of embeddings.
 
 A `.bin` file says who is the same as whom only in pairs; people are then what its genuine pairs connect. A folder of
-photos, or of crops, has a folder per person.
+photos, or of crops, has a folder per person. IJB-B and IJB-C say in their lists of 1:N whose the templates are.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,14 @@ from auditing.centres import groups, unit_rows
 from config import CROP_SIZE, DETECTION_SIDE
 from cropping.photos import PhotoError, decode_crop, identity_of, list_photos, read_photo
 from formats import crop_sets
+from ijb.crops import FOLDER, cut_image
+from ijb.lists import Lists, all_people, read_lists
 from utils import InputError
 from verification import lfw, sets
 from verification.lazy import CropArray
 
 WINDOW = 512  # crops that are embedded together
+FRAMES = 16  # images of a person of IJB that are looked at: most are frames of a few videos
 
 
 @dataclass
@@ -52,6 +55,9 @@ def people_of(
         return
     if path.is_file() or (path / "train.rec").exists():
         yield from _people_of_crops(path, embed)
+        return
+    if (path / "meta").is_dir() and (path / FOLDER).is_dir():
+        yield from _people_of_ijb(path, embed)
         return
     files = [file for file in list_photos(path).files if identity_of(file)]
     if len({identity_of(file) for file in files}) == 1 and all(file.count("/") > 1 for file in files):
@@ -108,6 +114,42 @@ def _people_of_crops(path: Path, embed: Callable[[np.ndarray], np.ndarray]) -> I
 
         described = [crops.describe(int(index)) for index in members]
         yield Person(crops.name, names[label], unit_rows(embed(pictures)), described, crop)
+
+
+def _people_of_ijb(path: Path, embed: Callable[[np.ndarray], np.ndarray]) -> Iterator[Person]:
+    """The subjects, each by some images of different media; images that cannot be aligned are left out."""
+    lists = read_lists(path)
+    subjects: dict[int, str] = {}
+    for people in all_people(lists):
+        subjects.update(zip(people.templates.tolist(), people.subjects.tolist(), strict=True))
+    if not subjects:
+        raise InputError(f"--against {path}: no list of 1:N says whose the templates are")
+    images: dict[str, dict[str, tuple[int, int]]] = {}  # of each subject: {image: (media, number)}
+    for number, (image, template, media) in enumerate(
+        zip(lists.images, lists.templates.tolist(), lists.medias.tolist(), strict=True)
+    ):
+        if template in subjects:
+            images.setdefault(subjects[template], {})[image] = media, number
+    for subject, found in images.items():
+        yield _subject(lists, path / FOLDER, subject, _spread(list(found.values())), embed)
+
+
+def _spread(images: list[tuple[int, int]]) -> list[int]:
+    """At most `FRAMES` numbers of (media, number), the media in turn."""
+    media = np.array([media for media, _ in images])
+    order = np.argsort(media, kind="stable")
+    starts = np.flatnonzero(np.diff(media[order], prepend=media[order[0]] - 1))
+    turn = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    return [images[place][1] for place in order[np.argsort(turn, kind="stable")][:FRAMES].tolist()]
+
+
+def _subject(
+    lists: Lists, folder: Path, subject: str, numbers: list[int], embed: Callable[[np.ndarray], np.ndarray]
+) -> Person:
+    crops = [(number, crop) for number in numbers if (crop := cut_image(lists, folder, number)) is not None]
+    unit = unit_rows(embed(np.stack([crop for _, crop in crops]))) if crops else np.zeros((0, 1), np.float32)
+    pictures = [lists.images[number] for number, _ in crops]
+    return Person(lists.subset, f"subject {subject}", unit, pictures, lambda picture: crops[picture][1])
 
 
 def same_photo(first: np.ndarray, second: np.ndarray) -> bool:

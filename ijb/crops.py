@@ -42,7 +42,7 @@ def embed_images(
     files = [folder / image for image in lists.images]
 
     def cut(window: Sequence[int]) -> list[Cut]:
-        return [(_crop(lists, folder, number), ()) for number in window]
+        return [(cut_image(lists, folder, number), ()) for number in window]
 
     code = {"landmarks": _hash(lists.landmarks.tobytes()), "code": code_key(align, photos)}
     rows = embed_all(files, cut, code, embedder, cache, lists.subset, workers)
@@ -108,8 +108,8 @@ def _stamps(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _crop(lists: Lists, folder: Path, number: int) -> np.ndarray | None:
-    """The crop of an image, uint8 RGB [112, 112, 3]; None where it has none."""
+def cut_image(lists: Lists, folder: Path, number: int) -> np.ndarray | None:
+    """The crop of an image by the landmarks of the lists, uint8 RGB [112, 112, 3]; None where it has none."""
     try:
         # The landmarks refer to the pixels as they are stored.
         return align_face(read_photo(folder / lists.images[number], orient=False), lists.landmarks[number])[..., ::-1]

@@ -137,6 +137,12 @@ def read_people(lists: Lists, name: str) -> People:
     return People(templates, subjects[first])
 
 
+def all_people(lists: Lists) -> list[People]:
+    """The lists of 1:N that are there: they say whose the templates are."""
+    names = [f"1N_gallery_{gallery}" for gallery in lists.galleries] + ["1N_probe_mixed"]
+    return [read_people(lists, name) for name in names if lists.path(f"{name}.csv").is_file()]
+
+
 def _check_known(path: Path, numbers: np.ndarray, known: np.ndarray, first_line: int) -> None:
     places = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
     unknown = np.flatnonzero(known[places] != numbers)

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import ijb_tree
 from helpers.training import jpegs
 
 import audit
@@ -27,6 +28,7 @@ from auditing.findings import (
     score_threshold,
 )
 from auditing.measures import filled, reject_curve, sharpness
+from cropping.align import TEMPLATE
 from formats import crop_sets, selection
 from utils import InputError
 
@@ -473,6 +475,32 @@ def test_the_command_finds_what_was_put_in_and_training_takes_it(faulty, tmp_pat
     clean = crop_sets.open_training_set(tmp_path / "clean")
     assert 40 * 8 - 20 < len(clean) < 40 * 8 and clean.identities == 39  # the person of the test set is gone
     assert (tmp_path / "clean" / "sources.tsv").read_text().count("\n") == len(clean) + 1
+
+
+def test_people_of_ijb_are_found_by_the_lists_of_1_to_n(faulty, tmp_path, monkeypatch, capsys):
+    """The crops of two people, pasted into larger pictures with their landmarks, as IJB-C has them."""
+    folder, _, model = faulty
+    loose = tmp_path / "IJBC" / "loose_crop"
+    loose.mkdir(parents=True)
+    whose = {5: "known", 41: "unknown"}
+    rows = [(data, person) for data, person in portraits(42, 8) if person in whose]
+    for number, (data, _) in enumerate(rows):
+        image = np.full((200, 180, 3), 127, np.uint8)
+        image[40:152, 30:142] = cv2.imdecode(np.frombuffer(data, np.uint8), 1)
+        cv2.imwrite(str(loose / f"{number}.png"), image)
+    images, people = [f"{number}.png" for number in range(len(rows))], [whose[person] for _, person in rows]
+    templates = [10 + (person == "unknown") for person in people]
+    people_rows = list(zip(templates, people, images, strict=True))
+    ijb_tree.write_lists(
+        tmp_path / "IJBC", "ijbc", images, templates, range(len(rows)), [TEMPLATE + np.array([30, 40])] * len(rows),
+        [0.9] * len(rows), [(10, 11, 0)], {"G1": people_rows[:8], "G2": people_rows[8:]}, people_rows,
+    )  # fmt: skip
+    words = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--no-mirror"]
+    assert run(monkeypatch, *words, "--against", tmp_path / "IJBC", "--device", "cpu", "--out", tmp_path / "audit") == 0
+    assert "1 of 2 people are in the training set" in capsys.readouterr().out
+    people_rows = selection.rows(tmp_path / "audit" / "audit_identities.tsv", selection.IDENTITY_COLUMNS)
+    found = [row["other_identity"] for _, row in people_rows if row["kind"] == "in the test set"]
+    assert found == ["IJB-C: subject known"]
 
 
 def test_a_killed_audit_goes_on_and_another_model_is_not_mixed_in(faulty, tmp_path, monkeypatch, capsys):
