@@ -21,7 +21,7 @@ import config
 import utils
 from embedding import open_embedder
 from ijb import report
-from ijb.crops import FOLDER, embed_images, read_features
+from ijb.crops import FOLDER, embed_images, photos_sha256, read_features
 from ijb.lists import Lists, all_people, read_lists, read_pairs
 from ijb.one_to_many import Identification, identification
 from ijb.one_to_one import PairScorer, Verification, identities, verification
@@ -38,6 +38,7 @@ def main() -> None:
     if (options.checkpoint is None) == (options.features is None):
         raise InputError("give --checkpoint FILE or --features FILE.npz, one of them")
     lists = read_lists(options.ijb)
+    data = report.lists_json(lists)
     if options.features is not None:
         features, gone = read_features(options.features, lists)
         model = {"name": options.features.name, "sha256": utils.sha256_of(options.features)}
@@ -48,10 +49,12 @@ def main() -> None:
         embedder = open_embedder(options, utils.choose_device(options.device))
         features, gone = embed_images(lists, folder, embedder, options.out, options.workers)
         model = embedder.describe()
+        files = [folder / image for image in lists.images]
+        data["photos_sha256"] = photos_sha256(files, lists.images, options.out, options.workers)
     templates = pool(features, lists)
     del features
     missing = report.missing_json(lists, templates, gone)
-    results = {"protocol": lists.subset, "model": model, "data": report.lists_json(lists), "missing": missing}
+    results = {"protocol": lists.subset, "model": model, "data": data, "missing": missing}
     verifications: list[Verification] = []
     identified: Identification | None = None
     if "1:1" in options.protocol:

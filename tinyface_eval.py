@@ -43,22 +43,28 @@ def main() -> None:
     if place is None:
         raise InputError("give --tinyface DIR, or --lists with --features")
     lists = read_lists(place)
+    data: dict[str, Any] = {
+        "lists": {str(file): utils.sha256_of(file) for file in lists.files if file.is_file()},
+        "probes": len(lists.probe),
+        "matches": len(lists.gallery_match),
+        "distractors": len(lists.gallery_distractor),
+    }
     if options.features is not None:
         embeddings, model, preparation = _read_features(options.features, lists)
     else:
         if options.tinyface is None:
             raise InputError("--checkpoint needs the photos: --tinyface DIR")
-        embeddings, model, preparation = _embed(options, options.tinyface, lists)
+        if not options.tinyface.is_dir():
+            raise InputError(f"{options.tinyface}: no such folder of photos")
+        folder = options.tinyface / "Testing_Set"
+        paths = lists.paths(folder if folder.is_dir() else options.tinyface)
+        embeddings, model, preparation = _embed(options, paths)
+        data["photos_sha256"] = crops.photos_sha256(paths, lists.names, options.out, options.workers)
     found = search(lists, embeddings, options.replicates)
     results = {
         "protocol": "TinyFace",
         "model": model,
-        "data": {
-            "lists": {str(file): utils.sha256_of(file) for file in lists.files if file.is_file()},
-            "probes": len(lists.probe),
-            "matches": len(lists.gallery_match),
-            "distractors": len(lists.gallery_distractor),
-        },
+        "data": data,
         "photos": preparation,
         "as_printed": {f"rank-{rank}": percent for rank, percent in found.printed.items()},
         **{f"rank_{rank}": rate.to_json() for rank, rate in found.rates.items()},
@@ -71,13 +77,8 @@ def main() -> None:
     print(f"\n{options.out / 'results.json'}")
 
 
-def _embed(
-    options: config.TinyfaceEval, folder: Path, lists: Lists
-) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
+def _embed(options: config.TinyfaceEval, paths: list[Path]) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
     """Embeddings of all photos, what the model is, and what became of the photos."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of photos")
-    paths = lists.paths(folder / "Testing_Set" if (folder / "Testing_Set").is_dir() else folder)
     device = utils.choose_device(options.device)
     embedder = open_embedder(options, device)
     way: dict[str, Any] = {"code": crops.code_key(align, photos, tinyface), "aligned": options.aligned}

@@ -22,10 +22,12 @@ from cropping import align, faces, photos
 from cropping.align import AlignmentError, align_face
 from cropping.photos import PhotoError, read_photo
 from embedding import Embedder
+from formats import cached
 from formats.embeddings import EmbeddingStore
 from ijb.lists import Lists
 from ijb.templates import ImageFeatures
 from utils import InputError
+from verification.sets import photos_hash
 
 FOLDER = "loose_crop"
 
@@ -80,6 +82,37 @@ def embed_all(
     if np.isnan(rows[:, 0]).all():
         raise InputError(f"{files[0]}: neither this nor any of {len(files)} images gives a feature")
     return rows
+
+
+def photos_sha256(files: Sequence[Path], names: Sequence[str], cache: Path, workers: int | None = None) -> str:
+    """SHA-256 over the names and contents of all photos: what the figures stand on, wherever it lies.
+
+    Costs one reading of all files; kept below `cache` under their names, sizes and times.
+    """
+    key = cached.key_of("photos", _stamps(files), list(names))
+    place = cache / f"photos-{key[:16]}"
+    known = cached.read(place, key)
+    if known is None:
+        digests: list[str] = []
+        with utils.progress(len(files), "hash of the photos", unit="photo") as bar:
+            for window in faces.ordered_map(_digests, faces.windows(files), utils.worker_count(workers)):
+                digests += window
+                bar.update(len(window))
+        digest = bytes.fromhex(photos_hash(digests, names))
+        known = {"sha256": np.frombuffer(digest, np.uint8)}
+        cached.write(place, key, known)
+    return known["sha256"].tobytes().hex()
+
+
+def _digests(files: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file, "" for what cannot be read: the reasons say so."""
+    found = []
+    for file in files:
+        try:
+            found.append(utils.sha256_of(file))
+        except (OSError, InputError):
+            found.append("")
+    return found
 
 
 def code_key(*modules: ModuleType) -> list[Any]:

@@ -234,7 +234,8 @@ def search(lists: Lists, embeddings: np.ndarray, replicates: int = REPLICATES) -
         given=count,
         probes=len(mated),
         gallery=len(gallery),
-        printed={k: float(100 * np.mean(printed_rank <= k)) for k in RANKS},
+        # DIR_FAR keeps the shares as float32.
+        printed={k: float(np.float32(np.mean(printed_rank <= k)) * np.float32(100)) for k in RANKS},
         rates={k: rate_interval(rank <= k, people, replicates=replicates) for k in RANKS},
         mean_precision=rate_interval(precision, people, replicates=replicates),
     )

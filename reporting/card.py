@@ -65,7 +65,8 @@ def card(run: Run) -> str:
                 lines += ["", f"## {kind}: {_plain(source.subject)}", ""]
                 hashes = list(dict.fromkeys(figure.data_sha256 for figure in good))
                 several = len(hashes) > 1
-                lines += [f"- data: `{digest}`" for digest in hashes] if not several else []
+                behind = [] if several else [(name, digest) for name, digest in source.data if digest]
+                lines += [f"- data {_plain(name)}: `{digest}`" for name, digest in behind]
                 lines += [f"- command: `{_plain(source.command)}`"] if source.command else []
                 lines += ["", "| figure | value | 95 % interval |" + (" data |" if several else "")]
                 lines.append("|---|---|---|" + ("---|" if several else ""))
@@ -73,6 +74,7 @@ def card(run: Run) -> str:
                     row = f"| {_plain(figure.label)} | {_plain(figure.value)} | {figure.interval or '-'} |"
                     lines.append(row + (f" `{figure.data_sha256}` |" if several else ""))
                 lines += [f"\n{_plain(text)}" for text in source.texts]
+                lines += ["", *(f"- {_plain(note)}" for note in source.notes)] if source.notes else []
     kinds = {source.kind for source in run.sources}
     missing = [f"{kind} (`{tool}`)" for kind, tool in _EXPECTED.items() if kind not in kinds]
     if missing:

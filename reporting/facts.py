@@ -21,6 +21,8 @@ NAMES = ("results.json", "comparison.json", "report.json", "audit.json")
 DEPTH = 4  # folders below a run that are looked through
 MOST = 200  # results files of one run
 
+_PRINTED = "as public code prints it"
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -286,22 +288,22 @@ def _identification(path: Path, content: dict[str, Any], _: Run) -> list[Source]
 
 
 def _ijb(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
-    name = str(content.get("protocol") or content.get("subset") or "IJB")
-    hashes = _hashes(content.get("data"))
-    sha = " + ".join(hashes) or None
+    name = str(content["protocol"])
+    data = _files_of(content["data"], "sha256")
+    sha = _all_of(data)
     figures = []
     for treatment, found in (content.get("one_to_one") or {}).items():
-        usual = treatment.replace("_", "").upper() == "N0D1F1"
-        for point in found["far_not_exceeded"] if usual or len(content["one_to_one"]) == 1 else []:
+        if treatment != "N0D1F1":  # the usual one; results.json has all eight
+            continue
+        for point in found["far_not_exceeded"]:
             if point["resolved"]:
                 interval = span(point.get("tar_interval_95_by_identity") or point.get("tar_interval_95"))
                 figures.append(
                     Figure(f"1:1 TAR at FAR {point['far']:g}, not exceeded", percent(point["tar"]), interval, sha)
                 )
-        if usual:
-            for far, tar in found["as_printed"].items():
-                if far != "auc":
-                    figures.append(Figure(f"1:1 TAR at FAR {far}, as public code prints it", percent(tar), "", sha))
+        for far, tar in found["as_printed"].items():
+            if far != "auc":
+                figures.append(Figure(f"1:1 TAR at FAR {far}, {_PRINTED}", percent(tar), "", sha))
     many = content.get("one_to_many") or {}
     for key, row in many.get("of_mated_probes", {}).items():
         if row:
@@ -313,29 +315,57 @@ def _ijb(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
                 figures.append(
                     Figure(f"1:N TPIR at FPIR {point['fpir']:g}, {gallery}", percent(point["tpir"]), interval, sha)
                 )
-    data = [(name, sha)]
-    return [
-        Source(
-            path,
-            "IJB",
-            name,
-            _command(path, content),
-            [_model(content)],
-            data,
-            figures,
-            _pictures(path.parent, "roc.png"),
-        )
-    ]
+    printed = many.get("as_printed") or {}
+    for key, value in printed.items():
+        if key.startswith("top"):
+            figures.append(Figure(f"1:N rank {key[3:]}, all probes, {_PRINTED}", percent(value), "", sha))
+    for fpir, value in (printed.get("mean_tpir") or {}).items():
+        if float(fpir) < 1:
+            figures.append(Figure(f"1:N TPIR at FPIR {fpir}, both galleries, {_PRINTED}", percent(value), "", sha))
+    notes = []
+    missing = content["missing"]
+    if missing["images"]:
+        first = f" ({missing['reasons'][0]}{' ...' if missing['images'] > 1 else ''})" if missing["reasons"] else ""
+        notes = [
+            f"{missing['images']} of {missing['of']} images have no feature{first}, "
+            f"{missing['lost_templates']} templates have none left"
+        ]
+    pictures = _pictures(path.parent, "roc.png")
+    return [Source(path, "IJB", name, _command(path, content), [_model(content)], data, figures, pictures, notes)]
 
 
 def _tinyface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
-    sha = " + ".join(_hashes(content["data"])) or None
-    figures = []
+    sizes, photos = content["data"], content["photos"]
+    data = _files_of(sizes, "lists")
+    sha = _all_of(data)
+    counts = " + ".join(f"{sizes[key]:,}" for key in ("probes", "matches", "distractors"))
+    figures = [Figure("probes + matches + distractors", counts, "", sha)]
     for key, row in content.items():
         if key.startswith("rank_") or key == "mean_average_precision":
             figures.append(Figure(key.replace("_", " "), percent(row["value"]), span(row), sha))
-    data = [("lists", sha)]
-    return [Source(path, "TinyFace", "TinyFace", _command(path, content), [_model(content)], data, figures)]
+    for key, value in content["as_printed"].items():
+        figures.append(Figure(f"{key.replace('-', ' ')}, {_PRINTED}", percent(value / 100), "", sha))
+    notes = []
+    if "aligned" in photos:
+        notes.append(f"{photos['aligned']:,} photos aligned, {photos['whole_picture_resized']:,} resized as a whole")
+    if photos["without_feature"]:
+        named = photos["names_without_feature"]
+        first = f" ({named[0]}{' ...' if photos['without_feature'] > 1 else ''})" if named else ""
+        notes.append(f"{photos['without_feature']:,} photos give no feature and fail{first}")
+    models = [_model(content)]
+    return [Source(path, "TinyFace", "TinyFace", _command(path, content), models, data, figures, notes=notes)]
+
+
+def _files_of(data: dict[str, Any], key: str) -> list[tuple[str, str | None]]:
+    """What was measured on: the lists under `key`, and the photos where there were any."""
+    found: list[tuple[str, str | None]] = [(Path(file).name, digest) for file, digest in data[key].items()]
+    return [*found, ("photos", data["photos_sha256"])] if "photos_sha256" in data else found
+
+
+def _all_of(data: Sequence[tuple[str, str | None]]) -> str | None:
+    """One text for several hashes, None unless all are there."""
+    digests = [digest for _, digest in data]
+    return " + ".join(map(str, digests)) if digests and None not in digests else None
 
 
 def _hashes(value: Any) -> list[str]:

@@ -450,6 +450,7 @@ def test_from_photos_to_results(lfw_tree, tmp_path, run):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["protocol"] == "IJB-C" and results["model"]["name"] == "toy.onnx"
     assert results["missing"]["images"] == 3 and results["missing"]["lost_template_numbers"] == [13]
+    digest = results["data"]["photos_sha256"]
     reasons = results["missing"]["reasons"]
     assert reasons[0] == "1.jpg: missing" and reasons[1].startswith("6.jpg: not a photo")
     assert "3 of 24 images have no feature; 1 templates have none left" in output and "1.jpg: missing" in output
@@ -481,6 +482,13 @@ def test_from_photos_to_results(lfw_tree, tmp_path, run):
     run(*arguments, "--replicates", 100, "--protocol", "1:1")
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["missing"]["images"] == 2 and "one_to_many" not in again
+    assert again["data"]["photos_sha256"] != digest
+    (tree / "loose_crop" / "1.jpg").unlink()
+    moved = shutil.copytree(tree, tmp_path / "elsewhere")
+    lists = read_lists(moved)
+    files = [moved / "loose_crop" / image for image in lists.images]
+    assert crops.photos_sha256(files, lists.images, tmp_path / "cache") == digest
+    assert crops.photos_sha256(files, lists.images, tmp_path / "cache") == digest
 
 
 def test_landmarks_of_the_list_give_the_crop(lfw_tree):

@@ -124,7 +124,7 @@ def test_every_figure_with_interval_command_and_hashes(tmp_path, monkeypatch):
     assert all(value.startswith(("#", "data:image/")) for value in page.loads)
     assert sum(value.startswith("data:") for value in page.loads) == 1 + 3  # the ROC; loss, top-1, accuracy
     text = (tmp_path / "r" / "MODEL_CARD.md").read_text()
-    assert "# Model card: net.pt" in text and f"`{MODEL}`" in text and f"- data: `{DATA}`" in text
+    assert "# Model card: net.pt" in text and f"`{MODEL}`" in text and f"- data lfw: `{DATA}`" in text
     assert "| accuracy over folds | 90.00 % | 88.00 ... 92.00 |" in text
     assert "IJB (`ijb_eval.py`)" in text and "Verification (`lfw_eval.py`)" not in text
 
@@ -209,12 +209,21 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     found = {"N0D1F1": {"as_printed": {"0.0001": 0.71, "auc": 0.9}, "far_not_exceeded": hits}}
     alarms = {"fpir": 0.01, "resolved": True, "tpir": 0.3, "tpir_interval_95": [0.2, 0.4]}
     alarms["tpir_interval_95_by_identity"] = None
-    many = {"G1": {"fpir_not_exceeded": [alarms]}, "of_mated_probes": {"rank_1": interval}}
-    put(
-        tmp_path / "ijb", model | {"protocol": "IJBC", "data": {"meta": DATA}, "one_to_one": found, "one_to_many": many}
-    )
-    put(tmp_path / "tiny", model | {"protocol": "TinyFace", "data": {"lists": {"x": DATA}}, "rank_1": interval,
-                                    "mean_average_precision": interval})  # fmt: skip
+    printed = {"top1": 0.45, "mean_tpir": {"0.01": 0.35, "1": 0.6}}
+    many = {"G1": {"fpir_not_exceeded": [alarms]}, "of_mated_probes": {"rank_1": interval}, "as_printed": printed}
+    lists = {"meta": "IJBC/meta", "sha256": {"pairs.txt": DATA}, "photos_sha256": "c" * 64}
+    missing = {"images": 3, "of": 24, "reasons": ["1.jpg: missing"], "lost_templates": 1}
+    put(tmp_path / "ijb", model | {"protocol": "IJBC", "data": lists, "missing": missing, "one_to_one": found,
+                                   "one_to_many": many})  # fmt: skip
+    lists = {"lists": {"lists/probe.txt": DATA}, "photos_sha256": "e" * 64, "probes": 9, "matches": 8, "distractors": 7}
+    pictures = {
+        "aligned": 5,
+        "whole_picture_resized": 4,
+        "without_feature": 1,
+        "names_without_feature": ["Probe/1.jpg"],
+    }
+    put(tmp_path / "tiny", model | {"protocol": "TinyFace", "data": lists, "photos": pictures, "rank_1": interval,
+                                    "as_printed": {"rank-1": 51.5}, "mean_average_precision": interval})  # fmt: skip
     side = {"names_sha256": DATA}
     row = {"noise": "raw", "distractors": 10, "rank_1": 0.25, "rank_10": 0.75, "pairs": 100, "verification": []}
     put(tmp_path / "mega", model | {"probes": side, "distractors": side, "results": [row]})
@@ -236,7 +245,11 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
         ("IJB", "1:1 TAR at FAR 0.0001, as public code prints it"): ("71.00 %", ""),
         ("IJB", "1:N TPIR at FPIR 0.01, G1"): ("30.00 %", "20.00 ... 40.00"),
         ("IJB", "1:N rank 1, mated probes"): ("50.00 %", "40.00 ... 60.00"),
+        ("IJB", "1:N rank 1, all probes, as public code prints it"): ("45.00 %", ""),
+        ("IJB", "1:N TPIR at FPIR 0.01, both galleries, as public code prints it"): ("35.00 %", ""),
         ("TinyFace", "rank 1"): ("50.00 %", "40.00 ... 60.00"),
+        ("TinyFace", "rank 1, as public code prints it"): ("51.50 %", ""),
+        ("TinyFace", "probes + matches + distractors"): ("9 + 8 + 7", ""),
         ("MegaFace", "rank 1, 10 distractors, noise lists: raw"): ("25.00 %", "16.88 ... 34.66"),
         ("Stress", "FNMR, yaw: worst level 30"): ("30.00 %", "0.00 ... 100.00"),
         ("Data", "wrong person"): ("4", ""),
@@ -247,3 +260,9 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     assert "## Left out" not in text and all(
         f"## {kind}: " in text for kind in ("IJB", "TinyFace", "MegaFace", "Stress")
     )
+    for line in (f"- data pairs.txt: `{DATA}`", f"- data photos: `{'c' * 64}`", f"- data probe.txt: `{DATA}`",
+                 f"- data photos: `{'e' * 64}`",
+                 "- 3 of 24 images have no feature (1.jpg: missing ...), 1 templates have none left",
+                 "- 5 photos aligned, 4 resized as a whole",
+                 "- 1 photos give no feature and fail (Probe/1.jpg)"):  # fmt: skip
+        assert line in text.split("\n"), line

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import patheffects
 
 import plotting
 from utils import InputError
@@ -30,6 +31,7 @@ FEW_PEOPLE = 5  # fewer cannot be drawn again in many ways
 SIMULATIONS = 20_000
 MOST_GROUPS = 40
 ACROSS = "across groups"
+_HEAD = 46  # characters above half a figure
 
 
 @dataclass(frozen=True)
@@ -288,9 +290,15 @@ def draw(path: Path, found: Groups, subject: str) -> None:
                     )
                 axes.plot(value, row, "o", color=colour)
                 axes.annotate(
-                    f"{100 * value:.3g} %", (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=8
+                    f"{100 * value:.3g} %",
+                    (value, row),
+                    (0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],  # over the dashed line
                 )
-            axes.axvline(total, color=plotting.BLACK, linestyle="--", linewidth=0.8)
+            axes.axvline(total, color=plotting.BLACK, linestyle="--", linewidth=0.8, zorder=0.9)
             axes.set_xlim(left=min(0, axes.get_xlim()[0]))
             axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
             axes.set_xlabel(f"{label} (dashed: all pairs)")
@@ -298,6 +306,8 @@ def draw(path: Path, found: Groups, subject: str) -> None:
             said = "too few pairs to compare" if spread is None else (
                 f"{'differ' if spread.p < 0.05 else 'no proven difference'} (p = {spread.p:.2g})"
             )  # fmt: skip
-            plotting.title(axes, subject if kind == "fmr" else f"by {found.column}", said)
+            where = f"by {found.column}, at {float(to_angle(found.threshold)):.1f}°"
+            head = subject if kind == "fmr" else where
+            plotting.title(axes, head if len(head) <= _HEAD else head[: _HEAD - 1] + "…", said)
         axes_of[0].set_yticks(range(len(shown)), [group.name[:28] for group in shown])
         axes_of[0].set_ylim(len(shown) - 0.4, -0.7)
