@@ -461,7 +461,7 @@ def test_from_photos_to_results(lfw_tree, tmp_path, run):
     plain = load_embedder(model, mean=(0.5,) * 3, std=(0.5,) * 3, mirror=False)
     features = np.full((2, 24, 4), np.nan, np.float32)
     for row in range(24):
-        crop = crops._crop(lists, tree / "loose_crop", row)
+        crop = crops.cut_image(lists, tree / "loose_crop", row)
         if crop is not None:
             features[:, row] = [plain.features(image[None])[0] for image in (crop, crop[:, ::-1])]
     np.savez(tmp_path / "features.npz", embs=features[0], embs_f=features[1])
@@ -494,7 +494,7 @@ def test_from_photos_to_results(lfw_tree, tmp_path, run):
 def test_landmarks_of_the_list_give_the_crop(lfw_tree):
     """The crop is the one that the landmarks describe: eyes and mouth lie where ArcFace's template has them."""
     lists = read_lists(lfw_tree)
-    crop = crops._crop(lists, lfw_tree / "loose_crop", 0)
+    crop = crops.cut_image(lists, lfw_tree / "loose_crop", 0)
     found = RetinaFace().detect([np.ascontiguousarray(crop[..., ::-1])])[0]
     assert crop.shape == (112, 112, 3) and len(found.scores)
     assert np.abs(found.landmarks[0] - crops.align.TEMPLATE).max() < 6
