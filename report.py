@@ -5,8 +5,8 @@
     python report.py runs/NAME results/lfw results/ijb --together --out report.html
 
 Looks in each folder, and below it, for what the stages wrote: crops and audit, training, verification, error rates by
-group, identification, IJB, TinyFace, MegaFace, stress, comparisons. Every figure stands with its interval, the command that made
-it and the hashes of data and model. The file needs no network, opens from a disk, and prints.
+group, identification, IJB, TinyFace, MegaFace, stress, comparisons. Every figure stands with its interval, the command
+that made it and the hashes of data and model. The file needs no network, opens from a disk, and prints.
 
 MODEL_CARD.md beside it (one for each run: MODEL_CARD-NAME.md) says the same of the model, and refuses to print a figure
 without the hash of the data it was measured on.
