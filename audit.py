@@ -163,7 +163,7 @@ def look_for_people(
     """Compare the people of each set of --against with all identities; findings go into `found`."""
     summaries, evidence = [], {}
     known_limits: dict[int, tuple[float, int]] = {}
-    device = utils.choose_device(options.device)
+    device = utils.own_device(options.device)
     none = np.full(1, -1, np.int64)
     for path in options.against:
         people, hits, most = 0, 0, 0.0
@@ -326,7 +326,7 @@ def quality(options: config.Audit, embedder: Embedder) -> list[Any]:
 def audit(options: config.Audit) -> None:
     """The whole audit."""
     crops = crop_sets.open_training_set(options.data, skip_unreadable=True)
-    device = utils.choose_device(options.device)
+    device = utils.own_device(options.device)
     embedder = open_embedder(options, device)
     fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
     embedded = embed(options, crops, fingerprint, embedder)

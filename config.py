@@ -1045,6 +1045,12 @@ class MegafaceEval(Model):
         below=1,
     )
     sheet: int = option(12, "misses shown on a sheet", group="results", metavar="N", at_least=1)
+    shard: str | None = option(
+        None,
+        "embed part K of N of the crops, as K/N; none takes what torchrun or Slurm says, or all",
+        group="machine",
+        metavar="K/N",
+    )
     workers: int | None = option(
         None,
         "threads that read crops; none means one per CPU, 0 none of their own",

@@ -49,6 +49,7 @@ from formats import archives
 from formats.archives import Broken, Member, NotTaken, Source
 from formats.names import path_parts, printable, safe_name, same_name
 from options import parse
+from processes import Shard
 from utils import InputError
 
 STATUSES = ("extracted", "renamed", "skipped", "refused", "damaged")
@@ -668,6 +669,10 @@ def _sources(options: config.Extract) -> list[tuple[Source, dict[str, Any]]]:
 def main() -> None:
     """Extract the sources named on the command line."""
     options = parse(config.Extract, __doc__)
+    shard = Shard.parse()
+    if shard.index:  # names depend on the photos before them, and one process reads as fast as the disk
+        print(f"process {shard}: extraction is not shared; the first process does it")
+        return
     sources = _sources(options)
     with _only_run(options.out / _STATE):
         workplace, entries = _extract(sources, options.out)

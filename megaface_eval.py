@@ -5,9 +5,10 @@
         --distractor-list megaface/devkit/templatelists/megaface_features_list.json_1000000_1 --noise exclude
     python megaface_eval.py --checkpoint FILE --write-bin    # also what the devkit's own script reads
 
-Embeddings of probes and distractors are stored packed in OUT/features; a killed run goes on from there. Then Challenge
-1 runs on the raw lists and once more with the noise lists applied. OUT gets results.json, the devkit's cmc_*.json and
-matches_*.json (with the lists their numbers refer to) for each treatment, CMC and ROC, and a sheet of the worst misses.
+Embeddings of probes and distractors are stored packed in OUT/features; a killed run goes on from there, and --shard,
+torchrun or Slurm share them among processes. Then (in the last process, if there are several) Challenge 1 runs on the
+raw lists and once more with the noise lists applied. OUT gets results.json, the devkit's cmc_*.json and matches_*.json
+(with the lists their numbers refer to) for each treatment, CMC and ROC, and a sheet of the worst misses.
 
 The photos of a list may lie in a folder inside of the tree, such as FlickrFinal2; it is found and named. A photo
 without a feature is an error. With --allow-missing a missing probe fails in every pair (last rank, lowest score) and a
@@ -17,6 +18,7 @@ or of the distractors are missing, no figure is given.
 
 import passive_threads  # noqa: F401  # isort: skip
 
+import contextlib
 import hashlib
 import json
 import re
@@ -36,7 +38,7 @@ from formats.names import path_parts
 from formats.tables import escape
 from megaface import curves
 from megaface.devkit_json import cmc_text, matches_text
-from megaface.embed import embed
+from megaface.embed import embed, embed_share
 from megaface.features import Store, write_bins
 from megaface.lists import NoiseList, TemplateList, read_noise_list, read_template_list
 from megaface.noise import RAW, REPLACE, Entrants, treat
@@ -44,6 +46,7 @@ from megaface.participants import Side, open_side
 from megaface.protocol import Identification, identification
 from megaface.report import Outcome, misses_sheet, table
 from options import parse
+from processes import Shard
 from utils import InputError
 
 PROBES, DISTRACTORS = "facescrub", "megaface"  # as the devkit's files are called
@@ -58,13 +61,30 @@ def main() -> None:
     """Embed, compare, report."""
     options = parse(config.MegafaceEval, __doc__)
     _check(options)
-    device = utils.choose_device(options.device)
+    shard = Shard.parse(options.shard)
+    device = utils.own_device(options.device)
     noise = _noise_lists(options)
     sides = _open_sides(options)
     embedder = open_embedder(options, device)
     name = _model_name(options.checkpoint)
     out = options.out or Path("results") / f"megaface-{name}"
     _report_missing(out, sides, [side.reasons for side in sides], options.allow_missing)
+    with contextlib.ExitStack() as stack:
+        if shard.count > 1 and not _is_last(out, sides, embedder, options.workers, shard, stack):
+            return
+        _evaluate(options, out, name, sides, embedder, noise, device)
+
+
+def _evaluate(
+    options: config.MegafaceEval,
+    out: Path,
+    name: str,
+    sides: tuple[Side, Side],
+    embedder: Embedder,
+    noise: tuple[str, NoiseList, NoiseList] | None,
+    device: torch.device,
+) -> None:
+    """Embed what no shard has, compare, report."""
     stores = _embed(out, sides, embedder, options.workers)
     _report_missing(out, sides, [store.problems for store in stores], options.allow_missing)
     if options.write_bin:
@@ -165,6 +185,30 @@ def _embed(out: Path, sides: tuple[Side, Side], embedder: Embedder, workers: int
         for side, name, what in zip(sides, (PROBES, DISTRACTORS), ("probes", "distractors"), strict=True)
     )
     return probes, distractors
+
+
+def _is_last(
+    out: Path,
+    sides: tuple[Side, Side],
+    embedder: Embedder,
+    workers: int | None,
+    shard: Shard,
+    stack: contextlib.ExitStack,
+) -> bool:
+    """Embed a shard's share; whether it is the one that goes on, which `stack` then keeps to itself."""
+    left = sum(
+        embed_share(side, out / "features" / name, embedder, what, utils.worker_count(workers), shard)
+        for side, name, what in zip(sides, (PROBES, DISTRACTORS), ("probes", "distractors"), strict=True)
+    )
+    if left:
+        print(f"shard {shard} is done; {left} parts are with other shards, the last of which compares")
+        return False
+    try:
+        stack.enter_context(utils.locked(out / "features" / ".last", "another shard compares"))
+    except utils.Busy as busy:
+        print(f"shard {shard} is done; {busy}")
+        return False
+    return True
 
 
 def _write_devkit(

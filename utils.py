@@ -58,6 +58,10 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message names the file (or option) and the reason, in one line."""
 
 
+class Busy(InputError):
+    """Another process holds what this one wants (see `locked`)."""
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Make `main` the entry point of a script.
 
@@ -213,7 +217,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
     """Hold a lock among processes for as long as the block lasts; a killed process holds none.
 
-    `path` is a file for the lock alone. With `busy`, an `InputError` of that text if another process holds it;
+    `path` is a file for the lock alone. With `busy`, a `Busy` of that text if another process holds it;
     otherwise wait. A file system that has no `flock` (Lustre, unless mounted with it) gets a file `PATH.owner`, made
     exclusively: what a killed process on the same machine left is taken over, one of another machine's is waited for
     or told about, because nothing can say whether that process still runs.
@@ -224,7 +228,7 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(str(busy)) from error
+            raise Busy(str(busy)) from error
         except OSError:
             with _owned(path.with_name(f"{path.name}.owner"), busy):
                 yield
@@ -255,7 +259,7 @@ def _owned(path: Path, busy: str | None) -> Iterator[None]:
                 aside.unlink()
                 continue
             if busy is not None:
-                raise InputError(f"{busy} ({owner}; if that process is gone, remove {path})")
+                raise Busy(f"{busy} ({owner}; if that process is gone, remove {path})")
         time.sleep(0.2)
     try:
         yield
@@ -368,13 +372,15 @@ def choose_device(name: str) -> "torch.device":
 
 
 def own_device(name: str) -> "torch.device":
-    """`choose_device` for one of several processes that share no memory: under torchrun each takes its own GPU."""
+    """`choose_device` for one of several processes that share no memory: under torchrun or srun each takes its own GPU,
+    or the only one that it is shown.
+    """
     import torch
 
     device = choose_device(name)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    return device
+    number = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    several = device.type == "cuda" and device.index is None and number.isdecimal() and int(number) > 0
+    return torch.device("cuda", int(number) % torch.cuda.device_count()) if several else device
 
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

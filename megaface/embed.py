@@ -7,13 +7,16 @@ crops that were changed since: a crop is recognised by its name, size and times 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
+import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,25 +24,104 @@ import utils
 from config import CROP_SIZE
 from cropping.photos import PhotoError, read_crop
 from embedding import Embedder, normalise
-from megaface.features import CHUNK, Store, StoreWriter
+from megaface.features import CHUNK, Store, StoreWriter, is_finished, open_store, read_origins
 from megaface.participants import Side
+from processes import Shard
+from utils import InputError
 
+PART = 64 * CHUNK  # crops that a shard takes at a time
+PARTS = "parts"
 AHEAD = 3  # batches that are decoded before they are needed
 
 Decoded = tuple[np.ndarray, dict[int, str]]
 
 
 def embed(side: Side, folder: Path, embedder: Embedder, what: str, workers: int) -> Store:
-    """Embeddings of all crops of a side, in its order; what is there already from an earlier run is kept."""
-    settings = {"model": embedder.fingerprint, "crops": side.fingerprint}
-    with StoreWriter(folder, side.names, embedder.dim, settings, origins(side)) as writer:
+    """Embeddings of all crops of a side, in its order; what is there already, from an earlier run or from shards, is
+    kept."""
+    with _writer(side, folder, embedder) as writer:
         _look_again(side, writer, embedder, what)
         with utils.progress(len(side), f"embedding {what}", initial=writer.done, unit="crop") as bar:
-            for crops, problems in _read_ahead(side, writer.done, embedder.batch_size, workers):
-                rows = _embeddings(embedder, crops, problems)
-                writer.append(rows, problems)
-                bar.update(len(rows))
-        return writer.finish()
+            for number in range(writer.done // PART, -(-len(side) // PART)):
+                _take_over(writer, number, *_part(side, folder, number), embedder.dim, bar.update)
+                _fill(side, writer, min((number + 1) * PART, len(side)), embedder, workers, bar.update)
+        store = writer.finish()
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    return store
+
+
+def embed_share(side: Side, folder: Path, embedder: Embedder, what: str, workers: int, shard: Shard) -> int:
+    """Embed a shard's parts of a side, then those of others that no process is working on; returns how many are left.
+
+    Each part is a store of its own in FOLDER/parts, until `embed` puts them together. A machine that is lost leaves its
+    part unlocked and its rows so far in it: whoever comes next goes on with it.
+    """
+    count = -(-len(side) // PART)
+    with utils.progress(len(side), f"embedding {what}, shard {shard}", unit="crop") as bar:
+        for number in sorted(range(count), key=lambda number: not shard.owns(number)):
+            part, place = _part(side, folder, number)
+            if not _is_there(side, folder, embedder) and not _is_there(part, place, embedder):
+                with contextlib.suppress(utils.Busy), _writer(part, place, embedder) as writer:
+                    _look_again(part, writer, embedder, what)
+                    _fill(part, writer, len(part), embedder, workers, lambda rows: None)
+                    writer.finish()
+            bar.update(len(part))
+    if _is_there(side, folder, embedder):
+        return 0
+    return sum(not _is_there(*_part(side, folder, number), embedder) for number in range(count))
+
+
+def _settings(side: Side, embedder: Embedder) -> dict[str, Any]:
+    return {"model": embedder.fingerprint, "crops": side.fingerprint}
+
+
+def _writer(side: Side, folder: Path, embedder: Embedder) -> StoreWriter:
+    return StoreWriter(folder, side.names, embedder.dim, _settings(side, embedder), origins(side))
+
+
+def _is_there(side: Side, folder: Path, embedder: Embedder) -> bool:
+    return is_finished(folder, side.names, embedder.dim, _settings(side, embedder))
+
+
+def _part(side: Side, folder: Path, number: int) -> tuple[Side, Path]:
+    """A part of a side and the folder of its store."""
+    start, stop = number * PART, min((number + 1) * PART, len(side))
+    part = dataclasses.replace(
+        side,
+        names=side.names[start:stop],
+        ids=None if side.ids is None else side.ids[start:stop],
+        files=side.files[start:stop],
+        statuses=side.statuses[start:stop],
+        reasons={row - start: reason for row, reason in side.reasons.items() if start <= row < stop},
+    )
+    return part, folder / PARTS / f"{number:06d}"
+
+
+def _take_over(
+    writer: StoreWriter, number: int, part: Side, place: Path, dimensions: int, advance: Callable[[int], object]
+) -> None:
+    """Append what a shard has embedded of a part, from the first row that is not there yet, if it is sound."""
+    if not is_finished(place, part.names, dimensions, writer.settings):
+        return
+    try:
+        store, made_from = open_store(place), read_origins(place, len(part))
+    except (InputError, OSError):
+        return  # damaged, and computed again
+    start = writer.done - number * PART
+    if np.array_equal(made_from, writer.origins[number * PART :][: len(part)]):
+        problems = {row - start: reason for row, reason in store.problems.items() if row >= start}
+        writer.append(store.features[start:], problems)
+        advance(len(part) - start)
+
+
+def _fill(
+    side: Side, writer: StoreWriter, stop: int, embedder: Embedder, workers: int, advance: Callable[[int], object]
+) -> None:
+    """Append the rows up to `stop` that are not there yet."""
+    for crops, problems in _read_ahead(side, writer.done, stop, embedder.batch_size, workers):
+        rows = _embeddings(embedder, crops, problems)
+        writer.append(rows, problems)
+        advance(len(rows))
 
 
 def origins(side: Side) -> np.ndarray:
@@ -93,12 +175,12 @@ def _embeddings(embedder: Embedder, crops: np.ndarray, problems: dict[int, str])
     return rows
 
 
-def _read_ahead(side: Side, start: int, batch: int, workers: int) -> Iterator[Decoded]:
-    """Batches of crops, uint8 RGB [k, 112, 112, 3], from number `start` on, in order."""
+def _read_ahead(side: Side, start: int, stop: int, batch: int, workers: int) -> Iterator[Decoded]:
+    """Batches of crops, uint8 RGB [k, 112, 112, 3], of the numbers `start` to `stop`, in order."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[list[Future[np.ndarray | str]]] = deque()
-        for first in range(start, len(side), batch):
-            rows = range(first, min(first + batch, len(side)))
+        for first in range(start, stop, batch):
+            rows = range(first, min(first + batch, stop))
             waiting.append([pool.submit(_read, side, row) for row in rows])
             if len(waiting) > AHEAD:
                 yield _stack([future.result() for future in waiting.popleft()])

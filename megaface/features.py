@@ -248,12 +248,30 @@ def open_store(folder: str | Path) -> Store:
     """Open a finished store; `InputError` naming the file that is missing, damaged or does not fit the others."""
     folder = Path(folder)
     store, info = _open_unchecked(folder)
-    origins = _read_origins(folder, len(store.names))
+    origins = read_origins(folder, len(store.names))
     damaged = _damaged_chunks(info, info["checksums"], origins, store.features)
     if damaged:
         first = damaged[0] * CHUNK
         raise InputError(f"{folder / 'features.npy'}: damaged from row {first} on, the checksum does not fit")
     return store
+
+
+def is_finished(folder: Path, names: Sequence[str], dimensions: int, settings: dict[str, Any]) -> bool:
+    """Whether a store of these names and settings is there with all its rows; the rows themselves are not looked at."""
+    try:
+        info = _open_unchecked(folder)[1]
+    except (InputError, OSError):
+        return False
+    return {key: info.get(key) for key in IDENTITY} == _identity(names, dimensions, settings)
+
+
+def _identity(names: Sequence[str], dimensions: int, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": STORE_FORMAT,
+        "names_sha256": names_hash(names),
+        "dimensions": dimensions,
+        "settings": settings,
+    }
 
 
 def _open_unchecked(folder: Path) -> tuple[Store, dict[str, Any]]:
@@ -306,7 +324,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_origins(folder: Path, rows: int) -> np.ndarray:
+def read_origins(folder: Path, rows: int) -> np.ndarray:
+    """uint64 [rows]: what stands for the source of each row of a store."""
     data = (folder / "origins.u64").read_bytes()
     if len(data) < 8 * rows:
         raise InputError(f"{folder / 'origins.u64'}: truncated, {len(data)} bytes for {rows} rows")
@@ -351,18 +370,13 @@ class StoreWriter:
     ) -> None:
         """`settings` (plain JSON) is all that the features depend on besides the names and what `origins` uint64 [n]
         stand for, which are equal for equal sources of a row (None: all are)."""
-        self.folder, self.names, self.dimensions = Path(folder), names, dimensions
+        self.folder, self.names, self.dimensions, self.settings = Path(folder), names, dimensions, settings
         self.origins = np.zeros(len(names), "<u8") if origins is None else np.asarray(origins, "<u8")
         self.done = 0
         self.problems: dict[int, str] = {}
         self.stale: list[int] = []
         self.damaged = 0  # rows among them that did not fit their checksum
-        self._identity = {
-            "format": STORE_FORMAT,
-            "names_sha256": names_hash(names),
-            "dimensions": dimensions,
-            "settings": settings,
-        }
+        self._identity = _identity(names, dimensions, settings)
         self._checksums: list[str] = []
         self._kept = np.empty(0, "<u8")  # the origins that stand in origins.u64
         self._tail = np.empty((0, dimensions), "<f4")  # rows of the last chunk, which is not full
@@ -402,7 +416,7 @@ class StoreWriter:
         """Take over a finished store of the same names and settings."""
         try:
             store, info = _open_unchecked(self.folder)
-            origins = _read_origins(self.folder, len(store.names))
+            origins = read_origins(self.folder, len(store.names))
         except (InputError, OSError):
             return False
         if not self._is_mine(info):
@@ -420,7 +434,7 @@ class StoreWriter:
             progress = _read_json(self._progress)
             if self._is_mine(progress):
                 rows, checksums, problems = _read_progress(self._progress, progress, len(self.names))
-                kept = _read_origins(self.folder, rows)
+                kept = read_origins(self.folder, rows)
                 if self._partial.stat().st_size < len(head) + rows * 4 * self.dimensions:
                     rows = 0
         except (InputError, OSError):

@@ -133,9 +133,10 @@ def identification(
             device=device,
             advance=advance,
         )
-    by_columns = dict(zip(used, answers, strict=True))
-    columns = [min(size, len(distractors)) for size in sizes]
-    return [game.result(size, m, by_columns[m]) for size, m in zip(sizes, columns, strict=True)]
+        by_columns = dict(zip(used, answers, strict=True))
+        columns = [min(size, len(distractors)) for size in sizes]
+        # Before the pool ends, which drops what it has not begun: with few distractors the probes may still be sorted.
+        return [game.result(size, m, by_columns[m]) for size, m in zip(sizes, columns, strict=True)]
 
 
 def subsample(values: np.ndarray) -> list[int]:

@@ -822,3 +822,15 @@ def test_zlib_stream_that_never_ends_is_bounded(tmp_path):
     (tmp_path / "s.zip").write_bytes(header + name + packed)
     assert run(tmp_path / "raw", tmp_path / "s.zip", options=["--max-file-mb", "1"]) == 1
     assert tree(tmp_path / "raw") == {}
+
+
+def test_of_several_tasks_the_first_extracts(tmp_path, monkeypatch, capsys):
+    photo = tmp_path / "in" / "person" / "a.png"
+    photo.parent.mkdir(parents=True)
+    cv2.imwrite(str(photo), np.zeros((20, 20, 3), np.uint8))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert run(tmp_path / "out", tmp_path / "in") == 0 and not (tmp_path / "out").exists()
+    assert "process 2/2: extraction is not shared" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert run(tmp_path / "out", tmp_path / "in") == 0 and len(tree(tmp_path / "out")) == 1

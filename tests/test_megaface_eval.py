@@ -12,7 +12,9 @@ from PIL import Image
 from torch import nn
 
 import embedding
+import megaface.embed
 import megaface_eval
+import utils
 from embedding import Embedder
 from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, write_faces
 from megaface import curves, run_experiment
@@ -416,6 +418,67 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(run, network, tmp_path, m
 
 
 # ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(megaface.embed, "PART", 7)
+
+
+def written(tmp_path):
+    """The features, and the devkit's files."""
+    out = tmp_path / "out"
+    files = [*out.glob("features/*/*"), *out.glob("raw/*.json")]
+    return {path.relative_to(out): path.read_bytes() for path in files if path.name != ".lock"}
+
+
+def test_shards_give_the_bytes_of_one_run(run, network, tmp_path, monkeypatch, small_parts):
+    assert run()[0] == 0
+    expected, crops = written(tmp_path), network.crops
+    shutil.rmtree(tmp_path / "out")
+    network.crops = 0
+    embed = megaface_eval.embed_share
+
+    def first_dies(side, *more):
+        if side.ids is None and network.crops >= 60:  # after the probes
+            raise KeyboardInterrupt
+        return embed(side, *more)
+
+    monkeypatch.setattr(megaface_eval, "embed_share", first_dies)
+    assert run("--shard", "1/3")[0] == 130 and not (tmp_path / "out" / "results.json").exists()
+    monkeypatch.setattr(megaface_eval, "embed_share", embed)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    assert run()[0] == 0  # what the first has left is nobody's, so the second does it
+    assert written(tmp_path) == expected and crops <= network.crops <= crops + 6  # each asks once for its dimension
+    assert not list(tmp_path.glob("out/features/*/parts"))
+
+
+def test_what_another_shard_is_working_on_is_left_to_it(run, network, tmp_path, small_parts):
+    part = tmp_path / "out" / "features" / "megaface" / "parts" / "000002"
+    with utils.locked(part / ".lock"):
+        code, out, _ = run("--shard", "2/2")
+    assert code == 0 and "1 parts are with other shards" in out and not (tmp_path / "out" / "results.json").exists()
+    with utils.locked(tmp_path / "out" / "features" / ".last"):
+        code, out, _ = run("--shard", "2/2")
+    assert code == 0 and "another shard compares" in out
+    seen = network.crops
+    assert run("--shard", "1/2")[0] == 0 and network.crops - seen <= 2 and results(tmp_path)
+
+
+def test_a_part_that_was_damaged_or_made_from_other_crops_is_computed_again(run, trees, tmp_path, small_parts):
+    tree = tmp_path / "distractors"
+    shutil.copytree(trees / "distractors", tree)
+    assert run(megaface=tree)[0] == 0
+    expected = written(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    with utils.locked(tmp_path / "out" / "features" / ".last"):
+        assert run("--shard", "1/2", megaface=tree)[0] == 0
+    parts = tmp_path / "out" / "features" / "megaface" / "parts"
+    damage = bytearray((parts / "000001" / "features.npy").read_bytes())
+    damage[-1] ^= 1
+    (parts / "000001" / "features.npy").write_bytes(damage)
+    assert run(megaface=tree)[0] == 0 and written(tmp_path) == expected
 
 
 @pytest.mark.parametrize(

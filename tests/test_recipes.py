@@ -15,6 +15,8 @@ from training import schedules
 
 STAGES = {
     "synthesize.py": config.Synthesize,
+    "extract.py": config.Extract,
+    "megaface_eval.py": config.MegafaceEval,
     "pre_process.py": config.PreProcess,
     "align_megaface.py": config.AlignMegaface,
     "export_centres.py": config.ExportCentres,
@@ -141,9 +143,10 @@ def test_the_job_for_training_is_one_run_of_16_and_is_queued_again_after_sigterm
 
 
 def test_the_jobs_for_data_take_a_shard_each(shell, tmp_path):
-    code, errors, calls = submit(shell, tmp_path, "distractors")
-    assert code == 0, errors
-    assert [Shard.parse(None, said) for _, said in calls] == [Shard(number, 16) for number in range(16)]
+    for job in ("distractors", "challenge"):
+        code, errors, calls = submit(shell, tmp_path, job)
+        assert code == 0, errors
+        assert [Shard.parse(None, said) for _, said in calls] == [Shard(number, 16) for number in range(16)]
     found = []
     for number in (0, 7, 15):
         array = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "16", "SLURM_ARRAY_TASK_MIN": "0"}

@@ -380,6 +380,9 @@ def test_processes_of_torchrun_share_cores_and_take_a_gpu_each(monkeypatch):
     assert utils.own_device("cuda") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "6")
     assert utils.own_device("auto") == torch.device("cuda", 2)
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert utils.own_device("cuda") == torch.device("cuda", 3)
     assert utils.own_device("cuda:1") == torch.device("cuda", 1) and utils.own_device("cpu") == torch.device("cpu")
 
 
