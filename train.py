@@ -43,7 +43,7 @@ from training import checkpoints, distributed, finetune, monitor, reporting, sto
 from training.augment import Augmentation
 from training.distillation import Distillation, NoHead, OnlineTeacher, StoredTeacher, Teacher, open_teacher
 from training.distributed import World
-from training.margin import MarginHead
+from training.margin import BETAS, EPSILON, MarginHead
 from training.run import Run, State
 from training.schedules import Schedule
 from utils import InputError
@@ -86,8 +86,6 @@ def check_beginning(options: Train) -> None:
         raise InputError("--freeze-epochs: nothing is frozen; give --freeze all, or stages and a number")
     if options.loss == "none" and options.freeze == ["all"]:
         raise InputError("--freeze all: with --loss none there is nothing else to train")
-    if options.optimizer == "adamw" and options.sample_rate < 1:
-        raise InputError("--optimizer adamw: a sampled head (--sample-rate below 1) is updated by sgd only")
 
 
 def check_out(options: Train) -> None:
@@ -140,6 +138,7 @@ def build_head(options: Train, identities: int, schedule: Schedule, world: World
             filter=options.filter,
             sample_rate=options.sample_rate,
             focal_gamma=options.focal_gamma,
+            optimizer=options.optimizer,
             rank=world.rank,
             world_size=world.size,
             seed=options.seed,
@@ -155,8 +154,10 @@ def build_optimizer(options: Train, network: nn.Module, head: nn.Module, *others
     """
     groups = [[parameter for module in (network, *others) for parameter in module.parameters()], [*head.parameters()]]
     parameters = [{"params": group} for group in groups if group]
-    if options.optimizer == "adamw":  # the other numbers are those of its paper (Loshchilov and Hutter, ICLR 2019)
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=options.lr, betas=BETAS, eps=EPSILON, weight_decay=options.weight_decay, fused=True
+        )
     return torch.optim.SGD(
         parameters,
         lr=options.lr,

@@ -20,6 +20,7 @@ SCENARIOS = {
     "all drawn": (101, {"loss": "arcface", "sample_rate": 1 - 2**-40}),
     "filter": (101, {"loss": "arcface", "filter": 0.3}),
     "sub-centres": (101, {"loss": "arcface", "sub_centres": 3}),
+    "sampled, adamw": (101, {"loss": "arcface", "sample_rate": 0.3, "optimizer": "adamw"}),
     "all at once": (101, {"loss": "curricularface", "filter": 0.3, "sub_centres": 2, "sample_rate": 0.3}),
 }
 

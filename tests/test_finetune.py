@@ -286,6 +286,7 @@ RECIPE = {
     "freeze_epochs": 2,
     "head_lr": 0.1,
     "optimizer": "adamw",
+    "sample_rate": 0.5,
     "lr": 0.005,
     "batch_size": 6,
     "save_every": 5,
@@ -356,7 +357,6 @@ def test_options_that_do_not_go_together_are_one_line(crops, weights, tmp_path):
         ({"freeze": "all"}, "--freeze all: there is nothing to keep without --init"),
         ({"init_head": "means"}, "--init-head means: the embeddings of a network without --init mean nothing"),
         ({"freeze_epochs": 1, "init": weights}, "--freeze-epochs: nothing is frozen"),
-        ({"optimizer": "adamw", "sample_rate": 0.5}, "--optimizer adamw: a sampled head"),
         ({"init": tmp_path / "none.pt"}, "none.pt"),
         ({"init": weights, "embedding_size": 8}, "its embedding has 16 dimensions, not 8; give --embedding-size 16"),
     ]

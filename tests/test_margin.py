@@ -492,6 +492,51 @@ def test_drawing_everything_is_the_full_head_under_torch_sgd(nesterov, variant):
         assert torch.allclose(full.centres, everything.centres, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["plain", "both"])
+def test_drawing_everything_is_the_full_head_under_torch_adamw(variant):
+    full = sampled_head(1.0, **VARIANTS[variant])
+    everything = sampled_head(1 - 2**-40, optimizer="adamw", **VARIANTS[variant])
+    optimizer = torch.optim.AdamW(full.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(5):
+        features, labels = batch(400, seed=step)
+        for head in (full, everything):
+            head(features, labels)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        full.step(0.01)
+        everything.step(0.01, weight_decay=0.1)
+        # A step is 0.01 however small the gradient, so the rounding of the smallest shows.
+        torch.testing.assert_close(everything.centres, full.centres, rtol=0, atol=5e-5)
+
+
+def test_a_row_under_adamw_knows_only_the_steps_that_drew_it():
+    """As torch.optim.AdamW would treat it, were these all the steps there are; and a checkpoint holds all of it."""
+    head = sampled_head(0.2, optimizer="adamw")
+    watched = 7
+    plain = torch.nn.Parameter(head.centres[watched].clone())
+    optimizer = torch.optim.AdamW([plain], lr=0.05, weight_decay=0.1)
+    drawn = 0
+    for step in range(20):
+        features, labels = batch(400, seed=step)
+        head(features, labels)[0].backward()
+        (rows, leaf), *_ = head._drawn
+        here = (rows == watched).nonzero()
+        if len(here):
+            plain.grad = leaf.grad[here[0, 0]].clone()
+            optimizer.step()
+            drawn += 1
+        if step == 11:
+            other = sampled_head(0.2, optimizer="adamw")
+            state = head.full_state()
+            other.load_full_state(state)
+            assert state["updates"].shape == (400, 1) and state["squares"].shape == (400, 8)
+            assert all(torch.equal(value, state[name]) for name, value in other.own_state().items() if name in state
+                       and torch.is_tensor(value))  # fmt: skip
+        head.step(0.05, weight_decay=0.1)
+        torch.testing.assert_close(head.centres[watched], plain.detach(), rtol=1e-4, atol=1e-6)
+    assert 1 < drawn < 12
+
+
 @pytest.mark.parametrize("variant", ["plain", "sub-centres"])
 def test_accumulated_passes_update_each_drawn_row_once(variant):
     """Two backward passes before a step: gradients of a row drawn by both add up, momentum and decay count once."""

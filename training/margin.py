@@ -25,7 +25,8 @@ of the others. Whether an identity is drawn is a hash of (seed, step, identity):
 and on every device, with no generator state to save, and no host synchronisation; the price is that the number
 drawn varies a little from step to step (Partial FC draws a fixed number per rank), for which a few spare, masked
 slots are allocated. The centres are then not a parameter: a step gathers the drawn rows into a small leaf tensor, and
-`MarginHead.step` applies SGD to these rows alone. Memory per centre: the row and its momentum, no gradient.
+`MarginHead.step` applies SGD, or AdamW, to these rows alone. Memory per centre: the row and its momentum (AdamW: two
+moments and a count), no gradient.
 
 How a trainer uses it, full or sampled alike:
 
@@ -52,6 +53,7 @@ from training.losses import LOSSES, Loss, Margin
 # Standard deviation of a fresh centre's coordinates (InsightFace's partial_fc; its direction alone matters to the loss,
 # its length to how fast the direction turns).
 CENTRE_STD = 0.01
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of AdamW (Loshchilov and Hutter, ICLR 2019), torch.optim.AdamW's defaults
 MOST_SUB_CENTRES = 256  # their numbers are kept as bytes
 _CENTRE_BLOCK = 1024  # identities per seeded block of initial values: fixed, or initial centres change
 
@@ -73,14 +75,17 @@ class MarginHead(nn.Module):
     multiplies the cosines (64 in the papers). `focal_gamma` > 0 applies the focal factor per crop. `sub_centres` is
     the number of centres an identity has, `filter` in [0, 1] the cosine above which another identity is left out (0:
     none is). `sample_rate` in (0, 1] is the share of negative centres that a step sees. `rank`, `world_size`, `group`
-    place the head on a process group (None: the default one); world size 1 needs none. `seed` decides initial centres
-    and sampling, independently of the number of ranks. `margin` and `scale` may be assigned during training.
-    Raises ValueError for values outside these ranges.
+    place the head on a process group (None: the default one); world size 1 needs none. `optimizer`, sgd or adamw, is
+    what a sampled head applies to the rows that were drawn. `seed` decides initial centres and sampling, independently
+    of the number of ranks. `margin` and `scale` may be assigned during training. Raises ValueError for values outside
+    these ranges.
     """
 
     weight: nn.Parameter  # of a full head
     _rows: Tensor  # of a sampled one
-    _velocity: Tensor
+    _velocity: Tensor  # momentum, or the first moment
+    _squares: Tensor  # the second moment, and how often a row was drawn: of AdamW
+    _updates: Tensor
 
     def __init__(
         self,
@@ -94,6 +99,7 @@ class MarginHead(nn.Module):
         filter: float = 0.0,
         sample_rate: float = 1.0,
         focal_gamma: float = 0.0,
+        optimizer: str = "sgd",
         rank: int = 0,
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
@@ -112,8 +118,11 @@ class MarginHead(nn.Module):
             raise ValueError(f"{sub_centres} sub-centres are not between 1 and {MOST_SUB_CENTRES}")
         if not 0 <= filter <= 1:
             raise ValueError(f"filter {filter} is outside [0, 1]")
+        if optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"no optimizer named {optimizer!r} (there are sgd, adamw)")
         self.loss = LOSSES[loss]()
         self.scale, self.focal_gamma, self.sample_rate = scale, focal_gamma, sample_rate
+        self.optimizer = optimizer
         self.sub_centres, self.filter = sub_centres, filter
         self.margin = margin
         self.rank, self.world_size, self.group, self.seed = rank, world_size, group, seed
@@ -127,6 +136,9 @@ class MarginHead(nn.Module):
             rows = torch.zeros(self.last - self.first + 1, *shape)
             self.register_buffer("_rows", rows, persistent=False)
             self.register_buffer("_velocity", torch.zeros_like(rows), persistent=False)
+            if optimizer == "adamw":
+                self.register_buffer("_squares", torch.zeros_like(rows), persistent=False)
+                self.register_buffer("_updates", torch.zeros(len(rows), *[1] * len(shape)), persistent=False)
         else:
             self.weight = nn.Parameter(torch.empty(self.last - self.first, *shape))
         _draw_centres(self.centres, self.first, seed)
@@ -226,10 +238,12 @@ class MarginHead(nn.Module):
 
     @torch.no_grad()
     def step(self, lr: float, *, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = True) -> None:
-        """Finish a step: a sampled head applies SGD (torch.optim.SGD's arithmetic) to the rows that were drawn.
+        """Finish a step: a sampled head updates the rows that were drawn, with torch.optim's arithmetic.
 
-        Rows that were not drawn keep weight and momentum. Call it once per step, after all backward passes, for a
-        full head too (its parameter belongs to the common optimiser; the step is only counted).
+        Rows that were not drawn keep weight, momentum and, for AdamW (which has no use for `momentum` and `nesterov`),
+        their own number of updates: each row is treated as if the steps that drew it were all there are. Call it once
+        per step, after all backward passes, for a full head too (its parameter belongs to the common optimiser; the
+        step is only counted).
         """
         self.steps += 1
         if not self.sampled_leaves():
@@ -239,11 +253,31 @@ class MarginHead(nn.Module):
         gradient = leaf.grad
         assert gradient is not None  # as `sampled_leaves` chose them
         values = self._rows[rows]
+        if self.optimizer == "adamw":
+            self._rows.index_copy_(0, rows, self._adamw(rows, values, gradient, lr, weight_decay))
+            return
         gradient.add_(values, alpha=weight_decay)
         velocity = self._velocity[rows].mul_(momentum).add_(gradient)
         self._velocity.index_copy_(0, rows, velocity)
         update = gradient.add_(velocity, alpha=momentum) if nesterov else velocity
         self._rows.index_copy_(0, rows, values.add_(update, alpha=-lr))
+
+    def _adamw(self, rows: Tensor, values: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> Tensor:
+        """The rows after a step of torch.optim.AdamW; changes `values`."""
+        updates = self._updates[rows] + 1
+        mean = self._velocity[rows].lerp_(gradient, 1 - BETAS[0])
+        squares = self._squares[rows].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        for kept, new in ((self._updates, updates), (self._velocity, mean), (self._squares, squares)):
+            kept.index_copy_(0, rows, new)
+        corrected = (squares / (1 - BETAS[1] ** updates)).sqrt_().add_(EPSILON)
+        return values.mul_(1 - lr * weight_decay).sub_(mean.div_(1 - BETAS[0] ** updates).div_(corrected), alpha=lr)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What a sampled head's optimiser keeps for each of this rank's identities, by its name in a checkpoint."""
+        names = (
+            [] if not self.sampled else ["velocity"] if self.optimizer == "sgd" else ["velocity", "squares", "updates"]
+        )
+        return {name: getattr(self, f"_{name}")[:-1] for name in names}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and, without a `step`, the rows drawn for it."""
@@ -254,20 +288,18 @@ class MarginHead(nn.Module):
         """What `full_state` gives, with this rank's rows instead of all, and `identities`. Copies on the CPU."""
         state: dict[str, Any] = {"centres": _copy_on_host(self.centres), "steps": self.steps}
         state["identities"] = self.identities
-        if self.sampled:
-            state["velocity"] = _copy_on_host(self._velocity[:-1])
+        state |= {name: _copy_on_host(rows) for name, rows in self._kept().items()}
         return state | {name: _copy_on_host(value) for name, value in self.loss.named_buffers()}
 
     def full_state(self) -> dict[str, Any] | None:
         """State for a checkpoint, independent of the number of ranks; on rank 0, None on the others. Collective.
 
         Plain tensors on CPU and numbers: `centres` [identities, embedding_size] (with sub-centres [identities,
-        sub_centres, embedding_size]), `steps`, for a sampled head `velocity` of the same shape, and the loss's running
-        numbers by their names.
+        sub_centres, embedding_size]), `steps`, for a sampled head `velocity` of the same shape (AdamW: `squares` and
+        `updates`, too), and the loss's running numbers by their names.
         """
         state: dict[str, Any] = {"centres": self.gather_rows(self.centres), "steps": self.steps}
-        if self.sampled:
-            state["velocity"] = self.gather_rows(self._velocity[:-1])
+        state |= {name: self.gather_rows(rows) for name, rows in self._kept().items()}
         state |= {name: value.cpu() for name, value in self.loss.named_buffers()}
         return state if self.rank == 0 else None
 
@@ -283,8 +315,9 @@ class MarginHead(nn.Module):
             raise ValueError(f"the head's centres are {tuple(state['centres'].shape)}, not {expected}")
         self.steps = int(state["steps"])
         self.centres.copy_(self.own_rows(state["centres"]))
-        if self.sampled and "velocity" in state:
-            self._velocity[:-1].copy_(self.own_rows(state["velocity"]))
+        for name, rows in self._kept().items():
+            if name in state:
+                rows.copy_(self.own_rows(state[name]))
         for name, value in self.loss.named_buffers():
             if name in state:
                 value.copy_(state[name])

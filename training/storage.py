@@ -37,7 +37,13 @@ IDENTITIES, RESULTS, RUN = "identities.tsv", "results.json", "run.json"
 HEADS = "heads"
 
 # What a checkpoint holds a row of for each identity, besides the head's buffers: (section, first letters of the key).
-PER_IDENTITY = (("head", "centres"), ("head", "velocity"), ("optimizer", "head_"))
+PER_IDENTITY = (
+    ("head", "centres"),
+    ("head", "velocity"),
+    ("head", "squares"),
+    ("head", "updates"),
+    ("optimizer", "head_"),
+)
 
 
 class Rows:
