@@ -78,6 +78,7 @@ def main() -> None:
             "genuine_pairs_without_face": pairs.genuine_lost,
             "impostor_pairs": pairs.impostors,
             "eer": summary.eer,
+            "eer_by_identity": summary.eer_by_person.to_json(),
             "tar_at_far": [point.to_json() for point in summary.points],
             "people_needed": [people_needed(far, pairs.people, pairs.impostors) for far in options.far],
         },
@@ -210,7 +211,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"All pairs: {checked['genuine_pairs']:,} of one person, {checked['impostor_pairs']:,} of two; "
-        f"EER {percent(checked['eer'])}",
+        f"EER {between(checked['eer_by_identity'])}",
         "In brackets: 95 % intervals by person.",
     ]
     needed = {row["far"]: row for row in checked["people_needed"]}

@@ -4,6 +4,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.ticker import MaxNLocator
+
 import plotting
 from reporting.facts import Run
 
@@ -28,6 +30,7 @@ def training_curves(runs: Sequence[Run]) -> dict[str, bytes]:
                 for colour, (label, series) in zip(plotting.COLOURS, lines, strict=False):
                     x, y = zip(*series, strict=True)
                     axes.plot(x, y, color=colour, label=label, marker="." if len(series) < 40 else "")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 if len(runs) > 1:
                     axes.legend(fontsize=8)
             drawn[name] = path.with_suffix(".png").read_bytes()

@@ -174,7 +174,10 @@ def _training(path: Path, content: dict[str, Any], run: Run) -> list[Source]:
         if label in data:
             figures.insert(0, Figure(label, f"{data[label]:,}", "", sha))
     for set_name, entry in (best.get("verification") or {}).items():
-        interval = span((entry.get("by_identity") or {}).get("accuracy"))
+        # By pairs where the file does not say whose they are.
+        pairs = entry.get("pairs")
+        bounds = binomial_interval(round(entry["accuracy"] * pairs), pairs) if pairs else None
+        interval = span((entry.get("by_identity") or {}).get("accuracy") or bounds)
         measured_on = entry.get("sha256") or (best.get("sets") or {}).get(set_name)
         figures.append(
             Figure(
@@ -233,11 +236,12 @@ def _group(path: Path, entry: dict[str, Any], group: dict[str, Any], stem: str, 
     sha = entry["sha256"]
     cosine = group["threshold"]["cosine"]
     figures = [Figure("threshold", f"cosine {cosine:.4f} ({group['threshold_chosen']})", "", sha)]
-    for row in group["groups"]:
-        for label, rate in (("FMR", row["fmr"]), ("FNMR", row["fnmr"])):
+    for kind in ("fmr", "fnmr"):
+        for row in group["groups"]:
+            rate = row[kind]
             if rate["rate"] is not None:
                 interval = span(rate["by_identity"] or rate["interval_95"])
-                figures.append(Figure(f"{label}, {row['name']}", percent(rate["rate"]), interval, sha))
+                figures.append(Figure(f"{kind.upper()}, {row['name']}", percent(rate["rate"]), interval, sha))
     texts = [group[key]["sentence"] for key in ("largest_fmr_ratio", "largest_fnmr_ratio") if group[key]]
     pictures = _pictures(path.parent, f"{stem}-groups-{plain_name(group['column'])}.png")
     subject = f"{entry['name']} by {group['column']}"
@@ -260,7 +264,7 @@ def _identification(path: Path, content: dict[str, Any], _: Run) -> list[Source]
         Figure(
             "all pairs of one person + two", f"{checked['genuine_pairs']:,} + {checked['impostor_pairs']:,}", "", sha
         ),
-        Figure("EER", percent(checked["eer"]), "", sha),
+        Figure("EER", percent(checked["eer"]), span(checked.get("eer_by_identity")), sha),
     ]
     for point in checked["tar_at_far"]:
         if point["resolved"]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from utils import InputError
 from verification import all_pairs
 from verification.all_pairs import AllPairs, Side, people_needed, summarise
+from verification.intervals import pair_intervals
 from verification.metrics import curve, equal_error_rate, operating_point
 
 FARS = (0.1, 0.01, 0.001)
@@ -119,6 +120,21 @@ def test_intervals_cover_the_truth():
         point = summarise(AllPairs(people(seed, 30, 4, noise=0.9), quiet=True), (0.02,), replicates=200).points[0]
         inside += point.tar_by_person.low <= rate <= point.tar_by_person.high
     assert inside >= 52  # of 60; a coverage of 95 % gives less once in 70 times
+
+
+def test_the_interval_of_the_equal_error_rate_is_that_of_a_list_of_pairs(monkeypatch):
+    side = people(17, count=24, photos=4, noise=1.0)
+    found = summarise(AllPairs(side, quiet=True), (), replicates=200)
+    cosines, same = scores_of(side)
+    sides = np.array([side.labels[list(pair)] for pair in itertools.combinations(range(len(side.labels)), 2)])
+    listed = pair_intervals(cosines, same, sides, eer=True, replicates=200).eer
+    assert found.eer_by_person.value == found.eer == pytest.approx(listed.value)
+    assert found.eer_by_person.high - found.eer_by_person.low > 0.02
+    monkeypatch.setattr(all_pairs, "SAMPLE", 1500)
+    part = summarise(AllPairs(side, quiet=True), (), replicates=200).eer_by_person
+    for name in ("low", "high"):
+        assert getattr(found.eer_by_person, name) == pytest.approx(getattr(listed, name), abs=0.01)
+        assert getattr(part, name) == pytest.approx(getattr(listed, name), abs=0.03)
 
 
 def test_how_many_more_people():

@@ -236,6 +236,8 @@ def test_folders_of_people_to_a_report(tmp_path, monkeypatch, model, capsys):
     assert checked["impostor_pairs"] == 25 * 24 // 2 - checked["genuine_pairs"]
     assert checked["genuine_pairs"] == 5 * 6 + 10 and checked["genuine_pairs_without_face"] == 4
     assert [point["resolved"] for point in checked["tar_at_far"]] == [True, False]
+    low, high = checked["eer_by_identity"]["interval_95"]
+    assert low <= checked["eer"] <= high
     assert checked["people_needed"][1]["more_people_to_resolve"] > 0
     scores = np.load(tmp_path / "all.npy")
     assert scores.shape == (26 * 25 // 2,) and np.isnan(scores).sum() == 25

@@ -177,10 +177,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Summary:
-    """What all pairs say: points at each FAR, the equal error rate, and the most alike of two, most unlike of one."""
+    """What all pairs say: points at each FAR, the equal error rate with its interval by person, and the most alike of
+    two, most unlike of one."""
 
     points: list[Point]
     eer: float
+    eer_by_person: Interval
     nearest_impostors: list[Pair]
     farthest_genuine: list[Pair]
 
@@ -208,6 +210,8 @@ def summarise(
     balance = int(np.flatnonzero(surplus >= 0)[-1]) if (surplus >= 0).any() else 0
     wanted[balance] = True
     worst = _Worst(impostor_from, genuine_from, pairs.genuine)
+    level = max(impostor_from[balance] / pairs.impostors, 1 / pairs.impostors)
+    around = _Sample(float(level), impostor_from, int(level * pairs.impostors), seed)
     samples = [_Sample(far, impostor_from, allowed[far], seed) for far in resolved]
     own = _Genuine(pairs.genuine, seed)
     exact = _Exact(wanted)
@@ -216,7 +220,7 @@ def summarise(
         exact.add(block, bins)
         worst.add(block, bins)
         own.add(block, pairs)
-        for sample in samples:
+        for sample in (around, *samples):
             sample.add(block, bins, pairs)
     draws = _Draws(pairs, own, replicates, seed)
     by_far = {sample.far: sample for sample in samples}
@@ -236,7 +240,7 @@ def summarise(
         (int(impostor_from[balance + 1]), int(genuine_from[balance + 1])),
         (pairs.impostors, total),
     )
-    return Summary(points, eer, worst.impostors(), worst.genuine())
+    return Summary(points, eer, draws.balance(around, eer), worst.impostors(), worst.genuine())
 
 
 def _last_above(counts_from: Integers, allowed: int) -> int:
@@ -445,6 +449,24 @@ class _Draws:
             intervals.from_replicates(far, fars, self.people),
             (float(low), float(high)),
         )
+
+    def balance(self, sample: _Sample, eer: float) -> Interval:
+        """Interval of the equal error rate, from the impostor pairs on both sides of it."""
+        scores, first, second = sample.ranked()
+        passed = np.searchsorted(-self.genuine_scores, -scores, side="right")
+        found = np.empty(self.replicates)
+        for start in range(0, self.replicates, self.CHUNK):
+            part = slice(start, start + self.CHUNK)
+            drawn = self.drawn[:, part]
+            counted = np.cumsum(drawn[self.genuine_labels], axis=0) / self.genuine_share
+            counted = np.concatenate([np.zeros((1, counted.shape[1])), counted])
+            with np.errstate(invalid="ignore", divide="ignore"):
+                far = np.cumsum(drawn[first] * drawn[second], axis=0) / sample.share / self.impostor_total[part]
+                rejected = 1 - counted[passed] / self.genuine_total[part]
+            after = far >= rejected
+            at = np.where(after.any(axis=0), after.argmax(axis=0), len(scores) - 1)[None]
+            found[part] = (np.take_along_axis(far, at, 0)[0] + np.take_along_axis(rejected, at, 0)[0]) / 2
+        return intervals.from_replicates(eer, found, self.people)
 
 
 # --- how much data a rate takes -------------------------------------------------------------------------------------
