@@ -23,6 +23,7 @@ An identity of one crop has no centre without that crop, and one of two has two 
 their crops are judged by other identities alone, and the reason says so.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +84,16 @@ def random_other(embeddings: np.ndarray, labels: np.ndarray, centres: np.ndarray
     crops = np.sort(random.integers(0, len(labels), count))
     others = random.integers(0, len(centres), count)
     keep = (labels[crops] != others) & centres[others].any(axis=1)
-    return np.einsum("nd,nd->n", unit_rows(embeddings[crops[keep]]), centres[others[keep]])
+    return _pair_cosines(embeddings, crops[keep], centres, others[keep])
+
+
+def _pair_cosines(first: np.ndarray, rows: np.ndarray, second: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Cosines float32 [n] of rows of `first`, of any length, and of `second`, of length 1; some megabytes at a time."""
+    parts = [
+        np.einsum("nd,nd->n", unit_rows(first[rows[start:stop]]), second[others[start:stop]])
+        for start, stop in itertools.pairwise([*range(0, len(rows), 8192), len(rows)])
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def limits(
@@ -111,7 +121,8 @@ def limits(
     random = np.random.default_rng(seed)
     known = np.flatnonzero(found.centres.any(axis=1))
     first, second = random.choice(known, (2, 100_000)) if len(known) else np.zeros((2, 0), np.int64)
-    apart = np.einsum("nd,nd->n", found.centres[first], found.centres[second])[first != second]
+    different = first != second
+    apart = _pair_cosines(found.centres, first[different], found.centres, second[different])
     return Limits(
         score_limit=score_limit,
         other_limit=other_limit,
@@ -299,16 +310,16 @@ def person_limit(
     against all others. Returns the limit and how many identities it comes from.
     """
     random = np.random.default_rng(seed)
+    trusted = np.bincount(labels[found.trusted], minlength=len(found.centres))
+    some = set(random.permutation(np.flatnonzero(trusted >= max(2, min(crops, 4))))[:3000].tolist())
+    if not some:
+        return 1.0, 0
     means, owners = [], []
     for label, members in groups(labels, len(found.centres)):
-        trusted = members[found.trusted[members]]
-        if len(trusted) >= max(2, min(crops, 4)):
-            chosen = random.permutation(trusted)[:crops]
+        if label in some:
+            chosen = random.permutation(members[found.trusted[members]])[:crops]
             means.append(unit_rows(embeddings[np.sort(chosen)]).sum(axis=0))
             owners.append(label)
-    if not means:
-        return 1.0, 0
-    some = random.permutation(len(means))[:3000]
-    rows, own = np.stack(means)[some], np.array(owners, np.int64)[some]
+    rows, own = np.stack(means), np.array(owners, np.int64)
     _, best = nearest_other(rows, own, found.centres, device, what=f"limit for people of {crops} photos")
     return _quantile(best, 1 - error_rate, 1.0), len(some)
