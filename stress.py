@@ -107,7 +107,7 @@ def main() -> None:
                 **embedder.describe(),
                 "threshold_cosine": model.threshold,
                 "threshold_resolved": model.resolved,
-                "factors": _factor_json(people, result),
+                "factors": _factor_json(result),
                 "groups": group,
             }
             for label, embedder, model, result, group in zip(labels, embedders, models, results, groups, strict=True)
@@ -165,7 +165,7 @@ def _levels(people: "StressSet", model: Subjects, found: np.ndarray, error: np.n
     return results
 
 
-def _factor_json(people: "StressSet", results: Levels) -> dict[str, Any]:
+def _factor_json(results: Levels) -> dict[str, Any]:
     from synthetic.factors import CUTS, FACTORS
 
     said: dict[str, Any] = {}

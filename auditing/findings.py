@@ -223,9 +223,7 @@ def judge_crops(
     return kinds, score, reasons
 
 
-def find_merges(
-    found: Centres, nearest: np.ndarray, cosine: np.ndarray, bounds: Limits, names: Sequence[str]
-) -> list[PairFinding]:
+def find_merges(nearest: np.ndarray, cosine: np.ndarray, bounds: Limits, names: Sequence[str]) -> list[PairFinding]:
     """Pairs of identities that are one person; `nearest`, `cosine`: of each centre among the others."""
     pairs = {}
     for label, (other, value) in enumerate(zip(nearest.tolist(), cosine.tolist(), strict=True)):

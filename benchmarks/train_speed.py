@@ -341,7 +341,7 @@ def child(options, device):
     print(json.dumps(train_steps(way, crops, options, device)))
 
 
-def show(options, results, rates, flop):
+def show(results, rates, flop):
     bf16, f32 = rates
     print(f"{'':15}{'batch':>6}{'crops/s':>9}{'/CPU s':>8}" + "".join(f"{part:>11}" for part in PARTS), end="")
     print(f"{'memory':>10}{'of bf16':>9}{'of f32':>8}")
@@ -410,7 +410,7 @@ def main():
     for network in options.network:
         flop = forward_flop(options, network)
         print(f"\n{network}, {flop / 1e9:.2f} GFLOP forward per crop")
-        show(options, results[network], rates, flop)
+        show(results[network], rates, flop)
 
 
 if __name__ == "__main__":

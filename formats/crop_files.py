@@ -296,12 +296,6 @@ class ShardCrops:
         return f"{path}: {name} at offset {offset}"
 
 
-def is_tar(path: Path) -> bool:
-    """Whether a file begins as a plain tar does."""
-    with open(path, "rb") as file:
-        return bool(webdataset.name_in(file.read(webdataset.BLOCK)))
-
-
 class LooseCrops:
     """Every image in a folder and the folders inside it, in sorted order, without identities: all have the label 0."""
 

@@ -166,11 +166,6 @@ def iterate_faces(path: str | Path) -> Iterator[FaceRow]:
                 raise InputError(f"{path}, line {number}: {error}") from error
 
 
-def write_faces(path: str | Path, rows: Iterable[FaceRow]) -> None:
-    """Write faces.tsv, whole or not at all."""
-    utils.write_bytes(path, table_text(rows))
-
-
 def read_faces(path: str | Path) -> list[FaceRow]:
     """Read a faces.tsv; `InputError` naming file and line if it is damaged."""
     return parse_table(Path(path).read_bytes(), path)

@@ -51,7 +51,6 @@ CROP_QUALITY = 95
 PIECE = 64
 # What a process may take of a GPU: its context, and the buffers of a batch of 64 photos at 256 px (10 MB each).
 GPU_BYTES = 1.5e9
-LAYOUTS = ("photos", "lfw", "facescrub", "megaface")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Plan:
     first: int
     seed: int
     size: int
-    layout: str  # one of LAYOUTS
+    layout: str  # photos, lfw, facescrub or megaface
     crops: bool
     poses: str
     off: tuple[str, ...]

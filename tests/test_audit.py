@@ -142,7 +142,7 @@ def test_a_clean_set_has_next_to_no_findings():
     _, _, _, bounds, kinds, _, _, (near, cosine), names = judged(features, truth)
     assert (kinds != KEEP).mean() < 0.005 and bounds.wrong_share < 0.02
     found = robust_centres(features, truth, 300)
-    assert len(find_merges(found, near, cosine, bounds, names)) <= 1
+    assert len(find_merges(near, cosine, bounds, names)) <= 1
     assert len(find_splits(features, truth, found, bounds, names)) <= 1
 
 
@@ -176,7 +176,7 @@ def test_split_and_merged_people_are_found():
         labels[truth == label + 1] = label
     _, labels = np.unique(labels, return_inverse=True)
     found, _, _, bounds, _, _, _, (near, cosine), names = judged(features, labels)
-    pairs = {(pair.first, int(pair.second)) for pair in find_merges(found, near, cosine, bounds, names)}
+    pairs = {(pair.first, int(pair.second)) for pair in find_merges(near, cosine, bounds, names)}
     truly = {
         (int(labels[np.flatnonzero(truth == label)[1]]), int(labels[np.flatnonzero(truth == label)[0]]))
         for label in parted

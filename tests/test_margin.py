@@ -690,7 +690,7 @@ def test_state_goes_on_where_it_stopped(loss, rate, variant):
     steps(unbroken, 0, 6)
     stopped = sampled_head(rate, **settings)
     steps(stopped, 0, 3)
-    state = stopped.full_state()
+    state = stopped.own_state()
     assert state["centres"].shape == unbroken.centres.shape
     resumed = sampled_head(rate, **settings | {"seed": 5})
     with torch.no_grad():
@@ -705,14 +705,14 @@ def test_state_goes_on_where_it_stopped(loss, rate, variant):
 
 def test_state_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"\(400, 8\), not \(300, 8\)"):
-        sampled_head(1.0, 300).load_full_state(sampled_head(1.0).full_state())
+        sampled_head(1.0, 300).load_full_state(sampled_head(1.0).own_state())
     with pytest.raises(ValueError, match=r"\(400, 8\), not \(400, 3, 8\)"):
-        sampled_head(1.0, sub_centres=3).load_full_state(sampled_head(1.0).full_state())
+        sampled_head(1.0, sub_centres=3).load_full_state(sampled_head(1.0).own_state())
 
 
-def test_full_state_does_not_alias_the_head():
+def test_state_does_not_alias_the_head():
     head = sampled_head(0.5)
-    state = head.full_state()
+    state = head.own_state()
     features, labels = batch(400)
     head(features, labels)[0].backward()
     head.step(1.0)

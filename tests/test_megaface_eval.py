@@ -16,7 +16,7 @@ import megaface.embed
 import megaface_eval
 import utils
 from embedding import Embedder
-from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, write_faces
+from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow, table_text
 from megaface import curves, run_experiment
 from megaface.features import open_store
 from megaface.noise import RowView, treat
@@ -72,13 +72,13 @@ def trees(tmp_path_factory):
             paint(folder / "probes" / file, rng, base)
             rows.append(FaceRow(f"Some Body{person}", file, BOX_CROP if photo == 4 else CROP, faces=1))
     rows.append(FaceRow("Some Body0", "Some Body0/Some Body0_999.jpg", NO_CROP, "missing"))
-    write_faces(folder / "probes" / "faces.tsv", rows)
+    (folder / "probes" / "faces.tsv").write_bytes(table_text(rows))
     rows = []
     for stranger in range(STRANGERS):
         file = f"{stranger % 3}/{stranger}@N00/{stranger}_0.png"
         paint(folder / "distractors" / file, rng, 128 + 60 * rng.standard_normal((4, 4, 3)))
         rows.append(FaceRow(f"{stranger}@N00", file, CENTRE_CROP if stranger == 3 else CROP, faces=1))
-    write_faces(folder / "distractors" / "faces.tsv", rows)
+    (folder / "distractors" / "faces.tsv").write_bytes(table_text(rows))
     (folder / "fs_noise.txt").write_text("# noise\nSome_Body1_12.jpg\nSome_Body4_40.jpg\nNo_Body_1.jpg\n")
     (folder / "mf_noise.txt").write_text("0/0@N00/0_0.jpg\n1/7@N00/7_0.png\n2/39@Nxx/39_0.jpg\n")
     return folder

@@ -23,7 +23,7 @@ from cropping import chunks, faces, photos
 from cropping.chunks import Chunks
 from cropping.photos import list_photos
 from formats import crop_sets
-from formats.tables import CROP, NO_CROP, FaceRow, read_faces, write_faces
+from formats.tables import CROP, NO_CROP, FaceRow, read_faces, table_text
 from processes import Shard
 from utils import InputError
 
@@ -317,7 +317,7 @@ def test_realigning_changes_what_is_asked_for(painted, tmp_path, monkeypatch):
     save(photos / "person 0" / "new.png", paint(60, 60, [(5, 5, 40)]))
     (photos / "person 0" / "0.jpg").unlink()
     (photos / "person 1" / "1.jpg").write_bytes(b"broken now")
-    write_faces(tmp_path / "shuffled.tsv", read_faces(table)[::-1])
+    (tmp_path / "shuffled.tsv").write_bytes(table_text(read_faces(table)[::-1]))
     code = painted("--photos", photos, "--out", tmp_path / "changed", "--from-detections", tmp_path / "shuffled.tsv")
     assert code == 0
     rows = {row.file: row for row in read_faces(tmp_path / "changed" / "faces.tsv")}
@@ -329,7 +329,7 @@ def test_realigning_changes_what_is_asked_for(painted, tmp_path, monkeypatch):
 
 def test_realigning_refuses_options_that_would_do_nothing(painted, tmp_path, capsys):
     photos = make_photos(tmp_path / "photos", 1)
-    write_faces(tmp_path / "faces.tsv", [FaceRow("a", "a/1", NO_CROP, "no face")])
+    (tmp_path / "faces.tsv").write_bytes(table_text([FaceRow("a", "a/1", NO_CROP, "no face")]))
     arguments = ("--photos", photos, "--out", tmp_path / "out", "--from-detections", tmp_path / "faces.tsv")
     assert painted(*arguments, "--rule", "largest") == 1
     assert "--rule: has no effect with --from-detections" in capsys.readouterr().err

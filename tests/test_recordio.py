@@ -23,7 +23,6 @@ from formats.recordio import MAGIC, RecordHeader, RecordReader, frame, pack, unp
 from utils import InputError
 
 UNREADABLE_INDEX = {"idx_duplicate_key": "key 10 stands twice, in lines 11 and 50", "idx_malformed_line": "line 11"}
-DAMAGED = ("corrupt_", "trunc_", "idx_", "trailing_", "bad_irheader", "bad_header_range", "bad_identity_range")
 JPEG = b"\xff\xd8\xff\xe0"
 DATA = Path(__file__).resolve().parent / "data"
 

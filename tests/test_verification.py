@@ -378,7 +378,7 @@ def test_no_flipped_bit_and_no_other_models_file_gets_from_the_cache_into_a_figu
     verification_bin.write_bin(path, [encoded(value)[0] for value in range(4)], [True, False])
     pairs = sets.open_set(path)
     models_ = [Embedder(BrokenModel(), PLAIN, name="m", sha256=digit * 64, engine="test") for digit in "12"]
-    expected = [features.pair_cosines(model, pairs, cache) for model in models_]
+    expected = [features.verify(model, pairs, cache_dir=cache).cosines for model in models_]
     first, second = sorted((cache / "features").iterdir())
     whole = first.read_bytes()
     damages = [
@@ -391,7 +391,7 @@ def test_no_flipped_bit_and_no_other_models_file_gets_from_the_cache_into_a_figu
     for damage in damages:
         first.write_bytes(damage)
         for model, cosines in zip(models_, expected, strict=True):
-            assert np.array_equal(features.pair_cosines(model, pairs, cache), cosines)
+            assert np.array_equal(features.verify(model, pairs, cache_dir=cache).cosines, cosines)
         assert first.read_bytes() == whole  # mended on the way
 
 
@@ -477,6 +477,6 @@ def test_swapping_the_sides_of_a_pair_changes_nothing(seed):
             folds=np.zeros(8, int),
             sha256="",
         )
-        return features.pair_cosines(embedder, pairs)
+        return features.verify(embedder, pairs).cosines
 
     assert np.array_equal(cosines(indices), cosines(indices[:, ::-1]))

@@ -285,27 +285,20 @@ class MarginHead(nn.Module):
         self._drawn.clear()
 
     def own_state(self) -> dict[str, Any]:
-        """What `full_state` gives, with this rank's rows instead of all, and `identities`. Copies on the CPU."""
+        """This rank's part of a checkpoint: plain tensors on the CPU and numbers, all of them copies.
+
+        `centres` [last - first, embedding_size] (with sub-centres [last - first, sub_centres, embedding_size]),
+        `identities`, `steps`, for a sampled head `velocity` of the same shape (AdamW: `squares` and `updates`, too), and
+        the loss's running numbers by name.
+        """
         state: dict[str, Any] = {"centres": _copy_on_host(self.centres), "steps": self.steps}
         state["identities"] = self.identities
         state |= {name: _copy_on_host(rows) for name, rows in self._kept().items()}
         return state | {name: _copy_on_host(value) for name, value in self.loss.named_buffers()}
 
-    def full_state(self) -> dict[str, Any] | None:
-        """State for a checkpoint, independent of the number of ranks; on rank 0, None on the others. Collective.
-
-        Plain tensors on CPU and numbers: `centres` [identities, embedding_size] (with sub-centres [identities,
-        sub_centres, embedding_size]), `steps`, for a sampled head `velocity` of the same shape (AdamW: `squares` and
-        `updates`, too), and the loss's running numbers by their names.
-        """
-        state: dict[str, Any] = {"centres": self.gather_rows(self.centres), "steps": self.steps}
-        state |= {name: self.gather_rows(rows) for name, rows in self._kept().items()}
-        state |= {name: value.cpu() for name, value in self.loss.named_buffers()}
-        return state if self.rank == 0 else None
-
     @torch.no_grad()
     def load_full_state(self, state: dict[str, Any]) -> None:
-        """Take this rank's part of a `full_state`, whatever the number of ranks it was saved on.
+        """Take this rank's rows of a state of all identities, whatever the number of ranks that saved it.
 
         A full head's state may start a sampled one (momentum from zero) and the other way round. Raises ValueError
         when the number of identities or dimensions differs.
@@ -322,27 +315,8 @@ class MarginHead(nn.Module):
             if name in state:
                 value.copy_(state[name])
 
-    def gather_rows(self, rows: Tensor) -> Tensor | None:
-        """A per-identity tensor [last - first, ...] of every rank as one [identities, ...] on rank 0's CPU. Collective.
-
-        Serves centres and what an optimiser keeps for them; None on the other ranks. One rank's block at a time is
-        held twice.
-        """
-        rows = rows.detach().contiguous()
-        if self.rank > 0:
-            dist.send(rows, group=self.group, group_dst=0)
-            return None
-        whole = torch.empty((self.identities, *rows.shape[1:]), dtype=rows.dtype)
-        whole[: self.last].copy_(rows)
-        for source in range(1, self.world_size):
-            first, last = identity_range(self.identities, source, self.world_size)
-            block = rows.new_empty((last - first, *rows.shape[1:]))
-            dist.recv(block, group=self.group, group_src=source)
-            whole[first:last].copy_(block)
-        return whole
-
     def own_rows(self, whole: Tensor) -> Tensor:
-        """This rank's part [last - first, ...] of a per-identity tensor [identities, ...]; undoes `gather_rows`."""
+        """This rank's part [last - first, ...] of a per-identity tensor [identities, ...]."""
         return whole[self.first : self.last]
 
     def _choose(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -45,11 +45,6 @@ def result_of(
     return result
 
 
-def pair_cosines(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | None = None) -> np.ndarray:
-    """Cosines float64 [P] of all pairs; NaN where a crop is missing."""
-    return _cosines(_features(embedder, pairs, cache_dir), pairs, embedder.name)
-
-
 def chunks_of(pairs: VerificationSet) -> list[list[int]]:
     """The crops that are there, by index, in the chunks whose features are computed together."""
     return list(faces.windows(_present(pairs).tolist(), CHUNK))
