@@ -352,7 +352,7 @@ class RecordReader:
         if end > stop:
             self.fail(key, offset, f"its length leads to offset {end}, past the start of the next record at {stop}")
         if end < stop < self.size:  # a record that the .idx does not list must start there
-            magic, field = _FRAME.unpack(self._fetch(end, 8))
+            magic, field = _FRAME.unpack(self._fetch(end, 8)) if end + 8 <= self.size else (0, 0)
             if magic != MAGIC_NUMBER or field >> 29 not in (_WHOLE, _FIRST):
                 self.fail(key, offset, f"its length leads to offset {end}, where no record starts")
         return record

@@ -336,6 +336,17 @@ def test_damaged_bytes_are_noticed_or_harmless(scratch, data):
             assert "\n" not in str(error)  # noqa: PT017
 
 
+def test_a_wrong_length_near_a_cut_names_its_record(tmp_path):
+    """Its end lies before the next record's start, and too near the file's end for a record to begin there."""
+    path = tmp_path / "cut.rec"
+    write_records(path, [pack(RecordHeader(0, np.float32([k]), k), JPEG * 3) for k in range(2)])
+    data = bytearray(path.read_bytes())
+    data[4] -= 4
+    path.write_bytes(data[: len(data) // 2 + 2])
+    with pytest.raises(InputError, match="record 0 at offset 0: its length leads to offset"):
+        RecordReader(path).read(0)
+
+
 # ------------------------------------------------------------------------------------------------------------ damage
 
 
