@@ -41,7 +41,9 @@ def put_together(rows):
 
 def whole_state(head):
     state = head.own_state()
-    return state | {name: put_together(state[name]) for name in ("centres", "velocity") if name in state}
+    return state | {
+        name: put_together(state[name]) for name in ("centres", "velocity", "squares", "updates") if name in state
+    }
 
 
 def train(name, rank, world_size):

@@ -527,7 +527,7 @@ def test_a_row_under_adamw_knows_only_the_steps_that_drew_it():
             drawn += 1
         if step == 11:
             other = sampled_head(0.2, optimizer="adamw")
-            state = head.full_state()
+            state = head.own_state()
             other.load_full_state(state)
             assert state["updates"].shape == (400, 1) and state["squares"].shape == (400, 8)
             assert all(torch.equal(value, state[name]) for name, value in other.own_state().items() if name in state

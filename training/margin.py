@@ -288,8 +288,8 @@ class MarginHead(nn.Module):
         """This rank's part of a checkpoint: plain tensors on the CPU and numbers, all of them copies.
 
         `centres` [last - first, embedding_size] (with sub-centres [last - first, sub_centres, embedding_size]),
-        `identities`, `steps`, for a sampled head `velocity` of the same shape (AdamW: `squares` and `updates`, too), and
-        the loss's running numbers by name.
+        `identities`, `steps`, for a sampled head `velocity` of the same shape (AdamW: `squares` and `updates`, too),
+        and the loss's running numbers by name.
         """
         state: dict[str, Any] = {"centres": _copy_on_host(self.centres), "steps": self.steps}
         state["identities"] = self.identities
