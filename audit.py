@@ -342,7 +342,7 @@ def audit(options: config.Audit) -> None:
     bounds = limits(features, found.labels, centres, other, near_cosine, options.error_rate, options.false_alarms)
     found.kinds, found.score, found.reasons = judge_crops(found.labels, centres, other, nearest, bounds, found.names)
     duplicates = mark_duplicates(found, measures, centres.own) if options.duplicates else []
-    found.pairs += find_merges(near_centre, near_cosine, bounds, found.names)
+    found.pairs += find_merges(features, found.labels, centres, near_centre, near_cosine, bounds, found.names)
     found.pairs += find_splits(features, found.labels, centres, bounds, found.names)
     against, evidence = look_for_people(options, found, features, centres, embedder)
     decide(options, found, nearest)

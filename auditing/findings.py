@@ -223,12 +223,33 @@ def judge_crops(
     return kinds, score, reasons
 
 
-def find_merges(nearest: np.ndarray, cosine: np.ndarray, bounds: Limits, names: Sequence[str]) -> list[PairFinding]:
-    """Pairs of identities that are one person; `nearest`, `cosine`: of each centre among the others."""
+def find_merges(
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    found: Centres,
+    nearest: np.ndarray,
+    cosine: np.ndarray,
+    bounds: Limits,
+    names: Sequence[str],
+) -> list[PairFinding]:
+    """Pairs of identities that are one person; `nearest`, `cosine`: of each centre among the others.
+
+    More than half of the crops of either have to be nearer to the other's centre than strangers are: one wrong crop of
+    two takes the centre with it, but does not make two people one.
+    """
     pairs = {}
     for label, (other, value) in enumerate(zip(nearest.tolist(), cosine.tolist(), strict=True)):
         if other >= 0 and value >= bounds.merge_limit:
             pairs[min(label, other), max(label, other)] = value
+    wanted = {label for pair in pairs for label in pair}
+    crops = {label: members[found.trusted[members]] for label, members in groups(labels, len(found.centres))
+             if label in wanted}  # fmt: skip
+
+    def fits(label: int, other: int) -> bool:
+        near = np.sort(unit_rows(embeddings[crops[label]]) @ found.centres[other])
+        return bool(near[(len(near) - 1) // 2] >= bounds.stranger_limit)
+
+    pairs = {(one, two): value for (one, two), value in pairs.items() if fits(one, two) and fits(two, one)}
     return [
         PairFinding(MERGE, first, str(second), value,
                     f"{names[first]} and {names[second]}: centres {value:.3f}, limit {bounds.merge_limit:.3f}")

@@ -68,7 +68,7 @@ def audit(features: np.ndarray, labels: np.ndarray, identities: int, device: str
     names = [str(label) for label in range(identities)]
     kinds, _, _ = judge_crops(labels, found, other, nearest, bounds, names)
     merges, splits = (
-        find_merges(near, cosine, bounds, names),
+        find_merges(features, labels, found, near, cosine, bounds, names),
         find_splits(features, labels, found, bounds, names),
     )
     return {"crops": sum(map(bool, kinds)), "merges": len(merges), "splits": len(splits)}

@@ -142,7 +142,7 @@ def test_a_clean_set_has_next_to_no_findings():
     _, _, _, bounds, kinds, _, _, (near, cosine), names = judged(features, truth)
     assert (kinds != KEEP).mean() < 0.005 and bounds.wrong_share < 0.02
     found = robust_centres(features, truth, 300)
-    assert len(find_merges(near, cosine, bounds, names)) <= 1
+    assert len(find_merges(features, truth, found, near, cosine, bounds, names)) <= 1
     assert len(find_splits(features, truth, found, bounds, names)) <= 1
 
 
@@ -176,7 +176,9 @@ def test_split_and_merged_people_are_found():
         labels[truth == label + 1] = label
     _, labels = np.unique(labels, return_inverse=True)
     found, _, _, bounds, _, _, _, (near, cosine), names = judged(features, labels)
-    pairs = {(pair.first, int(pair.second)) for pair in find_merges(near, cosine, bounds, names)}
+    pairs = {
+        (pair.first, int(pair.second)) for pair in find_merges(features, labels, found, near, cosine, bounds, names)
+    }
     truly = {
         (int(labels[np.flatnonzero(truth == label)[1]]), int(labels[np.flatnonzero(truth == label)[0]]))
         for label in parted
@@ -185,6 +187,25 @@ def test_split_and_merged_people_are_found():
     splits = {pair.first for pair in find_splits(features, labels, found, bounds, names)}
     mixed = {int(labels[np.flatnonzero(truth == label)[0]]) for label in joined}
     assert len(splits & mixed) >= 17 and len(splits - mixed) <= 2
+
+
+def test_one_wrong_crop_of_two_does_not_make_two_people_one():
+    features, truth = people(1000, dim=256, spread=0.8)
+    labels, kept = truth.copy(), np.ones(len(truth), bool)
+    for label in range(0, 60, 2):  # two crops each, one of them of somebody who has many
+        mine = np.flatnonzero(truth == label)
+        kept[mine[1:]] = False
+        labels[np.flatnonzero(truth == label + 1)[0]] = label
+    for label in range(100, 120):  # and whoever really has two labels, of two crops
+        labels[np.flatnonzero(truth == label)[:2]] = 900 + label
+    features, labels = features[kept], labels[kept]
+    found, _, _, bounds, _, _, _, (near, cosine), names = judged(features, labels)
+    pairs = {
+        (pair.first, int(pair.second)) for pair in find_merges(features, labels, found, near, cosine, bounds, names)
+    }
+    truly = {(label, 900 + label) for label in range(100, 120)}
+    assert sum(cosine[0:60:2] >= bounds.merge_limit) >= 5  # centres alone would have called them one
+    assert len(pairs & truly) >= 12 and len(pairs - truly) <= 2
 
 
 def test_the_limit_for_people_of_a_test_set_keeps_its_false_alarm_rate():
