@@ -3,6 +3,7 @@
     python benchmarks/trial_finetune.py --data faces_large --lfw lfw --bin dev_pairs.bin --scratch /tmp/tuning
     python benchmarks/trial_finetune.py --data faces_large --lfw lfw --bin dev_pairs.bin --scratch /tmp/tuning \
         --synthetic 1200 --base-epochs 10                                   # the base has seen nobody real
+    python benchmarks/trial_finetune.py --data faces_large --lfw lfw --scratch /tmp/tuning --base model.pt
 
 The identities of --data are split by a seeded draw: --share of them are the few people that somebody has, the others
 are what the base network is trained on (or, with --synthetic, people who do not exist). Then, at equal steps on the
@@ -78,7 +79,7 @@ def train(options, name, data, epochs, lr, *extra):
 
 def measure(options, checkpoint):
     """{set: (accuracy, its standard error, AUC)} of a network."""
-    out = checkpoint.parent / "eval"
+    out = options.scratch / f"eval-{checkpoint.parent.name}"
     line = ["--checkpoint", checkpoint, "--out", out, "--cache", options.scratch / "cache"]
     if options.lfw:
         line += ["--lfw", options.lfw]
@@ -102,6 +103,7 @@ def main():
     parser.add_argument("--scratch", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--share", type=float, default=0.1, help="of the identities that are the few")
     parser.add_argument("--synthetic", type=int, help="train the base on so many people who do not exist")
+    parser.add_argument("--base", type=Path, metavar="FILE", help="this network is the base; none is trained")
     parser.add_argument("--base-epochs", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=10, help="on the few")
     parser.add_argument("--lr", type=float, default=0.1)
@@ -121,18 +123,19 @@ def main():
     options.bin = [path.resolve() for path in options.bin or []]
     options.scratch.mkdir(parents=True, exist_ok=True)
     few, rest = split(options.data, options.scratch, options.share, options.seed)
-    source = synthetic(options.scratch, options.synthetic) if options.synthetic else rest
-    base = train(options, f"base-{source.name}", source, options.base_epochs, options.lr)
+    if options.base:
+        base, origin = options.base.resolve(), options.base.resolve().parent.name
+    else:
+        source = synthetic(options.scratch, options.synthetic) if options.synthetic else rest
+        base, origin = train(options, f"base-{source.name}", source, options.base_epochs, options.lr), source.name
     tuned = ["--init", base, "--head-lr", options.lr]
     runs = {
         "the base alone": base,
         "from nothing": train(options, "nothing", few, options.epochs, options.lr),
         "from the base, random centres": train(
-            options, f"random-{source.name}", few, options.epochs, options.tuned_lr, *tuned, "--init-head", "random"
+            options, f"random-{origin}", few, options.epochs, options.tuned_lr, *tuned, "--init-head", "random"
         ),
-        "from the base, mean centres": train(
-            options, f"means-{source.name}", few, options.epochs, options.tuned_lr, *tuned
-        ),
+        "from the base, mean centres": train(options, f"means-{origin}", few, options.epochs, options.tuned_lr, *tuned),
     }
     figures = {name: measure(options, path) for name, path in runs.items()}
     sets = list(next(iter(figures.values())))
