@@ -78,7 +78,7 @@ def main() -> None:
 def crop_bytes(pairs: VerificationSet, index: int, aligned: bool) -> bytes:
     """An encoded crop: the file itself where it is one, PNG (without loss) where it was aligned here."""
     if aligned and pairs.photos is not None:
-        data = pairs.photos[index].read_bytes()
+        data = utils.read_bytes(pairs.photos[index])
         if utils.image_suffix(data) is not None:
             return data
     return encode_as_named("crop.png", pairs.crops[index][..., ::-1], 100)

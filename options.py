@@ -13,6 +13,7 @@ import json
 import math
 import operator
 import re
+import stat
 import sys
 import tomllib
 import types
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
+import utils
 from utils import InputError
 
 Stage = TypeVar("Stage")
@@ -116,16 +118,29 @@ _INSIDE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le
 
 
 def _check_bounds(stage: Any) -> None:
-    """Raise `InputError` for the first number out of its declared range."""
+    """Raise `InputError` for the first number out of its declared range, or path that is a device or a pipe.
+
+    A pipe can be read once, where files are hashed, too; /dev/zero has no end; writing replaces what is there.
+    """
     for field in dataclasses.fields(stage):
         bounds = field.metadata["bounds"]
         values = getattr(stage, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:
+            if isinstance(value, Path) and _is_special(value):
+                raise InputError(f"{_flag(field)} {value}: a device or a pipe, neither a file nor a folder")
             if value is None or not bounds:
                 continue
             if not math.isfinite(value) or not all(_INSIDE[words](value, bound) for words, bound in bounds.items()):
                 wanted = " and ".join(f"{words} {bound:,}" for words, bound in bounds.items())
                 raise InputError(f"{_flag(field)} {value}: must be {wanted}")
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _flag(field: dataclasses.Field) -> str:
@@ -199,10 +214,12 @@ def build_parser(
 def _read_config(path: Path) -> dict[str, Any]:
     """Options by name from a TOML file, or from a run.json, which holds them under "options"."""
     try:
-        text = path.read_text()
+        text = utils.read_bytes(path).decode("utf-8")
         content = json.loads(text)["options"] if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(error.strerror) from error
+    except InputError as error:
+        raise ValueError(str(error).removeprefix(f"{path}: ")) from error
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"neither TOML nor a run.json with options: {error}") from error
     if not isinstance(content, dict):

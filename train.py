@@ -309,7 +309,7 @@ def choose_workers(options: Train, world: World) -> int:
     return max(1, min(16, (len(os.sched_getaffinity(0)) - 1) // local))
 
 
-def open_run(options: Train, world: World) -> Run:
+def open_run(options: Train, world: World, log: monitor.RunLog) -> Run:
     """Open the data and the log: everything that does not change. Collective."""
     labelled = options.loss != "none"
     crops = crop_sets.open_training_set(options.data, skip_unreadable=options.skip_unreadable, labelled=labelled)
@@ -321,7 +321,8 @@ def open_run(options: Train, world: World) -> Run:
     order = BatchOrder(len(crops), options.batch_size, options.seed, world.rank, world.size, options.accumulate)
     world.check_same(fingerprint, f"{options.data}: the processes do not see the same crops there")
     data: dict[str, Any] = {"crops": len(crops), "identities": crops.identities, "fingerprint": fingerprint}
-    log = monitor.RunLog(options.out / "log.txt" if world.is_main else None)
+    if world.is_main:
+        log.open(options.out / "log.txt")
     sets = open_verification_sets(options, world)
     schedule = Schedule(options, order.steps_per_epoch)
     return Run(options, world, crops, data, order, schedule, sets, log)
@@ -436,11 +437,11 @@ def make_good(
         return verify(run, state, reporter, writer, termination)
 
 
-def train(options: Train, world: World) -> int:
+def train(options: Train, world: World, log: monitor.RunLog) -> int:
     """Run from the start or the last checkpoint to the end. Returns the exit code."""
     check_options(options, world)
     termination = Termination()
-    run = open_run(options, world)
+    run = open_run(options, world, log)
     order, schedule = run.order, run.schedule
     amp = options.amp if options.amp is not None else world.device.type == "cuda"
     distributed.prepare_device(world.device)
@@ -531,9 +532,9 @@ def train(options: Train, world: World) -> int:
 def main() -> int:
     """See the file's docstring."""
     options = parse(Train, __doc__)
-    with distributed.join(options.device) as world:
+    with distributed.join(options.device) as world, monitor.RunLog() as log:
         try:
-            return train(options, world)
+            return train(options, world, log)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"--batch-size {options.batch_size}: {str(error).splitlines()[0]} Parts of a batch (--accumulate 2), "

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,7 +188,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         fsync_directory(path.parent)
     except OSError as error:
-        if error.filename is None and error.errno in _DISK_ERRORS:
+        # What the user knows is the file that was meant, such as a folder that stands in its place.
+        if error.filename == str(temporary) or (error.filename is None and error.errno in _DISK_ERRORS):
             error.filename = str(path)
         raise
     finally:
@@ -214,20 +216,22 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
+def locked(path: str | Path, busy: str | None = None, *, forks: bool = False) -> Iterator[None]:
     """Hold a lock among processes for as long as the block lasts; a killed process holds none.
 
-    `path` is a file for the lock alone. With `busy`, a `Busy` of that text if another process holds it;
-    otherwise wait. A file system that has no `flock` (Lustre, unless mounted with it) gets a file `PATH.owner`, made
-    exclusively: what a killed process on the same machine left is taken over, one of another machine's is waited for
-    or told about, because nothing can say whether that process still runs.
+    `path` is a file for the lock alone, or one that is only added to. With `busy`, a `Busy` of that text if
+    another process holds it; otherwise wait. With `forks`, processes that this one forks meanwhile have no part in the
+    lock, which ends with this one whatever becomes of them. A file system that has no locks (Lustre, unless mounted
+    with `flock`) gets a file `PATH.owner`, made exclusively: what a killed process on the same machine left is taken
+    over, one of another machine's is waited for or told about, because nothing can say whether that process still runs.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    lock = fcntl.lockf if forks else fcntl.flock  # the kernel gives one to a process, the other to an open file
+    with open(path, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX lets lockf fail with either
             raise Busy(str(busy)) from error
         except OSError:
             with _owned(path.with_name(f"{path.name}.owner"), busy):
@@ -298,6 +302,16 @@ def require_file(path: str | Path) -> None:
     mode = os.stat(path).st_mode  # noqa: PTH116 - also for paths that are texts
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}, not a file")
+
+
+def read_bytes(path: str | Path, most: int | None = None) -> bytes:
+    """The bytes of a regular file of at most `most` bytes; `InputError` for anything else, `OSError` as from `open`."""
+    require_file(path)
+    with open(path, "rb") as file:
+        data = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(data) > most:
+        raise InputError(f"{path}: the file has more than {most >> 20} MiB")
+    return data
 
 
 def sha256_of(path: str | Path) -> str:
@@ -459,12 +473,23 @@ def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = Fals
     With `stand_ins`, objects of other programs that lie beside the weights (the settings and callbacks in a checkpoint
     of Lightning) are read as empty dictionaries; nothing of their code is looked for or run. Raises InputError.
     """
-    import torch
-
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file of weights")
     require_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch remarks about a file that is none; the error says it in one line
+        content = _read_tensors(path, mmap, stand_ins)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")
+    if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")
+    return content
+
+
+def _read_tensors(path: Path, mmap: bool, stand_ins: bool) -> Any:
+    import torch
+
     foreign: list[str] = []
     try:
         if zipfile.is_zipfile(path):
@@ -485,10 +510,6 @@ def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = Fals
         raise InputError(f"{path}: not a file of weights, or damaged") from error
     if foreign and not content:  # one object and nothing else: a whole pickled module
         raise _holds_objects(path)
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")
-    if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")
     return content
 
 

@@ -146,7 +146,7 @@ def crop_id(index: int) -> str:
 def read_decisions(path: Path) -> dict[str, str]:
     """Decisions by finding from the page's decisions.tsv; `InputError` naming the line if it is none."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = utils.read_bytes(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise utils.InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from error
     decisions = {}

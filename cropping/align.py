@@ -75,7 +75,7 @@ def align_face(bgr: NDArray[np.uint8], landmarks: ArrayLike, size: int = CROP_SI
     """Cut the face with these `landmarks` [5, 2] out of a photo, upright, uint8 [size, size, 3] (bilinear).
 
     What lies outside the photo is black. The channel order is that of `bgr`. Raises `AlignmentError` where the
-    landmarks determine no crop.
+    landmarks determine no crop, or one that shows nothing of the photo.
     """
     # Other sizes scale the coordinates, as InsightFace's face_align.py does.
     matrix = estimate_similarity(landmarks, TEMPLATE.astype(np.float64) * (size / CROP_SIZE))
@@ -83,6 +83,9 @@ def align_face(bgr: NDArray[np.uint8], landmarks: ArrayLike, size: int = CROP_SI
     # Ten thousand crop pixels per photo pixel, or the reverse, are rounding errors rather than faces.
     if not np.isfinite(matrix).all() or not 1e-4 < scale < 1e4:
         raise AlignmentError("landmarks do not determine a crop")
+    seen = _reach(matrix, size)
+    if (seen.max(axis=0) <= 0).any() or (seen.min(axis=0) >= [bgr.shape[1], bgr.shape[0]]).any():
+        raise AlignmentError("the face lies outside of the photo")
     return warp(bgr, matrix, size)
 
 
@@ -93,12 +96,17 @@ def warp(bgr: NDArray[np.uint8], matrix: NDArray[np.float64], size: int) -> np.n
     return cv2.warpAffine(bgr, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=(0, 0, 0))
 
 
+def _reach(matrix: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """The corners, [4, 2] in pixels of the photo, of what a crop of `size` pixels can see."""
+    corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]], dtype=np.float64)
+    return corners @ cv2.invertAffineTransform(matrix).T
+
+
 def _cut_to_reach(
     bgr: NDArray[np.uint8], matrix: NDArray[np.float64], size: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """The part of the photo that the crop can see, and the matrix for that part."""
-    corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]], dtype=np.float64)
-    seen = corners @ cv2.invertAffineTransform(matrix).T
+    seen = _reach(matrix, size)
     height, width = bgr.shape[:2]
     left, top = np.clip(np.floor(seen.min(axis=0)).astype(int) - 1, 0, [width - 1, height - 1])
     right, bottom = np.clip(np.ceil(seen.max(axis=0)).astype(int) + 2, [left + 1, top + 1], [width, height])

@@ -56,9 +56,14 @@ class Chunks:
         self.count = -(-items // CHUNK)
         self._parts = self.out / PARTS
         self._report = self.out / "report.json"
+        self._outputs: Sequence[str] = ()
 
     def open(self, outputs: Sequence[str]) -> bool:
-        """Begin or continue; returns whether everything is finished (the report and all `outputs` are there)."""
+        """Begin or continue; returns whether everything is finished (the report and all `outputs` are there).
+
+        `InputError` for an output that has not the size it was written with.
+        """
+        self._outputs = outputs
         record = self._parts / "settings.json"
         finished, begun = self._recorded(self._report), self._recorded(record)
         for found in (finished, begun):
@@ -66,6 +71,7 @@ class Chunks:
                 self._compare(found["settings"])
         present = [name for name in outputs if (self.out / name).exists()]
         if finished is not None and len(present) == len(outputs):
+            self._check_sizes(finished)
             if finished["stamp"] != self.stamp:
                 self._check_photos(iterate_faces(self.out / "faces.tsv"), self.items)
                 utils.write_json(self._report, finished | {"stamp": self.stamp})
@@ -85,12 +91,19 @@ class Chunks:
     def _recorded(self, path: Path) -> dict[str, Any] | None:
         """What a file says of a run: its `settings` (a dictionary), its `stamp` and more; None without the file."""
         try:
-            value = json.loads(path.read_bytes())
+            value = json.loads(utils.read_bytes(path))
             return {**value, "settings": dict(value["settings"]), "stamp": value["stamp"]}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a record of a run; remove it or give another folder") from error
+
+    def _check_sizes(self, finished: dict[str, Any]) -> None:
+        for name, size in dict(finished.get("bytes", {})).items():
+            if (found := (self.out / name).stat().st_size) != size:
+                raise InputError(
+                    f"{self.out / name}: {found} bytes, but {size} were written; remove it and run this command again"
+                )
 
     def _check_photos(self, rows: Iterable[FaceRow], count: int) -> None:
         """Compare the photos of some rows with the hashes in these rows."""
@@ -185,12 +198,13 @@ class Chunks:
 
     def finish(self, report: dict[str, Any]) -> None:
         """Record that all outputs are written, and drop the parts."""
-        utils.write_json(self._report, {"settings": self.settings, "stamp": self.stamp, **report})
+        sizes = {name: (self.out / name).stat().st_size for name in self._outputs}
+        utils.write_json(self._report, {"settings": self.settings, "stamp": self.stamp, "bytes": sizes, **report})
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def report(self) -> dict[str, Any]:
         """The report of a finished run."""
-        return json.loads(self._report.read_bytes())
+        return json.loads(utils.read_bytes(self._report))
 
 
 def process(chunks: Chunks, shard: Shard, prepare: Callable[[], Work], workers: int, description: str) -> list[int]:

@@ -378,6 +378,8 @@ def realign(
     changes the row's status and reason, and so do other limits than those of the earlier run.
     """
     if row.box is None or row.landmarks is None or row.score is None:
+        if row.status == CROP:
+            row = replace(row, status=NO_CROP, reason=_join("the detections do not say where the face is", row.reason))
         return row, None
     source: dict[str, Any] = {}
     try:

@@ -22,6 +22,7 @@ from utils import InputError
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _IMAGES = tuple(IMAGE_SUFFIXES)
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+_MOST = 256 << 20  # bytes of a crop's file, as of a photo's
 _CHECKED = 64  # photos of a list that are looked for when it is opened
 _INDEX = "shard-index-1"
 _WORTH_KEEPING = 64 << 20  # bytes of a shard whose index is kept
@@ -125,7 +126,7 @@ class FolderCrops:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded bytes of a crop and its label."""
-        return (self.root / self.files[index]).read_bytes(), int(self.labels[index])
+        return utils.read_bytes(self.root / self.files[index], _MOST), int(self.labels[index])
 
     def describe(self, index: int) -> str:
         """How to find this crop again."""
@@ -161,7 +162,7 @@ class ListCrops:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded bytes of a crop and its label."""
-        return (self.path.parent / self.files[index]).read_bytes(), int(self.labels[index])
+        return utils.read_bytes(self.path.parent / self.files[index], _MOST), int(self.labels[index])
 
     def describe(self, index: int) -> str:
         """How to find this crop again."""
@@ -318,7 +319,7 @@ class LooseCrops:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded bytes of a crop, and 0."""
-        return (self.root / self.files[index]).read_bytes(), 0
+        return utils.read_bytes(self.root / self.files[index], _MOST), 0
 
     def describe(self, index: int) -> str:
         """How to find this crop again."""

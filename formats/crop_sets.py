@@ -276,7 +276,7 @@ class CropSet:
         path = self.path.with_name("property")
         if not path.is_file():
             return
-        text = path.read_bytes()[:200].decode("utf-8", "replace").strip()
+        text = utils.read_bytes(path, 1 << 20)[:200].decode("utf-8", "replace").strip()
         fields = text.split(",")
         if not all(field.strip().isdecimal() for field in fields):
             self.notes.append(f"{path}: {text[:40]!r} is not 'identities,height,width'; not needed, so ignored")
@@ -509,6 +509,8 @@ def _open_files(given: Path, files: list[Path], skip_unreadable: bool) -> Crops:
         raise InputError(f"{given}: several files ({', '.join(path.name for path in files[:5])}); name one of them")
     if archives.is_archive(files[0]):
         raise InputError(_unpack_first(files[0]))
+    if kind == "binary":
+        raise InputError(f"{files[0]}: neither RecordIO, a tar nor a list of images and labels")
     return ListCrops(files[0])
 
 
@@ -517,7 +519,9 @@ def _kind_of(path: Path) -> str:
         head = file.read(webdataset.BLOCK)
     if head.startswith(MAGIC) or path.suffix == ".rec":
         return "RecordIO"
-    return "tar" if webdataset.name_in(head) else "other"
+    if webdataset.name_in(head):
+        return "tar"
+    return "binary" if b"\0" in head else "text"
 
 
 def _unpack_first(path: Path) -> str:

@@ -7,7 +7,6 @@ what a power cut or another program has damaged is found and computed again. The
 with holes where the file system knows them.
 """
 
-import fcntl
 import json
 import os
 import zlib
@@ -40,14 +39,13 @@ class EmbeddingStore:
         self.chunks = -(-rows // CHUNK)
         self.key = json.loads(json.dumps(key | {"rows": rows, "dim": dim, "dtype": dtype, "chunk": CHUNK}))
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with utils.locked(self.folder / ".lock"):
             self._open_or_begin()
 
     def _open_or_begin(self) -> None:
         path = self.folder / KEY
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(utils.read_bytes(path))
         except FileNotFoundError:
             found = None
         except ValueError as error:

@@ -127,7 +127,7 @@ def read_selection(
     path = path / CROPS if path.is_dir() else path
     record_path = path.with_name(RECORD)
     try:
-        record = json.loads(record_path.read_bytes())
+        record = json.loads(utils.read_bytes(record_path))
         of = record["data"]["fingerprint"]
     except OSError as error:
         raise InputError(f"{record_path}: {error.strerror}; it says of which crops {path.name} speaks") from error

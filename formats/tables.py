@@ -168,7 +168,7 @@ def iterate_faces(path: str | Path) -> Iterator[FaceRow]:
 
 def read_faces(path: str | Path) -> list[FaceRow]:
     """Read a faces.tsv; `InputError` naming file and line if it is damaged."""
-    return parse_table(Path(path).read_bytes(), path)
+    return parse_table(utils.read_bytes(path), path)
 
 
 class FaceTable:
@@ -220,7 +220,7 @@ def read_identities(path: Path) -> list[str]:
 
     Raises `InputError` for another table, and naming the line where the labels do not count from 0.
     """
-    lines = path.read_bytes().decode("utf-8", "surrogateescape").removesuffix("\n").split("\n")
+    lines = utils.read_bytes(path).decode("utf-8", "surrogateescape").removesuffix("\n").split("\n")
     if tuple(lines[0].split("\t")[:2]) != IDENTITY_COLUMNS[:2]:
         raise InputError(f"{path}: not a table of identities (its first line must begin with label and identity)")
     names: list[str] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+import utils
 from utils import InputError
 
 SUBSETS = {"ijbc": ("IJB-C", ("G1", "G2")), "ijbb": ("IJB-B", ("S1", "S2"))}
@@ -104,7 +105,7 @@ def read_lists(folder: str | Path) -> Lists:
 def read_pairs(lists: Lists) -> Pairs:
     """The pairs of 1:1; `InputError` naming the line with a label other than 0 and 1 or a template without images."""
     path = lists.path("template_pair_label.txt")
-    values = _numbers(path, path.read_bytes(), np.int64)
+    values = _numbers(path, utils.read_bytes(path), np.int64)
     labels = values[:, 2]
     wrong = np.flatnonzero((labels != 0) & (labels != 1))
     if len(wrong):
@@ -153,7 +154,7 @@ def _check_known(path: Path, numbers: np.ndarray, known: np.ndarray, first_line:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        return utils.read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
 

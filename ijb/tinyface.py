@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import scipy.io
 
+import utils
 from config import CROP_SIZE
 from cropping.align import AlignmentError, align_face, choose_face, warp
 from cropping.faces import Detector
@@ -83,7 +84,7 @@ def read_lists(path: str | Path) -> Lists:
         lists = Lists(probe[0], match[0], distractor[0], [probe[1], match[1], distractor[1]])
     else:
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(utils.read_bytes(path))
         except ValueError as error:
             raise InputError(f"{path}: not JSON: {error}") from error
         if not isinstance(content, dict):
@@ -112,7 +113,7 @@ def _read_list(folder: Path, name: str) -> tuple[list[str], Path]:
     for path in _candidates(folder, name):
         if path.suffix == ".txt":
             try:
-                return path.read_text("utf-8").split(), path
+                return utils.read_bytes(path).decode("utf-8").split(), path
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
         try:

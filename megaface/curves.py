@@ -65,7 +65,7 @@ def from_result(result: Identification, label: str) -> Curves:
 def read_curves(path: Path, label: str) -> Curves:
     """The curves in a cmc_*.json; `InputError` naming the file when it is none."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(utils.read_bytes(path))
         (ranks, identification), (accepts, verification) = (
             (np.array(axis, float) for axis in content[name]) for name in ("cmc", "roc")
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import utils
 from utils import InputError
 
 COLUMNS = ("name", "image_id", "face_id", "url", "bbox", "sha256")
@@ -93,7 +94,7 @@ def read_annotations(paths: Iterable[str | Path]) -> Annotations:
     found = Annotations()
     for path in map(Path, paths):
         known, columns = len(found.faces), list(COLUMNS)
-        for number, line in enumerate(_lines(path.read_bytes()), start=1):
+        for number, line in enumerate(_lines(utils.read_bytes(path)), start=1):
             cells = [_unquoted(cell.strip()) for cell in line.split("\t")]
             names = [cell.lower() for cell in cells]
             if set(COLUMNS) <= set(names):

@@ -294,7 +294,7 @@ def _open_unchecked(folder: Path) -> tuple[Store, dict[str, Any]]:
         raise InputError(f"{folder / 'features.npy'}: {found} does not fit info.json")
     path = folder / "names.jsonl"
     try:
-        names, reasons = zip(*map(json.loads, path.read_bytes().splitlines()), strict=True)
+        names, reasons = zip(*map(json.loads, utils.read_bytes(path).splitlines()), strict=True)
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged: {error}") from error
     if not all(isinstance(text, str) for text in (*names, *reasons)):
@@ -316,7 +316,7 @@ def _are_checksums(value: object, rows: int) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(utils.read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -326,7 +326,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_origins(folder: Path, rows: int) -> np.ndarray:
     """uint64 [rows]: what stands for the source of each row of a store."""
-    data = (folder / "origins.u64").read_bytes()
+    data = utils.read_bytes(folder / "origins.u64")
     if len(data) < 8 * rows:
         raise InputError(f"{folder / 'origins.u64'}: truncated, {len(data)} bytes for {rows} rows")
     return np.frombuffer(data, "<u8", rows)

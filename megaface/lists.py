@@ -17,6 +17,7 @@ from typing import TypeGuard
 
 import numpy as np
 
+import utils
 from utils import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -41,7 +42,7 @@ def read_template_list(path: str | Path, *, with_ids: bool = False) -> TemplateL
     """Read a template list; `InputError` naming the file when it is none, is empty, or lacks ids that are wanted."""
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(utils.read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or not _is_texts(content.get("path")):
@@ -134,7 +135,7 @@ class NoiseList:
 
 def read_noise_list(path: str | Path) -> NoiseList:
     """Read a noise list: one name a line, `#` begins a comment line; `InputError` when it has no name at all."""
-    lines = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape").splitlines()
+    lines = utils.read_bytes(path).decode("utf-8-sig", "surrogateescape").splitlines()
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not names:
         raise InputError(f"{path}: holds no names")

@@ -145,6 +145,12 @@ def test_landmarks_that_determine_no_crop_are_an_error(landmarks):
         align_face(np.zeros((50, 50, 3), np.uint8), landmarks)
 
 
+@pytest.mark.parametrize("shift", [[-200, 0], [0, -200], [60, 0], [0, 60]])
+def test_a_crop_that_shows_nothing_of_the_photo_is_an_error(shift):
+    with pytest.raises(AlignmentError, match="lies outside of the photo"):
+        align_face(np.full((50, 50, 3), 200, np.uint8), np.add(TEMPLATE, shift))
+
+
 def test_panoramas_wider_than_opencv_can_address():
     panorama = np.zeros((130, 40_000, 3), np.uint8)
     face = np.random.default_rng(3).integers(0, 256, (112, 112, 3), dtype=np.uint8)

@@ -1,5 +1,6 @@
 """The command line derived from the stage dataclasses."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_numbers_out_of_their_range_are_refused(words, expected):
     with pytest.raises(InputError, match=re.escape(expected)):
         parse(Bounded, argv=["here", *words.split()])
     assert parse(Bounded, argv="here --rate 0.1 --counts 1 9 --parts 0".split()).counts == [1, 9]
+
+
+def test_devices_and_pipes_are_refused_at_once(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe", tmp_path / "zero"):
+        for words in (["--photos", path], ["--photos", "a", "--val", "b", path]):
+            with pytest.raises(InputError, match=f"{path}: a device or a pipe"):
+                parse(Stage, argv=list(map(str, words)))
+        with pytest.raises(SystemExit):
+            parse(Stage, argv=["--photos", "a", "--config", str(path)])
+        assert f"--config {path}: a device or a pipe, not a file" in capsys.readouterr().err
 
 
 def test_a_configuration_gives_what_the_command_line_does_not(tmp_path):

@@ -215,8 +215,8 @@ def start(monkeypatch, tmp_path):
         if small:
             monkeypatch.setattr(models, "build_network", lambda name, se, size, **_: SmallNetwork(size))
         chosen = parse(config.Train, argv=options(data, tmp_path / name, **changes))
-        with distributed.join(chosen.device) as world:
-            assert train.train(chosen, world) == code
+        with distributed.join(chosen.device) as world, monitor.RunLog() as log:
+            assert train.train(chosen, world, log) == code
         return tmp_path / name
 
     yield run

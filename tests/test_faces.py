@@ -392,6 +392,9 @@ def test_realign_of_rows_without_a_face_and_of_lost_photos(tmp_path):
     assert realign(photo, face)[0].reason.startswith("another photo")
     face = replace(face, sha256=content_of(photo.path))
     assert realign(photo, face)[0].reason.startswith("not alignable")
+    for lost in ("box", "landmarks", "score"):
+        row, crop = realign(photo, replace(face, **{lost: None}))
+        assert crop is None and (row.status, row.reason) == (NO_CROP, "the detections do not say where the face is")
 
 
 # Many photos

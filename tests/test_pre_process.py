@@ -274,6 +274,11 @@ def test_a_finished_run_is_left_alone_and_lost_outputs_are_made_again(painted, t
         (out / name).unlink()
         assert painted("--photos", photos, "--out", out) == 0
         assert contents(out) == whole
+    for name in ("train.rec", "faces.tsv"):  # a copy that was cut short
+        (out / name).write_bytes(whole[name][:-1])
+        assert painted("--photos", photos, "--out", out) == 1
+        assert f"{out / name}: {len(whole[name]) - 1} bytes, but {len(whole[name])} were" in capsys.readouterr().err
+        (out / name).write_bytes(whole[name])
 
 
 @pytest.mark.parametrize(

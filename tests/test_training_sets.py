@@ -166,6 +166,16 @@ def shard(path, labels, *, form="cls"):
     path.write_bytes(tar_bytes(entries))
 
 
+def test_a_photo_is_no_list_and_a_device_no_crop(tmp_path):
+    photo = folder_set(tmp_path / "set") / "person-0" / "0.jpg"
+    with pytest.raises(InputError, match=r"0.jpg: neither RecordIO, a tar nor a list of images and labels"):
+        open_training_set(photo)
+    photo.unlink()
+    photo.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"0.jpg: a device or a pipe, not a file"):
+        open_training_set(tmp_path / "set").read(0)
+
+
 def test_shards_name_their_crops_and_what_is_wrong(tmp_path):
     shard(tmp_path / "a0.tar", [0, 0, 2])
     shard(tmp_path / "a1.tar", [2, 5, 5], form="json")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import pickle
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ from helpers.training import ROOT
 from torch import nn
 
 import utils
+from formats.embeddings import EmbeddingStore
+from training import monitor
 from utils import InputError
 
 
@@ -247,6 +250,55 @@ def test_a_lock_is_held_once_and_let_go(tmp_path, monkeypatch, supported):
         with utils.locked(tmp_path / "lock", "busy"):
             assert is_busy(tmp_path / "lock", "busy")
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("use", ["embeddings", "training"])
+def test_embeddings_and_training_do_without_locks(tmp_path, monkeypatch, use):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    for _ in range(2):
+        if use == "embeddings":
+            EmbeddingStore(tmp_path, {"model": "a"}, 3, 2)
+            continue
+        with monitor.RunLog() as log:
+            log.open(tmp_path / "log.txt")
+            log("one line")
+            with pytest.raises(InputError, match="another process is training"), monitor.RunLog() as other:
+                other.open(tmp_path / "log.txt")
+    assert not list(tmp_path.rglob("*.owner"))
+    if use == "training":
+        assert (tmp_path / "log.txt").read_text().count("one line") == 2
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "results.json").mkdir()
+
+    @utils.command
+    def main():
+        utils.write_json(tmp_path / "results.json", {})
+
+    assert main() == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'results.json'}: Is a directory\n"
+
+
+def test_nothing_is_said_beside_the_error_about_a_file_that_holds_no_weights(tmp_path, recwarn):
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(["no", "weights"], protocol=3))
+    with pytest.raises(InputError, match="a.pt"):
+        utils.read_tensors(tmp_path / "a.pt")
+    assert not recwarn.list
+
+
+def test_bytes_of_files_alone(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    assert utils.read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(InputError, match="the file has more than"):
+        utils.read_bytes(tmp_path / "file", 4)
+    for path in (tmp_path, "/dev/zero"):
+        with pytest.raises(InputError, match="not a file"):
+            utils.read_bytes(path)
 
 
 def test_without_locks_what_a_killed_process_left_is_taken_over(tmp_path, monkeypatch):

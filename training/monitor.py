@@ -6,7 +6,7 @@ a single transfer. The price: a loss that is not finite is noticed up to `--log-
 still named).
 """
 
-import fcntl
+import contextlib
 import json
 import math
 import os
@@ -17,7 +17,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -197,24 +197,28 @@ def advice_for_few_identities(run: Run) -> str | None:
 
 
 class RunLog:
-    """Lines to a file, with date and time, and above the progress bar to standard error; silent without a path.
+    """Lines to a file, with date and time, and above the progress bar to standard error; silent until it is opened.
 
-    The file is locked: raises `InputError` if another process has it open so, which then trains into the same folder.
-    A POSIX lock, because forked loader workers do not share it: it ends with this process.
+    The file is locked until the end of a `with` block, not by the forked loader workers, which may outlive the trainer.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self) -> None:
+        self._file: int | None = None
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file = None
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(f"{path.parent}: another process is training into this folder") from error
-        except OSError:
-            pass  # a file system without locks
+        self._held.close()
+
+    def open(self, path: Path) -> None:
+        """Begin, or add to, the file; `InputError` if another process has it, which then trains into that folder."""
+        busy = f"{path.parent}: another process is training into this folder"
+        self._held.enter_context(utils.locked(path, busy, forks=True))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._held.callback(os.close, self._file)
 
     def __call__(self, text: str) -> None:
         """Write one line."""

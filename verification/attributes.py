@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+import utils
 from utils import InputError
 
 DISTINCT = 6
@@ -50,7 +51,7 @@ def read_attributes(paths: Sequence[Path]) -> Attributes:
     found = Attributes()
     for path in paths:
         try:
-            lines = path.read_bytes().decode("utf-8-sig").splitlines()
+            lines = utils.read_bytes(path).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
         separator = next((mark for mark in "\t,;" if lines and mark in lines[0]), ",")

@@ -57,7 +57,7 @@ def split(source: Path, out: Path, count: int, seed: int = 0) -> dict[str, Any]:
 
 def _recorded(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(utils.read_bytes(path))
     except (FileNotFoundError, ValueError):
         return None
 

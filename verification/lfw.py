@@ -71,7 +71,7 @@ def read_pairs(path: str | Path) -> Pairs:
     """Read a pairs file; InputError with the line's number for anything that is not as described above."""
     path = Path(path)
     try:
-        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        lines = utils.read_bytes(path).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     while lines and not lines[-1].strip():

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+import utils
 from utils import InputError
 from verification import lfw
 
@@ -115,7 +116,7 @@ def check_name(name: str, where: str) -> str:
 def _lines(path: Path) -> list[tuple[int, str]]:
     """(number from 1, text) of the lines that are not blank."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = utils.read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

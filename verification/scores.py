@@ -93,7 +93,7 @@ def read_scores(results: Path) -> list[Scores]:
     """The sets of a results.json that have scores; InputError for another file, or scores that are gone or changed."""
     path = results / "results.json" if results.is_dir() else results
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(utils.read_bytes(path))
         model, entries = content["model"], content["sets"]
         named = [entry for entry in entries if entry.get("scores")]
         files = [(path.parent / Path(entry["scores"]["file"]).name, entry["scores"]["sha256"]) for entry in named]

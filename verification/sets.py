@@ -162,7 +162,7 @@ def read_crops(files: Sequence[Path]) -> lfw.Faces:
     def read(index: int) -> np.ndarray:
         if not hashes[index]:
             return np.zeros((CROP_SIZE, CROP_SIZE, 3), np.uint8)
-        data = files[index].read_bytes()
+        data = utils.read_bytes(files[index])
         if hashlib.sha256(data).hexdigest() != hashes[index]:
             raise InputError(f"{files[index]}: changed since this run began; run the same command again")
         return _decode(data, str(files[index]))
