@@ -52,8 +52,8 @@ def main() -> None:
         files = [folder / image for image in lists.images]
         data["photos_sha256"] = photos_sha256(files, lists.images, options.out, options.workers)
     templates = pool(features, lists)
+    missing = report.missing_json(lists, templates, gone, features.zeros())
     del features
-    missing = report.missing_json(lists, templates, gone)
     results = {"protocol": lists.subset, "model": model, "data": data, "missing": missing}
     verifications: list[Verification] = []
     identified: Identification | None = None

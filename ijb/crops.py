@@ -181,7 +181,7 @@ def _features(embedder: Embedder, crops: Iterator[Cut], count: int, width: int) 
 
 def read_features(path: Path, lists: Lists) -> tuple[ImageFeatures, dict[int, str]]:
     """Features made elsewhere: an .npz with arrays `embs` and `embs_f` [n, D], of the images and of their mirror
-    images in the order of the lists. An image with a number that is not finite has no feature."""
+    images in the order of the lists. An image with a number that is not finite, or beyond 1e18, has no feature."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = [stored[name] for name in ("embs", "embs_f")]
@@ -198,6 +198,6 @@ def read_features(path: Path, lists: Lists) -> tuple[ImageFeatures, dict[int, st
             raise InputError(f"{path}: {name} has {len(array)} rows, but the lists have {len(lists.images)} images")
     features = ImageFeatures.of_arrays(*arrays)
     if not features.there.any():
-        raise InputError(f"{path}: not one row is finite")
+        raise InputError(f"{path}: not one row is finite and below 1e18")
     gone = np.flatnonzero(~features.there).tolist()
-    return features, {number: f"{lists.images[number]}: a number that is not finite" for number in gone}
+    return features, {number: f"{lists.images[number]}: a number that is not finite, or beyond 1e18" for number in gone}

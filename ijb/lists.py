@@ -120,11 +120,14 @@ def read_pairs(lists: Lists) -> Pairs:
 def read_people(lists: Lists, name: str) -> People:
     """A list of 1:N, such as `1N_gallery_G1`: a template once, with its subject. `InputError` naming file and line."""
     path = lists.path(f"{name}.csv")
-    lines = _text(path).split("\n")
-    rows = [line.split(",")[:2] for line in lines[1:] if line.strip()]
+    head, *lines = _text(path).split("\n")
+    rows = [line.split(",") for line in lines if line.strip()]
+    columns = head.count(",") + 1
     for number, row in enumerate(rows, 2):
         if len(row) < 2 or not row[1].strip():
             raise InputError(f"{path}, line {number}: neither a template nor a subject")
+        if len(row) < columns:  # a line that is cut off may end in the middle of a subject's number
+            raise InputError(f"{path}, line {number}: {len(row)} fields instead of {columns}")
     if not rows:
         raise InputError(f"{path}: no template")
     numbers = _numbers(path, [row[:1] for row in rows], np.int64, header=1)[:, 0]

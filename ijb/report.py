@@ -102,8 +102,9 @@ def lists_json(lists: Lists) -> dict[str, Any]:
     }
 
 
-def missing_json(lists: Lists, templates: Templates, gone: dict[int, str]) -> dict[str, Any]:
-    """How many images have no feature, their names with the reasons, and the templates that have lost all of theirs."""
+def missing_json(lists: Lists, templates: Templates, gone: dict[int, str], zeros: int) -> dict[str, Any]:
+    """How many images have no feature, their names with the reasons, and the templates that have lost all of theirs;
+    and how many have a feature of zeros."""
     lost = templates.numbers[templates.lost].tolist()
     return {
         "images": len(gone),
@@ -111,6 +112,7 @@ def missing_json(lists: Lists, templates: Templates, gone: dict[int, str]) -> di
         "reasons": [gone[number] for number in sorted(gone)[:LISTED]],
         "lost_templates": len(lost),
         "lost_template_numbers": lost[:LISTED],
+        "zero_features": zeros,
     }
 
 
@@ -141,6 +143,9 @@ def table(
         lines += ["", f"{missing['images']} of {missing['of']} images have no feature; {lost} templates have none left"]
         lines += [f"  {reason}" for reason in missing["reasons"][:SHOWN]]
         lines += ["  ..."] if missing["images"] > SHOWN else []
+    if missing["zero_features"]:
+        count = f"{missing['zero_features']} of {missing['of']} images"
+        lines += ["", f"{count} have a feature of zeros, which counts in its template, as in public code"]
     return "\n".join(lines)
 
 

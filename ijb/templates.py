@@ -62,7 +62,8 @@ class ImageFeatures:
 
     @staticmethod
     def of_arrays(plain: np.ndarray, mirrored: np.ndarray) -> "ImageFeatures":
-        """From two arrays [n, D]; images with a number that is not finite in either have no feature."""
+        """From two arrays [n, D]; images with a number in either that is not finite, or is too large to be squared in
+        float32, have no feature."""
         plain, mirrored = (np.ascontiguousarray(array, np.float32) for array in (plain, mirrored))
         return ImageFeatures(plain, mirrored, 1, _finite(plain) & _finite(mirrored))
 
@@ -74,10 +75,21 @@ class ImageFeatures:
         turns = rows.reshape(2 * len(rows), -1)
         return ImageFeatures(turns, turns, 2, there)
 
+    def zeros(self) -> int:
+        """How many images have a feature that is zero, with its mirror image: no direction, so alike to nothing."""
+        found = 0
+        for first in range(0, len(self.there), _ROWS):
+            last = min(first + _ROWS, len(self.there))
+            plain = self.rows[self.step * first : self.step * last : self.step].any(axis=1)
+            turned = self.mirrored[self.step * first + self.step - 1 : self.step * last : self.step].any(axis=1)
+            found += int((self.there[first:last] & ~plain & ~turned).sum())
+        return found
+
 
 def _finite(features: np.ndarray) -> np.ndarray:
-    parts = [np.isfinite(features[start : start + _ROWS]).all(axis=1) for start in range(0, len(features), _ROWS)]
-    return np.concatenate(parts)
+    parts = [features[start : start + _ROWS] for start in range(0, len(features), _ROWS)]
+    with np.errstate(over="ignore", invalid="ignore"):  # 4: the sum with the mirror image is squared, too
+        return np.concatenate([np.isfinite(4 * np.einsum("ij,ij->i", part, part)) for part in parts])
 
 
 @dataclass(frozen=True)

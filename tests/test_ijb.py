@@ -375,6 +375,7 @@ def test_the_files_say_which_set_it_is(tmp_path, prefix, subset):
         ("template_pair_label.txt", "7 8 1\n7 9 0\n", "", "holds no lines"),
         ("1N_gallery_G1.csv", "7,1,2.jpg", "7,5,2.jpg", "line 3: template 7 has another subject"),
         ("1N_gallery_G1.csv", "7,1,2.jpg", "7", "line 3: neither a template nor a subject"),
+        ("1N_gallery_G1.csv", "7,1,2.jpg", "7,1", "line 3: 2 fields instead of 3"),
         ("1N_probe_mixed.csv", "8,1", "6,1", "line 2: template 6 has no image"),
         ("1N_probe_mixed.csv", "8,1,3.jpg\n", "", "no template"),
     ],
@@ -411,10 +412,16 @@ def test_features_of_elsewhere(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         crops.read_features(path, lists)
     gappy = good.copy()
-    gappy[2, 3] = np.inf
-    np.savez(path, embs=gappy, embs_f=good)
+    gappy[0, 3], gappy[2, 3] = 1e30, np.inf
+    gappy[1] = 0
+    np.savez(path, embs=gappy, embs_f=gappy)
     features, gone = crops.read_features(path, lists)
-    assert features.there.tolist() == [True, True, False, True] and gone == {2: "3.jpg: a number that is not finite"}
+    assert features.there.tolist() == [False, True, False, True] and features.zeros() == 1
+    assert gone == {row: f"{row + 1}.jpg: a number that is not finite, or beyond 1e18" for row in (0, 2)}
+    rows = np.concatenate([gappy, good], axis=1)
+    assert ImageFeatures.of_rows(rows, gone).zeros() == 0
+    rows[1] = 0
+    assert ImageFeatures.of_rows(rows, gone).zeros() == 1
 
 
 # --- from photos to results -----------------------------------------------------------------------------------------

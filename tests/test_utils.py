@@ -286,7 +286,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, capsys):
 
 def test_nothing_is_said_beside_the_error_about_a_file_that_holds_no_weights(tmp_path, recwarn):
     (tmp_path / "a.pt").write_bytes(pickle.dumps(["no", "weights"], protocol=3))
-    with pytest.raises(InputError, match="a.pt"):
+    with pytest.raises(InputError, match=r"a.pt"):
         utils.read_tensors(tmp_path / "a.pt")
     assert not recwarn.list
 
