@@ -308,7 +308,7 @@ class FaceSearch(Device):
 class PreProcess(FaceSearch):
     """pre_process.py: photos in identity folders to crops in RecordIO."""
 
-    photos: Path = option(REQUIRED, "folder of identity folders of photos", group="data", metavar="DIR")
+    photos: Path = option(REQUIRED, "folder of identity folders of photos", group="data", metavar="DIR", searched=True)
     out: Path = option(
         REQUIRED, "folder for train.rec, train.idx, property, faces.tsv, ...", group="data", metavar="DIR"
     )
@@ -591,7 +591,7 @@ class Compare:
     far: list[float] = option(
         [1e-2, 1e-3, 1e-4], "false accept rates at which true accept rates are compared", above=0, below=1
     )
-    seed: int = option(0, "decides which people the replicates draw")
+    seed: int = option(0, "decides which people the replicates draw", at_least=0)
     out: Path | None = option(None, "folder for comparison.json", metavar="DIR")
 
 
@@ -607,13 +607,17 @@ class Identification(Model, PhotoFaces):
         metavar="FILE",
     )
     photos: Path | None = option(
-        None, "a folder for each person, photos of any name in it", group="data", metavar="DIR"
+        None, "a folder for each person, photos of any name in it", group="data", metavar="DIR", searched=True
     )
     gallery: Path | None = option(
-        None, "instead of --photos: the people who are known, a folder each", group="data", metavar="DIR"
+        None, "instead of --photos: the people who are known, a folder each", group="data", metavar="DIR", searched=True
     )
     probes: Path | None = option(
-        None, "with --gallery: photos to name, a folder for each person, known or not", group="data", metavar="DIR"
+        None,
+        "with --gallery: photos to name, a folder for each person, known or not",
+        group="data",
+        metavar="DIR",
+        searched=True,
     )
     far: list[float] = option(
         [1e-2, 1e-3, 1e-4, 1e-5, 1e-6], "false accept rates of the thresholds", group="protocol", above=0, below=1
@@ -627,7 +631,9 @@ class Identification(Model, PhotoFaces):
     gallery_photos: int = option(
         1, "photos of each person in the gallery of a split", group="protocol", metavar="N", at_least=1
     )
-    seed: int = option(0, "decides the splits, the replicates of intervals, and who is held out", group="protocol")
+    seed: int = option(
+        0, "decides the splits, the replicates of intervals, and who is held out", group="protocol", at_least=0
+    )
     scores: Path | None = option(
         None,
         "write the cosines of all pairs: .tsv (first, second, same, cosine) or .npy (float32, in the order of "
@@ -699,13 +705,14 @@ class IjbEval(Model):
 class Audit(Model):
     """audit.py: what is wrong with a training set?"""
 
-    data: Path = option(REQUIRED, "training crops, as train.py takes them", group="data", metavar="PATH")
+    data: Path = option(REQUIRED, "training crops, as train.py takes them", group="data", metavar="PATH", searched=True)
     against: list[Path] = option(
         [],
         "test sets whose people should not be in --data: folders of a person each (photos or crops), .bin, RecordIO, "
         "IJB-B or IJB-C",
         group="data",
         metavar="PATH",
+        searched=True,
     )
     decisions: Path | None = option(
         None, "decisions.tsv that the page of an earlier audit saved", group="data", metavar="FILE"
@@ -743,7 +750,7 @@ class Audit(Model):
 class AuditApply:
     """audit.py apply: what an audit leaves, as a new set."""
 
-    data: Path = option(REQUIRED, "the crops that were audited", group="data", metavar="PATH")
+    data: Path = option(REQUIRED, "the crops that were audited", group="data", metavar="PATH", searched=True)
     audit: Path = option(REQUIRED, "the audit's folder, or its audit.tsv", group="data", metavar="PATH")
     relabel: bool = option(
         False, "also move crops to the identity they show, merge and split; without it they are left out", group="data"
@@ -763,6 +770,7 @@ class TinyfaceEval(Model):
         "folder of the photos: Probe/, Gallery_Match/, Gallery_Distractor/, or one above it, or all in one",
         group="data",
         metavar="DIR",
+        searched=True,
     )
     lists: Path | None = option(
         None,
@@ -925,6 +933,7 @@ class Demo(Feeding):
         "known people, a folder of photos each or one photo each: name the faces in PHOTO ...",
         group="input",
         metavar="DIR",
+        searched=True,
     )
     checkpoint: str | None = option(
         None,

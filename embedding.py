@@ -534,7 +534,7 @@ def _read_metadata(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     metadata: dict[str, Any] = dict(sorted(texts.items()))
     for key in sorted(_JSON_KEYS & texts.keys()):
         try:
-            metadata[key] = json.loads(texts[key], parse_constant=_refuse_constant)
+            metadata[key] = utils.parse_json(texts[key], parse_constant=_refuse_constant)
         except ValueError as error:
             raise InputError(f"{path}: its metadata has no JSON under {key!r}: {error}") from error
     for key, check in _CHECKS.items():

@@ -34,7 +34,6 @@ named and the exit code is 1.
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import sys
@@ -458,7 +457,7 @@ class Workplace:
         """The states as they were written; `InputError` if anything else is found."""
         journals = {path.name for path in self.folder.glob("[0-9]*.tsv") if path.stat().st_size}
         try:
-            entries = json.loads(self._file.read_text("utf-8")) if self._file.exists() else []
+            entries = utils.read_json(self._file) if self._file.exists() else []
             for number, entry in enumerate(entries):
                 if {name: type(entry[name]) for name in _ENTRY} != _ENTRY or entry["journal"] != f"{number:04d}.tsv":
                     raise ValueError(f"entry {number}")
@@ -466,7 +465,7 @@ class Workplace:
                     raise ValueError(f"{entry['journal']} is not there")
             if lost := journals - {entry["journal"] for entry in entries}:
                 raise ValueError(f"it does not speak of {min(lost)}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self._file}: damaged ({error}); remove {self.out} and start again, or give another --out"
             ) from error

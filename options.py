@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
-import json
+import itertools
 import math
 import operator
 import re
@@ -43,6 +43,7 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    searched: bool = False,
 ) -> Any:
     """Declare one command-line option as a dataclass field.
 
@@ -54,6 +55,7 @@ def option(
     to a module above this one and is looked up when a command line is read.
 
     `at_least`, `above`, `at_most` and `below` bound a number, or each number of a list; a bounded number is finite.
+    `searched` says that whatever lies in a folder is taken for data: nothing is written into it.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     bounds = {words: bound for words, bound in bounds.items() if bound is not None}
@@ -64,6 +66,7 @@ def option(
         "metavar": metavar,
         "positional": positional,
         "bounds": bounds,
+        "searched": searched,
     }
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata, kw_only=True)
@@ -133,6 +136,32 @@ def _check_bounds(stage: Any) -> None:
             if not math.isfinite(value) or not all(_INSIDE[words](value, bound) for words, bound in bounds.items()):
                 wanted = " and ".join(f"{words} {bound:,}" for words, bound in bounds.items())
                 raise InputError(f"{_flag(field)} {value}: must be {wanted}")
+
+
+def _check_outputs(stage: Any) -> None:
+    """Raise `InputError` for an output that is an input, too, or lies in a folder all of which is data."""
+    paths = [
+        (field, value)
+        for field in dataclasses.fields(stage)
+        for values in [getattr(stage, field.name)]
+        for value in (values if isinstance(values, list) else [values])
+        if isinstance(value, Path)
+    ]
+    written = [(field, value) for field, value in paths if field.name in _WRITTEN]
+    for (field, value), (other, given) in itertools.product(written, paths):
+        if other.name in _WRITTEN:
+            continue
+        place, target = given.resolve(), value.resolve()
+        if given.is_file() and place == target:
+            raise InputError(f"{_flag(field)} {value}: is {_flag(other)}, too, and would be overwritten")
+        if other.metadata["searched"] and target.is_relative_to(place) and not (given / "train.rec").is_file():
+            raise InputError(
+                f"{_flag(field)} {value}: lies in {_flag(other)} {given}, where it would be taken for data; "
+                "choose another place"
+            )
+
+
+_WRITTEN = ("out", "dst", "cache", "scores")
 
 
 def _is_special(path: Path) -> bool:
@@ -215,7 +244,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Options by name from a TOML file, or from a run.json, which holds them under "options"."""
     try:
         text = utils.read_bytes(path).decode("utf-8")
-        content = json.loads(text)["options"] if path.suffix == ".json" else tomllib.loads(text)
+        content = utils.parse_json(text)["options"] if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(error.strerror) from error
     except InputError as error:
@@ -318,6 +347,7 @@ def parse(stage: type[Stage], description: str | None = None, argv: Sequence[str
             values[name] = tuple(value)
     made = stage(**values)
     _check_bounds(made)
+    _check_outputs(made)
     return made
 
 

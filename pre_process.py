@@ -107,8 +107,6 @@ def realigning(options: config.PreProcess, files: Sequence[str], table: FaceTabl
 
 def check(options: config.PreProcess) -> None:
     """Refuse values that make no sense and options that would have no effect."""
-    if options.out.resolve().is_relative_to(options.photos.resolve()):
-        raise InputError(f"--out {options.out}: lies inside of --photos; crops would be taken for photos")
     if options.from_detections is None:
         return
     for field in fields(options):

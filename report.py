@@ -32,6 +32,8 @@ from verification.scores import plain_name
 def main() -> None:
     """Read the runs, write both files."""
     options = parse(config.Report, __doc__)
+    if options.out.suffix.lower() not in (".html", ".htm"):
+        raise utils.InputError(f"--out {options.out}: a page of HTML; give a name that ends in .html")
     runs = [read_run(folder, label) for folder, label in zip(options.runs, _labels(options.runs), strict=True)]
     if options.together:
         runs = [joined(runs)]

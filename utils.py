@@ -314,6 +314,19 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
     return data
 
 
+def parse_json(data: bytes | str, **settings: Any) -> Any:
+    """`json.loads`; brackets nested a hundred thousand deep, too, are a `ValueError`."""
+    try:
+        return json.loads(data, **settings)
+    except RecursionError as error:
+        raise ValueError("brackets are nested too deeply") from error
+
+
+def read_json(path: str | Path, **settings: Any) -> Any:
+    """The contents of a JSON file; `ValueError` if it holds something else, `InputError` as from `read_bytes`."""
+    return parse_json(read_bytes(path), **settings)
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal. `InputError` for a folder, a device or a pipe."""
     require_file(path)
@@ -481,7 +494,8 @@ def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = Fals
         warnings.simplefilter("ignore")  # what torch remarks about a file that is none; the error says it in one line
         content = _read_tensors(path, mmap, stand_ins)
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: holds {type(content).__name__}, not a dictionary of weights")
+        kind = type(content).__name__ if content else "nothing"
+        raise InputError(f"{path}: holds {kind}, not a dictionary of weights")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")
     return content

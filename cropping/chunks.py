@@ -91,7 +91,7 @@ class Chunks:
     def _recorded(self, path: Path) -> dict[str, Any] | None:
         """What a file says of a run: its `settings` (a dictionary), its `stamp` and more; None without the file."""
         try:
-            value = json.loads(utils.read_bytes(path))
+            value = utils.read_json(path)
             return {**value, "settings": dict(value["settings"]), "stamp": value["stamp"]}
         except FileNotFoundError:
             return None
@@ -204,7 +204,7 @@ class Chunks:
 
     def report(self) -> dict[str, Any]:
         """The report of a finished run."""
-        return json.loads(utils.read_bytes(self._report))
+        return utils.read_json(self._report)
 
 
 def process(chunks: Chunks, shard: Shard, prepare: Callable[[], Work], workers: int, description: str) -> list[int]:

@@ -45,7 +45,7 @@ class EmbeddingStore:
     def _open_or_begin(self) -> None:
         path = self.folder / KEY
         try:
-            found = json.loads(utils.read_bytes(path))
+            found = utils.read_json(path)
         except FileNotFoundError:
             found = None
         except ValueError as error:

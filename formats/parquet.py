@@ -4,12 +4,12 @@ pyarrow reads it, which is not required otherwise: `pip install pyarrow`. The na
 stand in the schema's metadata under `huggingface` (the datasets library, `features.ClassLabel`).
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import utils
 from utils import InputError
 
 MAGIC = b"PAR1"
@@ -78,7 +78,7 @@ def open_table(path: Path) -> Table:
 
 def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        features = utils.parse_json((metadata or {})[b"huggingface"])["info"]["features"]
         names = features[column]["names"]
     except (KeyError, TypeError, ValueError):
         return []

@@ -7,7 +7,6 @@ rejects the finding on the audit's page.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +126,7 @@ def read_selection(
     path = path / CROPS if path.is_dir() else path
     record_path = path.with_name(RECORD)
     try:
-        record = json.loads(utils.read_bytes(record_path))
+        record = utils.read_json(record_path)
         of = record["data"]["fingerprint"]
     except OSError as error:
         raise InputError(f"{record_path}: {error.strerror}; it says of which crops {path.name} speaks") from error

@@ -5,12 +5,13 @@ file name, and the members of a key follow one another. The label of a photo is 
 `identity` or `class` in the object in `.json`.
 """
 
-import json
 import mmap
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+
+import utils
 
 MAX_LABEL = 1 << 20  # bytes of a .cls or .json that are read
 MAX_GROUP = 64  # members of one key
@@ -53,8 +54,8 @@ def label_of(sidecars: Mapping[str, bytes]) -> str:
 
 def _from_json(data: bytes) -> str:
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = utils.parse_json(data)
+    except ValueError:
         return ""
     if not isinstance(value, dict):
         return ""

@@ -13,7 +13,6 @@ middle is aligned, and where none is found the whole picture is resized, which i
 """
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def read_lists(path: str | Path) -> Lists:
         lists = Lists(probe[0], match[0], distractor[0], [probe[1], match[1], distractor[1]])
     else:
         try:
-            content = json.loads(utils.read_bytes(path))
+            content = utils.read_json(path)
         except ValueError as error:
             raise InputError(f"{path}: not JSON: {error}") from error
         if not isinstance(content, dict):

@@ -8,7 +8,6 @@ and nothing is said between them, so they are drawn as stairs that never promise
 draws the full curves, several treatments of noise in one figure.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def from_result(result: Identification, label: str) -> Curves:
 def read_curves(path: Path, label: str) -> Curves:
     """The curves in a cmc_*.json; `InputError` naming the file when it is none."""
     try:
-        content = json.loads(utils.read_bytes(path))
+        content = utils.read_json(path)
         (ranks, identification), (accepts, verification) = (
             (np.array(axis, float) for axis in content[name]) for name in ("cmc", "roc")
         )
@@ -76,7 +75,7 @@ def read_curves(path: Path, label: str) -> Curves:
             raise ValueError("axes of different lengths")
         if any((np.diff(axis) < 0).any() or axis[0] < 0 for axis in axes) or max(axis[-1] for axis in axes[1:]) > 1:
             raise ValueError("ranks or rates that fall or are none")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: not a cmc_*.json of Challenge 1: {error!r}") from error
     return Curves(label, ranks + 1, identification, accepts, verification)
 

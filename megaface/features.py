@@ -294,8 +294,8 @@ def _open_unchecked(folder: Path) -> tuple[Store, dict[str, Any]]:
         raise InputError(f"{folder / 'features.npy'}: {found} does not fit info.json")
     path = folder / "names.jsonl"
     try:
-        names, reasons = zip(*map(json.loads, utils.read_bytes(path).splitlines()), strict=True)
-    except (ValueError, TypeError, RecursionError) as error:
+        names, reasons = zip(*map(utils.parse_json, utils.read_bytes(path).splitlines()), strict=True)
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged: {error}") from error
     if not all(isinstance(text, str) for text in (*names, *reasons)):
         raise InputError(f"{path}: damaged: not texts")
@@ -316,8 +316,8 @@ def _are_checksums(value: object, rows: int) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(utils.read_bytes(path))
-    except (ValueError, RecursionError) as error:
+        content = utils.read_json(path)
+    except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not what a store of features holds")

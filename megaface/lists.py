@@ -7,7 +7,6 @@ always compared as `photo_key`: composed characters, underscores for blanks, wit
 The price: two photos in one folder that differ in nothing but that cannot be told apart; `PhotoIndex` refuses them.
 """
 
-import json
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -42,8 +41,8 @@ def read_template_list(path: str | Path, *, with_ids: bool = False) -> TemplateL
     """Read a template list; `InputError` naming the file when it is none, is empty, or lacks ids that are wanted."""
     path = Path(path)
     try:
-        content = json.loads(utils.read_bytes(path))
-    except (ValueError, RecursionError) as error:
+        content = utils.read_json(path)
+    except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or not _is_texts(content.get("path")):
         raise InputError(f'{path}: not a template list ({{"path": [...], "id": [...]}})')

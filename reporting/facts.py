@@ -71,7 +71,7 @@ def read_run(folder: Path, label: str) -> Run:
     run = Run(label, folder, [], [], {}, None, [])
     for path in _files(folder):
         try:
-            content = json.loads(utils.read_bytes(path))
+            content = utils.read_json(path)
             sources = _read(path, content, run) if isinstance(content, dict) else None
         except (ValueError, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
             run.unread.append(f"{path}: damaged, or of another version ({error!r})")
@@ -133,7 +133,7 @@ def _command(path: Path, content: dict[str, Any]) -> str:
 
 def _run_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(utils.read_bytes(path.parent / "run.json"))
+        content = utils.read_json(path.parent / "run.json")
         return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -123,6 +123,30 @@ def test_devices_and_pipes_are_refused_at_once(tmp_path, capsys):
         assert f"--config {path}: a device or a pipe, not a file" in capsys.readouterr().err
 
 
+@dataclass
+class Writing:
+    people: list[Path] = option([], "folders of people", searched=True)
+    names: Path | None = option(None, "a list")
+    out: Path = option(REQUIRED, "a folder or a file")
+
+
+def test_nothing_is_written_over_or_among_the_data(tmp_path):
+    (tmp_path / "people").mkdir()
+    (tmp_path / "names.txt").write_text("a")
+
+    def made(people, out):
+        return parse(Writing, argv=["--people", str(people), "--names", str(tmp_path / "names.txt"), "--out", str(out)])
+
+    for out in (tmp_path / "people", tmp_path / "people" / "a" / "b"):
+        with pytest.raises(InputError, match=r"lies in --people .*, where it would be taken for data"):
+            made(tmp_path / "people", out)
+    with pytest.raises(InputError, match="is --names, too, and would be overwritten"):
+        made(tmp_path / "people", tmp_path / "names.txt")
+    made(tmp_path / "people", tmp_path / "people-2")
+    (tmp_path / "people" / "train.rec").touch()  # which is all that is read then
+    made(tmp_path / "people", tmp_path / "people" / "a")
+
+
 def test_a_configuration_gives_what_the_command_line_does_not(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('photos = "a"\nuse-se = false\nmean = [1, 2, 3]\nlimit = 7\nnetwork = "r18"\nval = ["x"]\n')

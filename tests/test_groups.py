@@ -243,6 +243,10 @@ def test_other_pairs_and_changed_scores_are_refused(evaluated, tmp_path, capsys)
     (other / "crops-scores.npz").unlink()
     assert run(compare, evaluated / "a", other) == 1
     assert "are gone" in capsys.readouterr().err
+    for text in ('{"model": null, "sets": []}', "[" * 100_000):
+        (other / "results.json").write_text(text)
+        assert run(compare, other, other) == 1
+        assert "not a results.json of lfw_eval.py" in capsys.readouterr().err
     (other / "results.json").write_text("[]")
     assert run(compare, evaluated / "a", other) == 1
     assert run(compare, evaluated / "a") == 1

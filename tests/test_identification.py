@@ -278,12 +278,14 @@ def test_given_roles_and_a_table_of_scores(tmp_path, monkeypatch, model):
         (["--photos", "{0}/flat"], "no folders of people"),
         (["--gallery", "{0}", "--probes", "{0}/flat"], "one lies in the other"),
         (["--photos", "{0}", "--scores", "x.txt"], "ending in .tsv or .npy"),
+        (["--photos", "{0}", "--scores", "{0}/x.tsv"], "where it would be taken for data"),
+        (["--photos", "{0}", "--seed", "-1"], "--seed -1: must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(tmp_path, monkeypatch, model, capsys, words, message):
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "a.png").write_bytes(crop_bytes(1))
-    given = [word.format(tmp_path) for word in words]
+    (tmp_path / "people" / "flat").mkdir(parents=True)
+    (tmp_path / "people" / "flat" / "a.png").write_bytes(crop_bytes(1))
+    given = [word.format(tmp_path / "people") for word in words]
     assert run(monkeypatch, *model, *given, "--aligned", "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not (tmp_path / "out" / "results.json").exists()

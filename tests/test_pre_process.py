@@ -377,7 +377,7 @@ def test_outputs_of_others_are_not_overwritten(painted, tmp_path, capsys):
     assert "no record of how it was made" in capsys.readouterr().err
     assert contents(tmp_path / "out") == {"train.rec": b"precious"}
     assert painted("--photos", photos, "--out", photos / "crops") == 1
-    assert "inside of --photos" in capsys.readouterr().err
+    assert "lies in --photos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,14 @@ def test_nothing_to_report_is_an_error(tmp_path, monkeypatch, capsys, words):
     assert "error: " in capsys.readouterr().err and not (tmp_path / "r.html").exists()
 
 
+def test_a_page_is_not_written_over_results(tmp_path, monkeypatch, capsys):
+    put(tmp_path / "good", verification())
+    path = tmp_path / "good" / "results.json"
+    before = path.read_bytes()
+    assert run(monkeypatch, tmp_path / "good", "--out", path) == 1
+    assert "a name that ends in .html" in capsys.readouterr().err and path.read_bytes() == before
+
+
 def test_folders_of_one_model_together(tmp_path, monkeypatch):
     put(tmp_path / "train", training())
     put(tmp_path / "lfw", verification())

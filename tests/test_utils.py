@@ -301,6 +301,12 @@ def test_bytes_of_files_alone(tmp_path):
             utils.read_bytes(path)
 
 
+def test_json_that_is_nested_without_end_is_no_traceback(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        utils.read_json(tmp_path / "a.json")
+
+
 def test_without_locks_what_a_killed_process_left_is_taken_over(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -7,7 +7,6 @@ still named).
 """
 
 import contextlib
-import json
 import math
 import os
 import resource
@@ -320,7 +319,7 @@ def write_run(run: Run, state: State, changes: dict[str, list[Any]]) -> None:
     """
     path = run.options.out / storage.RUN
     try:
-        before = json.loads(path.read_bytes()) if path.exists() else {"environments": [], "changes": []}
+        before = utils.read_json(path) if path.exists() else {"environments": [], "changes": []}
         environments, earlier = list(before["environments"]), list(before["changes"])
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not written by train.py, or damaged; choose another --out, or remove it") from error

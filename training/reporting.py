@@ -1,7 +1,6 @@
 """What a run says of itself while it goes on: measurements every few steps, a report for each epoch, its results."""
 
 import itertools
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -185,7 +184,7 @@ def recall(run: Run, state: State) -> bool:
     report holds are no other's.
     """
     try:
-        measured = json.loads((run.options.out / storage.RESULTS).read_bytes())["last"]
+        measured = utils.read_json(run.options.out / storage.RESULTS)["last"]
         if {**measured, "sets": {}, "verification": {}} != state.history[-1]:
             return False
         state.history[-1].update(sets=dict(measured["sets"]), verification=dict(measured["verification"]))

@@ -9,7 +9,6 @@ Numbers with more than `DISTINCT` values become ranges: at the borders given (`a
 
 import csv
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +91,7 @@ def _read(found: Attributes, path: Path, head: list[str], rows: Iterator[list[st
 
 def _scalars(text: str, where: str) -> dict[str, str]:
     try:
-        content = json.loads(text)
+        content = utils.parse_json(text)
     except ValueError as error:
         raise InputError(f"{where}: parameters are not JSON ({error})") from error
     values: dict[str, str] = {}

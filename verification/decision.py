@@ -102,7 +102,7 @@ def measured_entry(path: Path, embedder: Embedder) -> dict[str, Any]:
     found, wrong = _from_results(path, embedder)
     if found is None or wrong:
         raise InputError(f"--figures {path}: {wrong or 'no set there has both kinds of pairs'}")
-    sets = json.loads(utils.read_bytes(path).decode("utf-8")).get("sets", [])
+    sets = utils.read_json(path).get("sets", [])
     for entry in sets:
         if entry["threshold_best"] is not None:
             return entry
@@ -183,7 +183,7 @@ def _from_metadata(embedder: Embedder) -> _Figures:
 def _from_results(path: Path, embedder: Embedder) -> tuple[_Figures | None, str]:
     """The first set of a results.json that has both kinds of pairs, and why it must not be used, if so."""
     try:
-        content = json.loads(utils.read_bytes(path).decode("utf-8"), parse_constant=_refuse)
+        content = utils.read_json(path, parse_constant=_refuse)
         if "sets" in content:
             model, sets = content["model"], [(entry["name"], entry) for entry in content["sets"]]
             measured = model["sha256"], model["preprocessing"]

@@ -11,7 +11,6 @@ file system has none); RecordIO is written anew.
 import csv
 import hashlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -57,7 +56,7 @@ def split(source: Path, out: Path, count: int, seed: int = 0) -> dict[str, Any]:
 
 def _recorded(path: Path) -> Any:
     try:
-        return json.loads(utils.read_bytes(path))
+        return utils.read_json(path)
     except (FileNotFoundError, ValueError):
         return None
 

@@ -7,9 +7,7 @@ with its SHA-256, and the set with that of its pairs and photos.
 
 import hashlib
 import io
-import json
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +91,8 @@ def read_scores(results: Path) -> list[Scores]:
     """The sets of a results.json that have scores; InputError for another file, or scores that are gone or changed."""
     path = results / "results.json" if results.is_dir() else results
     try:
-        content = json.loads(utils.read_bytes(path))
-        model, entries = content["model"], content["sets"]
+        content = utils.read_json(path)
+        model, entries = content["model"] | {"name": str(content["model"]["name"])}, content["sets"]
         named = [entry for entry in entries if entry.get("scores")]
         files = [(path.parent / Path(entry["scores"]["file"]).name, entry["scores"]["sha256"]) for entry in named]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,7 +108,7 @@ def _arrays(path: Path, sha256: str) -> list[np.ndarray]:
             arrays = {name: stored[name] for name in ARRAYS}
     except FileNotFoundError:
         raise InputError(f"{path}: the scores that results.json speaks of are gone; run lfw_eval.py again") from None
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # foreign bytes make the readers raise nearly anything
         raise InputError(f"{path}: no scores of pairs, or damaged ({error})") from error
     if _hash(arrays) != sha256:
         raise InputError(f"{path}: not the scores that results.json speaks of; run lfw_eval.py again")
