@@ -11,6 +11,8 @@ alike, or stand twice in the data, shows in the centres' cosines.
 import passive_threads  # noqa: F401  # isort: skip
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ import utils
 from config import ExportCentres
 from formats import tables
 from options import parse
-from training import storage
+from training import checkpoints, storage
 from utils import InputError
 
 
@@ -27,12 +29,12 @@ from utils import InputError
 def main() -> None:
     """See the file's docstring."""
     options = parse(ExportCentres, __doc__)
-    content = storage.open_stored(options.checkpoint).content
+    found = storage.open_stored(options.checkpoint)
+    checkpoints.check_kinds(found)
+    content = found.content
     if options.out.resolve() == options.checkpoint.resolve().parent:
         raise InputError(f"--out {options.out}: the folder of the run, whose {storage.EMBEDDING} would be replaced")
-    centres = torch.nn.functional.normalize(content["head"]["centres"][:].float(), dim=-1)
-    if len(centres) == 0:
-        raise InputError(f"{options.checkpoint}: trained without labels (--loss none), so there are no centres")
+    centres = _centres(options.checkpoint, content["head"])
     table = options.checkpoint.with_name(storage.IDENTITIES)
     names = tables.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]
     if len(names) != len(centres):
@@ -44,6 +46,24 @@ def main() -> None:
     *count, dimensions = centres.shape
     classes = " x ".join(map(str, count))
     print(f"{options.out}: network of step {content['step']}, {classes} centres of {dimensions} dimensions")
+
+
+def _centres(path: Path, head: dict[str, Any]) -> torch.Tensor:
+    """float32 [identities, D] or [identities, K, D], each of length 1; `InputError` if they are no such vectors."""
+    stored = head.get("centres")
+    if not isinstance(stored, torch.Tensor | storage.Rows) or stored.dim() not in (2, 3):
+        raise InputError(f"{path}: its head has no centres, [identities, D] or [identities, K, D]")
+    centres = stored[:].float()
+    if len(centres) == 0:
+        raise InputError(f"{path}: trained without labels (--loss none), so there are no centres")
+    lengths = centres.norm(dim=-1)
+    unusable = ~(torch.isfinite(lengths) & (lengths > 0))
+    if unusable.any():
+        label = int(unusable.nonzero()[0, 0])
+        raise InputError(
+            f"{path}: {int(unusable.sum())} centres are zero or not finite; the first is that of label {label}"
+        )
+    return torch.nn.functional.normalize(centres, dim=-1)
 
 
 if __name__ == "__main__":

@@ -315,9 +315,11 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
 
 
 def parse_json(data: bytes | str, **settings: Any) -> Any:
-    """`json.loads`; brackets nested a hundred thousand deep, too, are a `ValueError`."""
+    """`json.loads`; bytes that are no text, and brackets nested without end, are a `ValueError` in a few words."""
     try:
         return json.loads(data, **settings)
+    except UnicodeDecodeError as error:  # which carries all of the file along
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from None
     except RecursionError as error:
         raise ValueError("brackets are nested too deeply") from error
 

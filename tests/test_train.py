@@ -30,6 +30,7 @@ from helpers.training import (
 )
 
 import data_gen
+import export_centres
 import models
 import train
 import utils
@@ -317,6 +318,38 @@ def test_centres_by_identity(finished, tmp_path):
         [*command, out / "best.pt", "--out", out], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and f"--out {out}: the folder of the run, whose embedding.pt would be" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content.pop("head"), "head is missing"),
+        (lambda content: content.update(data=None), "data is a NoneType"),
+        (lambda content: content.update(step="4"), "step is a str"),
+        (lambda content: content.update(step=10**9), "contradict each other"),
+        (lambda content: content.update(step=-3), "contradict each other"),
+        (lambda content: content.update(history=[1]), "its history is no list of reports"),
+        (lambda content: content.update(optimizer={}), "nothing of the optimiser is in it"),
+        (lambda content: content["head"].update(centres=torch.zeros(6, 16)), "6 centres are zero or not finite"),
+        (lambda content: content["head"].update(centres=torch.zeros(96)), "its head has no centres"),
+    ],
+)
+def test_a_checkpoint_that_somebody_has_changed(crops, finished, tmp_path, monkeypatch, capsys, change, said):
+    out = tmp_path / "run"
+    out.mkdir()
+    content = load(finished[0] / "checkpoint.pt")
+    change(content)
+    torch.save(content, out / "checkpoint.pt")
+    if "centres" in said:
+        command = ["export_centres.py", "--checkpoint", out / "checkpoint.pt", "--out", tmp_path / "centres"]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        assert export_centres.main() == 1
+        error = capsys.readouterr().err
+    else:
+        line = options(crops, out, batch_size=12, augment="strong", schedule="cosine", margin_warmup=1.0, resume=True)
+        code, error = train_run(line, tmp_path / "output", small=False)
+        assert code == 1
+    assert said in error and "Traceback" not in error
 
 
 def test_it_learns_a_small_set_by_heart(crops, tmp_path):

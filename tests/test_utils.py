@@ -305,6 +305,8 @@ def test_json_that_is_nested_without_end_is_no_traceback(tmp_path):
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
         utils.read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        utils.parse_json(b"{\x80" + bytes(1000))
 
 
 def test_without_locks_what_a_killed_process_left_is_taken_over(tmp_path, monkeypatch):

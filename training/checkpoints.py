@@ -40,6 +40,38 @@ _KEPT = {
 }
 
 
+_KINDS = {
+    "model": dict,
+    "head": dict,
+    "optimizer": dict,
+    "scheduler": dict,
+    "data": dict,
+    "config": dict,
+    "history": list,
+    "step": int,
+    "epoch": int,
+}
+
+
+def check_kinds(found: Stored) -> None:
+    """`InputError` for a checkpoint whose sections are not of the kinds that `collect` makes, or contradict others."""
+    content = found.content
+    problem = ""
+    for name, kind in _KINDS.items():
+        if type(content.get(name)) is not kind:
+            problem = f"{name} is {'missing' if name not in content else 'a ' + type(content[name]).__name__}"
+            break
+    else:
+        step, epoch, scheduler = content["step"], content["epoch"], content["scheduler"]
+        each = scheduler.get("steps_per_epoch")
+        if scheduler.get("step") != step or step < 0 or type(each) is not int or each < 1 or epoch != step // each:
+            problem = f"step {step}, epoch {epoch} and scheduler {scheduler} contradict each other"
+        elif not all(isinstance(report, dict) and {"step", "sets"} <= report.keys() for report in content["history"]):
+            problem = "its history is no list of reports"
+    if problem:
+        raise InputError(f"{found.path}: not a checkpoint as train.py writes it: {problem}")
+
+
 def collect(run: Run, state: State, statistics: Tensor | None) -> dict[str, Any]:
     """The state as copies on the host, of the head this rank's rows: what `storage.Writer` takes.
 
@@ -109,6 +141,8 @@ def restore(state: State, found: Stored, world: World) -> None:
         state.network.load_state_dict(content["model"])
         restore_statistics(state.network, content["statistics"], world)
         state.head.load_full_state(content["head"])
+        if not content["optimizer"].keys() & _KEPT.keys():
+            raise ValueError("nothing of the optimiser is in it")
         _restore_kept(state, state.network, content["optimizer"])
         for name, key in _KEPT.items():
             whole = content["optimizer"].get(f"head_{name}")
@@ -147,6 +181,7 @@ def check_same_run(run: Run, found: Stored) -> dict[str, list[Any]]:
 
     Raises `InputError` naming every one that must not change inside a run and did, and for other data.
     """
+    check_kinds(found)
     content, path = found.content, found.path
     saved, now = content["config"], plain_options(run.options)
     if saved.keys() != now.keys():
@@ -191,4 +226,7 @@ def way_out_of_a_broken_step(options: Train) -> str:
 
 def _data_line(data: dict[str, Any]) -> str:
     teacher = f", --teacher {data['teacher'][:12]}" if "teacher" in data else ""
-    return f"{data['crops']} crops of {data['identities']} identities, fingerprint {data['fingerprint'][:12]}{teacher}"
+    return (
+        f"{data.get('crops')} crops of {data.get('identities')} identities, "
+        f"fingerprint {str(data.get('fingerprint'))[:12]}{teacher}"
+    )

@@ -237,7 +237,9 @@ def find_last(folder: Path, world: World, log: Callable[[str], None], patience: 
         path = folder / name
         while True:
             found, complaint = _look(path, world)
-            seen = world.gather((None if found is None else found.content["step"], complaint, time.monotonic() > until))
+            seen = world.gather(
+                (None if found is None else found.content.get("step"), complaint, time.monotonic() > until)
+            )
             steps, complaints = {step for step, _, _ in seen}, [text for _, text, _ in seen if text]
             damaged = any(not text.endswith(_MISSING) for text in complaints)
             if damaged or (len(steps) == 1 and not complaints) or any(late for _, _, late in seen):
