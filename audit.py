@@ -370,6 +370,7 @@ def audit(options: config.Audit) -> None:
         if bounds.judges
         else "That is more than half: this model cannot tell these identities apart, and no single crop is judged."
     )
+    summary = " ".join([summary, *bounds.notes()])
     report.write_page(options.out / "audit.html", f"Audit of {crops.name}", summary, counts, sections, fingerprint[:16])
     record = {
         "data": {"name": crops.name, "path": str(options.data), "crops": len(crops), "identities": crops.identities,

@@ -37,6 +37,7 @@ MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the 
 
 MOST_WRONG = 0.5  # share of crops that seem not to show their identity beyond which none is judged
 FEW = 3  # crops below which an identity has no majority
+LEAST = 20  # identities below which nothing is said of how alike two of them are by chance
 SPLIT_ROUNDS = 10
 SPLIT_PARTS = 2, 0.2  # least crops, and least share, of the smaller part
 
@@ -59,6 +60,17 @@ class Limits:
     def judges(self) -> bool:
         """Whether crops are judged at all."""
         return self.wrong_share <= MOST_WRONG
+
+    def notes(self) -> list[str]:
+        """What this set is too small, or too clean, to be told."""
+        found = []
+        if self.judges and not np.isfinite(self.score_limit):
+            found.append("No crop differs from its identity so that more than chance would explain it.")
+        if not np.isfinite(self.merge_limit):
+            few = self.observed.get("centres", 0) < LEAST
+            why = f"with fewer than {LEAST} identities that is not to be told" if few else "none stands out"
+            found.append(f"No two identities are held to be one person: {why}.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -169,10 +181,10 @@ def score_threshold(
 def chance_threshold(extremes: np.ndarray, error_rate: float) -> float:
     """From which value on no more than `error_rate` of these values, each the largest of many, are chance.
 
-    Infinity where fewer than 20 values say nothing, or none is conspicuous.
+    Infinity where fewer than `LEAST` values say nothing, or none is conspicuous.
     """
     values = np.sort(extremes[np.isfinite(extremes)].astype(np.float64))
-    if len(values) < 20:
+    if len(values) < LEAST:
         return np.inf
     low, high = np.quantile(values, [0.25, 0.75])
     # Gumbel's quantile function is location - scale ln(-ln p).

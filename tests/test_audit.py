@@ -580,6 +580,18 @@ def test_an_unreadable_crop_is_unusable_and_the_rest_is_audited(faulty, tmp_path
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["counts"]["unusable"] == 1
 
 
+def test_a_small_clean_set_is_audited_to_the_end(tmp_path, monkeypatch, capsys):
+    """Limits that nothing reaches are no numbers of JSON."""
+    crop_sets.write_crops(tmp_path / "crops", jpegs(4, 3))
+    write_projection(tmp_path / "model.onnx")
+    words = ["--data", tmp_path / "crops", "--checkpoint", tmp_path / "model.onnx", "--mean", 0.5, "--std", 0.5]
+    assert run(monkeypatch, *words, "--out", tmp_path / "audit") == 0
+    said = capsys.readouterr().out
+    assert "with fewer than 20 identities that is not to be told" in said
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text())["limits"]["merge_limit"] is None
+    chosen(crop_sets.open_training_set(tmp_path / "crops"), tmp_path / "audit" / "audit.tsv")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
