@@ -16,6 +16,7 @@ The network may be the one that was trained on the very set: train, audit, train
 import passive_threads  # noqa: F401  # isort: skip
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,15 @@ def _embed_chunk(
     return rows, signs
 
 
+def _complaint(crops: crop_sets.Crops) -> str:
+    """What is wrong with the first crop."""
+    try:
+        decode_crop(crops.read(0)[0])
+    except (ValueError, InputError) as error:
+        return f"{crops.describe(0)}: {error}"
+    return f"{crops.describe(0)}: the model gives no finite feature"
+
+
 def mark_duplicates(found: Findings, measures: np.ndarray, own: np.ndarray) -> list[Duplicate]:
     """Find the same photo twice; of two crops the one that fits its identity less is dropped."""
     read = found.crops.read
@@ -200,9 +210,12 @@ def look_for_people(
     return summaries, evidence
 
 
-def decide(options: config.Audit, found: Findings, nearest: np.ndarray) -> None:
-    """What training does with each finding, a person's decisions honoured."""
-    decisions = report.read_decisions(options.decisions) if options.decisions is not None else {}
+def decide(decisions: dict[str, str], found: Findings, nearest: np.ndarray, duplicates: Sequence[Duplicate]) -> None:
+    """What training does with each finding, a person's decisions honoured; says how many found nothing to decide."""
+    known = {report.crop_id(index) for index, kind in enumerate(found.kinds) if kind != KEEP}
+    known |= {report.pair_id(pair) for pair in found.pairs} | {report.crop_id(pair.second) for pair in duplicates}
+    if gone := len(decisions.keys() - known):
+        print(f"{gone} of {len(decisions)} decisions are about what is not found now")
     for index, kind in enumerate(found.kinds):
         if kind in (KEEP, DUPLICATE):
             rejected = kind == DUPLICATE and decisions.get(report.crop_id(index)) == "reject"
@@ -329,10 +342,18 @@ def audit(options: config.Audit) -> None:
     device = utils.own_device(options.device)
     embedder = open_embedder(options, device)
     fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
+    decisions = report.read_decisions(options.decisions, fingerprint[:16]) if options.decisions is not None else {}
+    named = [("--against", path) for path in options.against]
+    named += [("--quality-on", options.quality_on)] if options.quality_on is not None else []
+    for option, path in named:  # not after hours of embedding
+        if not path.exists():
+            raise InputError(f"{option} {path}: no such file or folder")
     embedded = embed(options, crops, fingerprint, embedder)
     if embedded is None:
         return
     features, measures = embedded
+    if not np.isfinite(measures[:, 0]).any():
+        raise InputError(f"{crops.name}: not one of {len(crops)} crops is usable; the first: {_complaint(crops)}")
     found = Findings(crops)
     centres = robust_centres(features, found.labels, crops.identities)
     nearest, other = nearest_other(features, found.labels, centres.centres, device)
@@ -345,7 +366,7 @@ def audit(options: config.Audit) -> None:
     found.pairs += find_merges(features, found.labels, centres, near_centre, near_cosine, bounds, found.names)
     found.pairs += find_splits(features, found.labels, centres, bounds, found.names)
     against, evidence = look_for_people(options, found, features, centres, embedder)
-    decide(options, found, nearest)
+    decide(decisions, found, nearest, duplicates)
     norms = np.concatenate(
         [np.linalg.norm(features[start : start + 65536], axis=1) for start in range(0, len(features), 65536)]
     )

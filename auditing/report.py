@@ -80,7 +80,7 @@ document.addEventListener("change", event => {{
   localStorage.setItem(key, JSON.stringify(decisions)) }} catch {{}} show(); }}
 }});
 function save() {{
-  const lines = ["finding\\tdecision", ...Object.entries(decisions).map(([id, what]) => id + "\\t" + what)];
+  const lines = ["finding\\tdecision\\t" + key, ...Object.entries(decisions).map(([id, what]) => id + "\\t" + what)];
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([lines.join("\\n") + "\\n"], {{type: "text/tab-separated-values"}}));
   link.download = "decisions.tsv"; link.click();
@@ -143,12 +143,18 @@ def crop_id(index: int) -> str:
     return f"crop {index}"
 
 
-def read_decisions(path: Path) -> dict[str, str]:
-    """Decisions by finding from the page's decisions.tsv; `InputError` naming the line if it is none."""
+def read_decisions(path: Path, key: str) -> dict[str, str]:
+    """Decisions by finding from the page's decisions.tsv; `InputError` naming the line if it is none, or speaks of
+    other crops than those of `key` (see `write_page`): a finding is named by the number of its crop."""
     try:
         lines = utils.read_bytes(path).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise utils.InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from error
+    head = lines[0].split("\t") if lines else []
+    if head[:2] != ["finding", "decision"] or len(head) != 3:
+        raise utils.InputError(f"{path}: not saved by an audit's page (its first line must be finding decision KEY)")
+    if head[2] != key:
+        raise utils.InputError(f"{path}: decisions about other crops ({head[2][:40]} instead of {key})")
     decisions = {}
     for number, line in enumerate(lines[1:], 2):
         identifier, _, what = line.rpartition("\t")

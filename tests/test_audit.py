@@ -473,7 +473,8 @@ def test_the_command_finds_what_was_put_in_and_training_takes_it(faulty, tmp_pat
     # A second audit computes no feature again, and honours what a person decided.
     one = min(called & truth)
     decisions = tmp_path / "decisions.tsv"
-    decisions.write_text(f"finding\tdecision\n{report.crop_id(one)}\treject\n")
+    of = json.loads((tmp_path / "audit" / "audit.json").read_text())["data"]["fingerprint"][:16]
+    decisions.write_text(f"finding\tdecision\t{of}\n{report.crop_id(one)}\treject\ncrop 99999\treject\n")
     monkeypatch.setattr(audit, "_embed_chunk", None)
     assert run(monkeypatch, *words, "--out", tmp_path / "audit", "--decisions", decisions) == 0
     rows = list(selection.rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
@@ -597,12 +598,23 @@ def test_a_small_clean_set_is_audited_to_the_end(tmp_path, monkeypatch, capsys):
     [
         (["--against", "nowhere"], "--against nowhere: no such file or folder"),
         (["--decisions", "nowhere"], "nowhere"),
+        (["--quality-on", "nowhere"], "--quality-on nowhere: no such file or folder"),
+        (["--decisions", "{0}/empty.tsv"], "not saved by an audit's page"),
+        (["--decisions", "{0}/others.tsv"], "decisions about other crops (0123456789abcdef instead of"),
+        (["--data", "{0}/photos"], "not one of 4 crops is usable; the first: "),
         (["--error-rate", "0"], "--error-rate 0.0: must be above 0"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_wrong_input_is_one_line(faulty, tmp_path, monkeypatch, capsys, words, message):
     folder, _, model = faulty
+    (tmp_path / "empty.tsv").touch()
+    (tmp_path / "others.tsv").write_text("finding\tdecision\t0123456789abcdef\ncrop 1\treject\n")
+    crop_sets.write_crops(
+        tmp_path / "photos",
+        [(cv2.imencode(".png", np.zeros((200, 200, 3), np.uint8))[1].tobytes(), n) for n in range(4)],
+    )
+    words = [word.format(tmp_path) for word in words]
     usual = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
     assert run(monkeypatch, *usual, "--out", tmp_path / "audit", *words) == 1
     assert message in capsys.readouterr().err
