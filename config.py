@@ -257,7 +257,7 @@ class Train(Device):
     checkpoint_activations: bool = option(
         False, "compute activations a second time instead of keeping them", group="machine"
     )
-    sync_bn: bool = option(False, "batch norm over the batch of all processes", group="machine")
+    sync_bn: bool = option(False, "batch norm over the batch of all processes; not with --compile", group="machine")
 
 
 @dataclass
@@ -423,6 +423,13 @@ class Feeding(Device):
         None,
         "add the features of the mirror image; none means as the file says; an .onnx that says nothing is fed without",
         group="model",
+    )
+    precision: str = option(
+        "exact",
+        "exact: float32; bf16: products of bfloat16, up to twice as fast where the processor or GPU has them; cosines "
+        "move by some 0.0001 (docs/speed.md)",
+        group="machine",
+        choices=("exact", "bf16"),
     )
     batch_size: int | None = option(
         None,

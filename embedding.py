@@ -178,16 +178,18 @@ class Embedder:
         name: str = "network",
         sha256: str | None = None,
         batch_size: int | None = None,
+        precision: str = "exact",
     ) -> "Embedder":
         """Embed with a network in memory, which may be in the middle of its training.
 
         The network is neither copied nor moved: `device` is where it is. While features are computed it is in
         evaluation mode; before `features` returns, each of its modules is back in the mode it was found in. Random
         number generators are not touched. `preprocessing`: None takes what the network says.
+        `precision`: `exact` is float32, `bf16` rounds what goes into products, but for the last layers, to bfloat16.
         """
-        model = _NetworkModel(network, torch.device(device))
+        model = _NetworkModel(network, torch.device(device), precision)
         preprocessing = preprocessing or Preprocessing.of(feeding_of(network))
-        engine = f"pytorch {torch.__version__} {model.device.type}"
+        engine = f"pytorch {torch.__version__} {model.device.type}" + (" bf16" if precision == "bf16" else "")
         return cls(model, preprocessing, name=name, sha256=sha256, engine=engine, batch_size=batch_size)
 
     @property
@@ -298,6 +300,7 @@ def load_embedder(
     pixel_range: float | None = None,
     mirror: bool | None = None,
     batch_size: int | None = None,
+    precision: str = "exact",
 ) -> Embedder:
     """Load weights of a network of `models.NETWORKS`, whatever program wrote them, or an ONNX model.
 
@@ -325,6 +328,8 @@ def load_embedder(
         if key in given:
             given[key] = tuple(float(value) for value in given[key])
     if path.suffix.lower() == ".onnx":
+        if precision != "exact":
+            raise InputError(f"--precision {precision}: {path} computes as its file says; leave the option out")
         return _load_onnx(path, torch.device(device), given, batch_size)
     network = load_network(path).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     preprocessing = _fed(path, network, given)
@@ -335,6 +340,7 @@ def load_embedder(
         name=path.name,
         sha256=utils.sha256_of(path),
         batch_size=batch_size,
+        precision=precision,
     )
 
 
@@ -354,6 +360,7 @@ def open_checkpoint(checkpoint: str | Path, options: config.Feeding, device: tor
         pixel_range=options.pixel_range,
         mirror=options.mirror,
         batch_size=options.batch_size,
+        precision=options.precision,
     )
 
 
@@ -376,13 +383,15 @@ def _with_pixel_range(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class _NetworkModel:
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, device: torch.device, precision: str = "exact") -> None:
         self.network = network
         self.device = device
+        self.precision = precision
 
     def run(self, batch: torch.Tensor) -> torch.Tensor:
         # A caller's autocast would halve the precision of what is being measured.
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        low = self.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16 if low else None, enabled=low):
             return self.network(batch).float()
 
 
@@ -443,6 +452,8 @@ class OnnxModel:
         self.path = path
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Threads that spin while they wait would keep others from working (see passive_threads.py).
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors only: warnings about unused initialisers say nothing to a user
         cuda = device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         providers: list[Any] = ["CPUExecutionProvider"]

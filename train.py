@@ -62,6 +62,8 @@ def check_options(options: Train, world: World) -> None:
     parts = options.accumulate * (1 if options.sync_bn else world.size)
     if options.batch_size == parts:
         raise InputError(f"--batch-size {options.batch_size}: batch norm needs more than one crop in each part of it")
+    if options.sync_bn and options.compile:
+        raise InputError("--sync-bn: synchronised batch norm breaks what --compile compiles into pieces; leave one out")
     if options.decode == "gpu" and world.device.type != "cuda":
         raise InputError(f"--decode gpu: the network runs on {world.device}")
     if options.decode == "gpu" and not Augmentation.named(options.augment).only_mirror_and_colours:

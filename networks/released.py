@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from networks.catalogue import RELEASED, Feeding, Stages
-from networks.layers import count, row_count, run_blocks, xavier
+from networks.layers import count, in_float32, row_count, run_blocks, xavier
 
 
 class SqueezeExcitation(nn.Module):
@@ -108,7 +108,7 @@ class SELResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = run_blocks(stage, x, self.recompute and self.training)
         x = self.dropout(self.bn2(x))
-        return self.bn3(self.fc(x.flatten(1)))
+        return in_float32(lambda rows: self.bn3(self.fc(rows)), x.flatten(1))
 
 
 def _stage(in_channels: int, channels: int, blocks: int, *, stride: int, use_se: bool) -> nn.Sequential:

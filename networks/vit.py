@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from networks.catalogue import INSIGHTFACE, Feeding, Stages
-from networks.layers import count, recomputed, row_count
+from networks.layers import count, in_float32, recomputed, row_count
 
 CROP, PATCH, HEADS, MLP_RATIO = 112, 9, 8, 4
 TOKENS = (CROP // PATCH) ** 2
@@ -150,7 +150,7 @@ class VisionTransformer(nn.Module):
         x = self.norm(x)
         if seen is not None:
             x = self.mask_token.to(x.dtype).expand(len(x), TOKENS, -1).scatter(1, seen, x)
-        return self.feature(x.flatten(1))
+        return in_float32(self.feature, x.flatten(1))
 
     def _draw_tokens(self, x: Tensor) -> Tensor:
         """Which tokens each sample keeps, as an index [N, kept, width] into [N, TOKENS, width]."""

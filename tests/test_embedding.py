@@ -25,7 +25,7 @@ import embedding
 import export
 import models
 import utils
-from embedding import Embedder, Preprocessing, load_embedder
+from embedding import Embedder, Preprocessing, load_embedder, normalise
 from utils import InputError
 
 
@@ -99,6 +99,15 @@ def test_crops_and_their_mirror_images_have_the_same_feature(network):
     crops = random_crops(3)
     embedder = Embedder.from_network(network, "cpu")
     assert np.allclose(embedder.features(crops), embedder.features(crops[:, :, ::-1]), atol=1e-5)
+
+
+def test_bfloat16_is_another_model_with_nearly_the_same_features(tmp_path, network):
+    path, crops = tmp_path / "embedding.pt", random_crops()
+    torch.save(network.state_dict(), path)
+    exact, low = (load_embedder(path, precision=name) for name in ("exact", "bf16"))
+    one, other = normalise(exact.features(crops)), normalise(low.features(crops))
+    assert 0.999 < (one * other).sum(1).min() < 1 - 1e-8
+    assert low.engine == f"{exact.engine} bf16" and low.fingerprint != exact.fingerprint
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
@@ -320,6 +329,8 @@ def test_onnx_of_other_shapes_and_broken_files_are_refused(tmp_path):
     cut.write_bytes(whole.read_bytes()[:50_000])
     with pytest.raises(InputError, match=r"cut\.onnx: not an ONNX model"):
         load_embedder(cut, **half)
+    with pytest.raises(InputError, match=r"--precision bf16: .*whole\.onnx computes as its file says"):
+        load_embedder(whole, **half, precision="bf16")
     with pytest.raises((InputError, FileNotFoundError), match=r"absent\.onnx"):
         load_embedder(tmp_path / "absent.onnx", **half)
 

@@ -139,11 +139,11 @@ def test_recomputation_under_torch_compile_counts_a_batch_once():
 
 
 def test_strided_depthwise_runs_in_float32_under_cpu_autocast_only():
-    """Its bfloat16 gradient is slow on CPU; elsewhere in the network autocast applies."""
+    """Its bfloat16 gradient is slow on CPU; elsewhere in the network, but for its end, autocast applies."""
     network = build_network("mfn", embedding_size=16)
     dtypes = {True: set(), False: set()}
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module is not network.project[0]:
             strided_depthwise = module.groups > 1 and module.stride[0] > 1
             module.register_forward_hook(
                 lambda module, inputs, output, kind=strided_depthwise: dtypes[kind].add(output.dtype)
@@ -153,3 +153,28 @@ def test_strided_depthwise_runs_in_float32_under_cpu_autocast_only():
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     low.float().sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("r18", "fc"),
+        ("mfn", "project.0"),
+        ("ir18", "fc"),
+        ("mbf", "features.layers.2"),
+        ("vit_t", "feature.2"),
+        ("adaface_ir_18", "output_layer.3"),
+    ],
+)
+def test_under_autocast_the_last_layers_run_in_float32(name, last):
+    torch.manual_seed(0)
+    network = build_network(name, embedding_size=16).eval()
+    x = torch.randn(1, 3, 112, 112)
+    seen = []
+    network.get_submodule(last).register_forward_hook(
+        lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype))
+    )
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        feature = network(x)
+    assert seen == [(torch.float32, torch.float32)] and feature.dtype == torch.float32
+    assert not torch.equal(feature, feature.bfloat16().float())  # not rounded on the way, either

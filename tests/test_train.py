@@ -167,6 +167,7 @@ def test_intervals_that_mean_nothing(text):
         ({"margin": [0.1, 0.2]}, "--margin: arcface takes one number, such as 0.6, not 0.1 0.2"),
         ({"loss": "combined", "margin": 0.5}, "--margin: combined takes 3 numbers, such as 1 0.3 0.2, not 0.5"),
         ({"decode": "gpu"}, "--decode gpu: the network runs on cpu"),
+        ({"sync_bn": True, "compile": True}, "--sync-bn: synchronised batch norm breaks what --compile"),
         ({"workers": -1}, "--workers -1: must be at least 0"),
         ({"seed": 1 << 63}, "--seed 9223372036854775808: must be at least"),
         ({"milestones": ["nan"]}, "--milestones nan: must be at least 0"),
