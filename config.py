@@ -467,7 +467,7 @@ class Stress(Feeding):
     size: int = option(192, "pixels of a photo's side", group="people", metavar="PX", at_least=96, at_most=1024)
     factors: list[str] = option([], "factors to move, by name; none means all", group="people", metavar="NAME")
     far: float = option(1e-3, "false accept rate of the threshold", group="results", above=0, below=1)
-    out: Path = option(Path("results/stress"), "folder of people, figures and results", group="results", metavar="DIR")
+    out: Path = option(Path("results/stress"), "folder of people, pictures and results", group="results", metavar="DIR")
     shard: str | None = option(
         None,
         "photograph part K of N of the people, as K/N; none takes what torchrun or Slurm says, or all",
@@ -1078,12 +1078,12 @@ class MegafaceEval(Model):
 
 @dataclass
 class MegafaceCurves:
-    """megaface/curves.py: figures from results files."""
+    """megaface/curves.py: pictures of curves from results files."""
 
     files: list[Path] = option(REQUIRED, "cmc_*.json files", group="files", metavar="FILE", positional=True)
     labels: list[str] = option([], "a name for each; none means the files' own", group="files", metavar="TEXT")
-    title: str = option("MegaFace Challenge 1", "first line of the figures", group="files", metavar="TEXT")
-    out: Path = option(Path("figures"), "folder of the figures", group="files", metavar="DIR")
+    title: str = option("MegaFace Challenge 1", "first line of the pictures", group="files", metavar="TEXT")
+    out: Path = option(Path("curves"), "folder of the pictures", group="files", metavar="DIR")
 
 
 @dataclass

@@ -5,7 +5,7 @@ Decisions and their price:
 * A worker turns a whole batch of crops into one uint8 array and augments each crop with OpenCV right after decoding it,
   while its 37 KB are in the cache. Vectorised float32 augmentation of whole batches was measured at 0.9 ms per crop
   on one core against 0.1 ms this way, so on CPU it would be the slower half of loading, and on a GPU the workers
-  still outrun any network here. What goes to the device is uint8 [N, 112, 112, 3]; `normalise` makes it float there,
+  still outrun any network here. What goes to the device is uint8 [N, 112, 112, 3]; `to_inputs` makes it float there,
   by the code that evaluation and export use.
 * Everything random is a pure function of (seed, epoch, index of the crop): a hash, not a generator's state. The number
   of workers, the number of ranks and restarts inside an epoch cannot change what a crop looks like or when it comes.
@@ -401,7 +401,7 @@ def loading(
             end_workers(batches)
 
 
-def normalise(images: Tensor, feeding: Feeding = RELEASED, *, channels_last: bool = True) -> Tensor:
+def to_inputs(images: Tensor, feeding: Feeding = RELEASED, *, channels_last: bool = True) -> Tensor:
     """uint8 RGB [N, 112, 112, 3] to a network's input float32 [N, 3, 112, 112], in memory as asked for.
 
     Convolutions take the layout of their input: one in channels-last would give the whole network that layout.
@@ -410,7 +410,7 @@ def normalise(images: Tensor, feeding: Feeding = RELEASED, *, channels_last: boo
     return inputs if channels_last else inputs.contiguous()
 
 
-def denormalise(inputs: Tensor, feeding: Feeding = RELEASED) -> Tensor:
+def to_pixels(inputs: Tensor, feeding: Feeding = RELEASED) -> Tensor:
     """A network's input [N, 3, 112, 112] as RGB pictures with values in [0, 1], for people to look at."""
     shift, scale = Preprocessing.of(feeding).constants(inputs.device)
     pictures = ((inputs.permute(0, 2, 3, 1) / scale + shift) / 255).clamp(0, 1).permute(0, 3, 1, 2)

@@ -39,7 +39,7 @@ from formats.tables import escape
 from megaface import curves
 from megaface.devkit_json import cmc_text, matches_text
 from megaface.embed import embed, embed_share
-from megaface.features import Store, write_bins
+from megaface.features import Store, write_features
 from megaface.lists import NoiseList, TemplateList, read_noise_list, read_template_list
 from megaface.noise import RAW, REPLACE, Entrants, treat
 from megaface.participants import Side, open_side
@@ -227,7 +227,7 @@ def _write_devkit(
             for start in range(0, len(rows), 1 << 16):
                 part = rows[start : start + (1 << 16)]
                 paths = [str(folder / what / f"{side.names[row]}_{name}.bin") for row in part]
-                write_bins(paths, np.asarray(store.features[part]), bar.update)
+                write_features(paths, np.asarray(store.features[part]), bar.update)
     lists = folder / "templatelists"
     _write_list(lists / f"{PROBES}_features_list.json", TemplateList(sides[0].names, sides[0].ids))
     for size in sizes:

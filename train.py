@@ -490,9 +490,9 @@ def train(options: Train, world: World, log: monitor.RunLog) -> int:
                     raise InputError(batch.error)
                 images, labels, skipped = data_gen.to_device(batch, dataset, world.device)
                 reporting.note_skipped([*batch.skipped.tolist(), *skipped], run, state)
-                inputs = data_gen.normalise(images, feeding, channels_last=options.channels_last)
+                inputs = data_gen.to_inputs(images, feeding, channels_last=options.channels_last)
                 if reporter.board and part == 0 and schedule.starts_epoch(step):
-                    reporter.board.crops(step, data_gen.denormalise(inputs[:SAMPLE_CROPS], feeding))
+                    reporter.board.crops(step, data_gen.to_pixels(inputs[:SAMPLE_CROPS], feeding))
                 last = part == options.accumulate - 1
                 # A network that is frozen as a whole has no gradients to wait with.
                 with contextlib.nullcontext() if last else getattr(model, "no_sync", contextlib.nullcontext)():

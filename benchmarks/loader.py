@@ -134,7 +134,7 @@ def on_gpu(crops, indices):
         torch.cuda.synchronize()
         began = time.perf_counter()
         for batch in requests:
-            data_gen.normalise(data_gen.to_device(batch, dataset, device)[0])
+            data_gen.to_inputs(data_gen.to_device(batch, dataset, device)[0])
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
     return len(indices) / seconds

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from megaface.devkit_json import cmc_text, matches_text
-from megaface.features import read_bins, write_bins
+from megaface.features import read_features, write_features
 from megaface.protocol import identification
 
 PROBES, IDENTITIES, DIMENSIONS = 3530, 80, 512
@@ -173,16 +173,16 @@ def files(arguments):
         rng = np.random.default_rng(2)
         for first in range(0, len(paths), 1 << 14):
             part = paths[first : first + (1 << 14)]
-            write_bins(part, rng.standard_normal((len(part), DIMENSIONS), dtype=np.float32))
-    times = {"read_bins": [], "cat": []}
+            write_features(part, rng.standard_normal((len(part), DIMENSIONS), dtype=np.float32))
+    times = {"read_features": [], "cat": []}
     for _ in range(arguments.repeat):
         began = time.perf_counter()
         subprocess.run(["xargs", "-0", "cat"], input="\0".join(paths), stdout=subprocess.DEVNULL, text=True, check=True)
         times["cat"].append(time.perf_counter() - began)
         began = time.perf_counter()
-        read_bins(paths)
-        times["read_bins"].append(time.perf_counter() - began)
-    ours, theirs = (statistics.median(times[name]) / len(paths) * 1e6 for name in ("read_bins", "cat"))
+        read_features(paths)
+        times["read_features"].append(time.perf_counter() - began)
+    ours, theirs = (statistics.median(times[name]) / len(paths) * 1e6 for name in ("read_features", "cat"))
     print(f"{len(paths):,} files: {ours:.1f} us a file, cat {theirs:.1f}: {ours / theirs:.2f} x")
 
 

@@ -188,7 +188,7 @@ class Ours:
         batch = batch._replace(labels=spread(batch.labels, self.identities, step))
         images, labels, _ = data_gen.to_device(batch, self.dataset, self.device)
         feeding = models.feeding_of(self.network)
-        return data_gen.normalise(images, feeding, channels_last=self.channels_last), labels
+        return data_gen.to_inputs(images, feeding, channels_last=self.channels_last), labels
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)

@@ -1,7 +1,7 @@
-"""The figures of Challenge 1: CMC over a logarithmic rank, ROC over a logarithmic false accept rate; PNG and SVG.
+"""The curves of Challenge 1: CMC over a logarithmic rank, ROC over a logarithmic false accept rate; PNG and SVG.
 
-    python megaface/curves.py results/cmc_facescrub_megaface_r101_1000000_1.json --out figures
-    python megaface/curves.py raw.json cleaned.json other.json --labels raw cleaned "other model" --out figures
+    python megaface/curves.py results/cmc_facescrub_megaface_r101_1000000_1.json --out curves
+    python megaface/curves.py raw.json cleaned.json other.json --labels raw cleaned "other model" --out curves
 
 FILES are cmc_*.json files, of the devkit or of this repository. They hold only points where a curve has risen by 0.01,
 and nothing is said between them, so they are drawn as stairs that never promise more than the file. megaface_eval.py
@@ -81,7 +81,7 @@ def read_curves(path: Path, label: str) -> Curves:
 
 
 def draw(folder: Path, curves: Sequence[Curves], subject: str) -> None:
-    """Write cmc.png, cmc.svg, roc.png and roc.svg with all curves; `subject` is the figures' first line."""
+    """Write cmc.png, cmc.svg, roc.png and roc.svg with all curves; `subject` is the pictures' first line."""
     _draw_cmc(folder / "cmc", curves, subject)
     _draw_roc(folder / "roc", curves, subject)
 

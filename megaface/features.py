@@ -56,12 +56,12 @@ def bin_bytes(matrix: np.ndarray) -> bytes:
     return HEADER.pack(rows, columns, 4 * columns, 5) + matrix.tobytes()
 
 
-def write_bin(path: str | Path, feature: np.ndarray) -> None:
+def write_feature(path: str | Path, feature: np.ndarray) -> None:
     """Write one feature [d] for the devkit, whole or not at all."""
     utils.write_bytes(path, bin_bytes(feature))
 
 
-def read_bin(path: str | Path) -> np.ndarray:
+def read_feature(path: str | Path) -> np.ndarray:
     """One feature [d], float32 or float64 as stored; `InputError` naming the file and what is wrong with it."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a pipe would be waited for
         raise InputError(f"{path}: not a file")
@@ -95,7 +95,7 @@ class _Problem:
     reason: str
 
 
-def read_bins(
+def read_features(
     paths: Sequence[str], *, dimensions: int | None = None, advance: Callable[[int], object] = lambda files: None
 ) -> np.ndarray:
     """The features of many files, float32 [n, d]; float64 is rounded to float32.
@@ -124,7 +124,7 @@ def _usual_dimensions(paths: Sequence[str]) -> int:
     found: list[int] = []
     for path in paths:
         with contextlib.suppress(InputError, OSError):
-            found.append(len(read_bin(path)))
+            found.append(len(read_feature(path)))
         if len(found) == 3:  # so that one wrong file, even the first, is the one that is named
             break
     return statistics.mode(found) if found else 1  # none can be read: the reader will say why
@@ -178,7 +178,7 @@ class _Reader:
                 os.close(handle)
             if count == len(header) + len(values) and header == self.header:
                 return None
-            feature = read_bin(path)
+            feature = read_feature(path)
         except FileNotFoundError:
             return _Problem(0, path, "missing")
         except OSError as error:
@@ -192,7 +192,7 @@ class _Reader:
         return None
 
 
-def write_bins(
+def write_features(
     paths: Sequence[str | Path], features: np.ndarray, advance: Callable[[int], object] = lambda files: None
 ) -> None:
     """Write features [n, d] as one `.bin` file each; folders are made."""

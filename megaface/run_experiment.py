@@ -30,7 +30,7 @@ import utils
 from megaface import scores
 from megaface.devkit import MODEL, Devkit, compare
 from megaface.devkit_json import cmc_text, matches_text
-from megaface.features import read_bins, write_matrix
+from megaface.features import read_features, write_matrix
 from megaface.lists import TemplateList, read_template_list
 from megaface.protocol import IMPOSTOR_PROBES, Identification, identification
 from megaface.tally import FeatureError, finish_survey, start_survey, worker_threads
@@ -189,7 +189,7 @@ def write_list(path: Path, features: TemplateList) -> None:
 def load(features: TemplateList, what: str, dimensions: int | None = None) -> np.ndarray:
     """Read the features of a list, float32 [n, d]."""
     with utils.progress(len(features), f"reading {what}", unit="file") as bar:
-        return read_bins(features.paths, dimensions=dimensions, advance=bar.update)
+        return read_features(features.paths, dimensions=dimensions, advance=bar.update)
 
 
 def warn_of_lengths(features: np.ndarray, what: str) -> None:

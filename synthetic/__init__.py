@@ -4,8 +4,8 @@ The words of this room:
 
 * identity: who somebody is, and all that is fixed for them (`parameters.Identity`); a person is an identity made ready
   for tracing (`render.Person`): mesh, hair, paint.
-* photo: what varies from picture to picture (`parameters.Photo`): pose, light, camera, what is worn. A scene is both
-  together. The truth of a picture is where box and landmarks are in it.
+* photo: what varies from picture to picture (`parameters.PhotoParameters`): pose, light, camera, what is worn. A scene
+  is both together. The truth of a picture is where box and landmarks are in it.
 * head, canonical: the mesh and its blend shapes (`head`); canonical places are those of the average adult, with the
   middle of the eyes at the origin. Lengths are centimetres, colours linear RGB.
 * canvas, paint: skin is painted on a canvas of directions as seen from inside of the head (`skin`).

@@ -37,7 +37,7 @@ from megaface import facescrub
 from processes import Shard
 from synthetic import kernels
 from synthetic.head import data_folder
-from synthetic.parameters import Identity, Photo, draw_identity, draw_photo
+from synthetic.parameters import Identity, PhotoParameters, draw_identity, draw_photo
 from synthetic.photo import encode
 from synthetic.render import Renderer, Truth
 from utils import InputError
@@ -222,7 +222,7 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _row(plan: Plan, identity: Identity, photo: Photo, truth: Truth) -> str:
+def _row(plan: Plan, identity: Identity, photo: PhotoParameters, truth: Truth) -> str:
     name = plan.name(identity.number)
     file = f"{plan.folder(identity.number)}/{plan.file(identity.number, photo.image)}"
     numbers = [*truth.box, *truth.landmarks.reshape(-1)]

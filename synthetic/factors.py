@@ -15,13 +15,13 @@ import numpy as np
 
 from cropping.align import TEMPLATE, estimate_similarity
 from synthetic.head import HeadModel
-from synthetic.parameters import EXPRESSIONS, HAIR_COLOURS, Identity, Photo, draw_photo
+from synthetic.parameters import EXPRESSIONS, HAIR_COLOURS, Identity, PhotoParameters, draw_photo
 
 EYES_IN_CROP = float(TEMPLATE[1, 0] - TEMPLATE[0, 0])  # pixels between the eyes of a crop
 EYE_PIXELS = 50.0  # of a reference photo, for an image of 256 pixels
 
 Level = float | str
-Scene = tuple[Identity, Photo]
+Scene = tuple[Identity, PhotoParameters]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Identity:
 
 
 @dataclass
-class Photo:
+class PhotoParameters:
     """What varies from photo to photo. Angles in degrees, lengths in centimetres, colours linear RGB."""
 
     image: int
@@ -574,7 +574,7 @@ def _camera(rng: np.random.Generator) -> dict[str, Any]:
 
 def draw_photo(
     identity: Identity, image: int, head: HeadModel, off: frozenset[str] = frozenset(), poses: str = "all"
-) -> Photo:
+) -> PhotoParameters:
     """Photo number `image` of a person; `poses="frontal"`: yaw within 5 degrees, face calm and bare, picture sharp."""
     rng = photo_generator(identity.seed, identity.number, image)
     frontal = poses == "frontal"
@@ -599,7 +599,7 @@ def draw_photo(
     if frontal:
         camera |= {"blur": 0.0, "motion": 0.0, "downscale": 1.0, "noise": 0.005, "grey": False, "sharpen": 0.0}
         camera |= {"quality": 92, "exposure": 0.3 * camera["exposure"], "contrast": 1.0}
-    return Photo(
+    return PhotoParameters(
         image=image,
         seed=int(rng.integers(1, 2**30)),
         yaw=yaw,

@@ -8,7 +8,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from synthetic.parameters import Photo
+from synthetic.parameters import PhotoParameters
 
 
 def _palette(rng: np.random.Generator, count: int, level: float) -> np.ndarray:
@@ -20,7 +20,7 @@ def _palette(rng: np.random.Generator, count: int, level: float) -> np.ndarray:
     return (value * (1 - saturation + saturation * ramp)).astype(np.float32)
 
 
-def background(photo: Photo, size: int) -> np.ndarray:
+def background(photo: PhotoParameters, size: int) -> np.ndarray:
     """Linear RGB float32 [size, size, 3]: an invented, mostly defocused place."""
     what = photo.background
     rng = np.random.default_rng(what["seed"])
@@ -108,7 +108,7 @@ def _motion_kernel(length: float, angle: float) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def develop(linear: np.ndarray, exposure: np.ndarray, photo: Photo) -> np.ndarray:
+def develop(linear: np.ndarray, exposure: np.ndarray, photo: PhotoParameters) -> np.ndarray:
     """Linear RGB [S, S, 3] and exposure factors [3] to sRGB uint8 BGR [S, S, 3]."""
     camera = photo.camera
     size = linear.shape[0]

@@ -13,7 +13,7 @@ import numpy as np
 from synthetic import skin
 from synthetic.hair import CENTRE, RadiusField
 from synthetic.head import CENTIMETRES, data_folder, read_obj
-from synthetic.parameters import Photo
+from synthetic.parameters import PhotoParameters
 
 PLAIN, KNITTED, WOVEN, PRINTED = 0.0, 1.0, 2.0, 3.0
 
@@ -97,7 +97,7 @@ def _outline(shape: str, size: float) -> np.ndarray:
     return np.stack([x, y], -1) * size
 
 
-def glasses(photo: Photo, vertices: np.ndarray, eyes: np.ndarray) -> tuple[Piece, np.ndarray, np.ndarray]:
+def glasses(photo: PhotoParameters, vertices: np.ndarray, eyes: np.ndarray) -> tuple[Piece, np.ndarray, np.ndarray]:
     """Frame, and the lenses' points and triangles; `eyes` [2, 3] are the eyes' centres (right, left)."""
     what = photo.glasses
     assert what is not None
@@ -144,14 +144,14 @@ HAT_EDGE_PHI = {
 }
 
 
-def hat_edge(photo: Photo, azimuth: np.ndarray) -> np.ndarray:
+def hat_edge(photo: PhotoParameters, azimuth: np.ndarray) -> np.ndarray:
     """Elevation in degrees of a hat's lower edge at azimuths in degrees."""
     hat = photo.hat
     assert hat is not None
     return np.interp(np.abs(azimuth), HAT_EDGE_THETA, HAT_EDGE_PHI[hat["kind"]]) + 10 * hat["height"] - 4
 
 
-def hat_piece(photo: Photo, field: RadiusField) -> Piece:
+def hat_piece(photo: PhotoParameters, field: RadiusField) -> Piece:
     """A hat that rests on the head."""
     hat = photo.hat
     assert hat is not None
@@ -194,7 +194,7 @@ def hat_piece(photo: Photo, field: RadiusField) -> Piece:
     return join(parts)
 
 
-def scarf_piece(photo: Photo, rng: np.random.Generator) -> Piece:
+def scarf_piece(photo: PhotoParameters, rng: np.random.Generator) -> Piece:
     """A scarf wound around the neck."""
     scarf = photo.scarf
     assert scarf is not None
@@ -238,7 +238,7 @@ def _box(size: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
     return corners[faces].reshape(-1, 3), np.arange(36).reshape(-1, 3)  # split corners keep the edges sharp
 
 
-def mask_piece(photo: Photo, field: RadiusField) -> Piece:
+def mask_piece(photo: PhotoParameters, field: RadiusField) -> Piece:
     """A medical mask: cloth from the bridge of the nose to below the chin and halfway to the ears, and its loops."""
     what = photo.occluder
     assert what is not None
@@ -275,7 +275,7 @@ ANCHORS = {
 }
 
 
-def occluder_piece(photo: Photo) -> Piece:
+def occluder_piece(photo: PhotoParameters) -> Piece:
     """A hand or an object close to the face; it leaves at least one eye and most of the nose free."""
     what = photo.occluder
     assert what is not None

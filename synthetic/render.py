@@ -18,11 +18,11 @@ import warp as wp
 
 from synthetic import hair, kernels, props, skin
 from synthetic.head import LASH, SKIN, load_head
-from synthetic.parameters import IRIS_COLOURS, Identity, Photo
+from synthetic.parameters import IRIS_COLOURS, Identity, PhotoParameters
 from synthetic.photo import background, develop
 
 BATCH = 64  # photos of 256 px that a GPU renders together, fewer if they are larger: 167 bytes a pixel, 0.7 GB
-EYE_DISTANCE = 6.0  # centimetres, for the scale of `Photo.eye_pixels`
+EYE_DISTANCE = 6.0  # centimetres, for the scale of `PhotoParameters.eye_pixels`
 FACE_CENTRE = np.array([0.0, -3.0, -1.0])  # what is put in the image's middle
 NECK_PIVOT = np.array([0.0, -11.5, -9.0], np.float32)
 # From the mesh's anatomical points to those that photos are annotated with, in centimetres, x outwards: fitted on
@@ -42,7 +42,7 @@ class Truth:
 
 
 def head_rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Head frame to camera frame [3, 3]; camera x right, y up, z towards the viewer; degrees, see `Photo`."""
+    """Head frame to camera frame [3, 3]; camera x right, y up, z towards the viewer; degrees, see `PhotoParameters`."""
     y, p, r = np.radians([yaw, -pitch, roll])
     turn = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
     nod = np.array([[1, 0, 0], [0, np.cos(p), -np.sin(p)], [0, np.sin(p), np.cos(p)]])
@@ -111,7 +111,7 @@ class Renderer:
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
-    def _pose(self, person: Person, photos: list[Photo]) -> tuple[torch.Tensor, np.ndarray]:
+    def _pose(self, person: Person, photos: list[PhotoParameters]) -> tuple[torch.Tensor, np.ndarray]:
         """Vertices [M, V, 3] in the head's frame and gaze directions [M, 2, 3]."""
         head, device = self.head, self.device
         who = [{**person.identity.who, "years": photo.years, "weight": photo.weight} for photo in photos]
@@ -140,12 +140,12 @@ class Renderer:
         vertices[:, self.below] = _turn(vertices[:, self.below], spin[:, None] * self.share, pivot)
         return vertices, gaze[:, :, :, 2]
 
-    def _gaze(self, photo: Photo) -> np.ndarray:
+    def _gaze(self, photo: PhotoParameters) -> np.ndarray:
         """Rotations [2, 3, 3] of the right and left eyeball."""
         close = np.degrees(np.arctan2(EYE_DISTANCE / 2, photo.distance)) * 0.5
         return np.stack([head_rotation(photo.gaze[0] + turn, photo.gaze[1], 0) for turn in (close, -close)])
 
-    def _torso(self, photo: Photo) -> np.ndarray:
+    def _torso(self, photo: PhotoParameters) -> np.ndarray:
         """Rotation vector of the torso in the head's frame."""
         relative = head_rotation(photo.yaw, photo.pitch, photo.roll).T @ head_rotation(
             photo.torso_yaw, photo.torso_pitch, 0
@@ -157,7 +157,7 @@ class Renderer:
         shape = (points.shape[0], len(self.head.canonical))
         wp.launch(kernels.vertex_normals, shape, [points, self.head_faces, self.rings, normals], device=self.warp)
 
-    def _ribbons(self, person: Person, photos: list[Photo], vertices: torch.Tensor) -> torch.Tensor:
+    def _ribbons(self, person: Person, photos: list[PhotoParameters], vertices: torch.Tensor) -> torch.Tensor:
         """Ribbon vertices [M, R, 3]: they follow their roots in `vertices` [M, V, 3], and hats press them down."""
         ribbons = person.ribbons
         rest, roots, points = (
@@ -172,7 +172,7 @@ class Renderer:
         return moved
 
     @staticmethod
-    def _under_hat(person: Person, photo: Photo, scalp: np.ndarray) -> np.ndarray:
+    def _under_hat(person: Person, photo: PhotoParameters, scalp: np.ndarray) -> np.ndarray:
         """Points [N, 3] of the hair pressed down by the photo's hat, float32."""
         offset = scalp - hair.CENTRE
         radius = np.linalg.norm(offset, axis=1)
@@ -188,7 +188,7 @@ class Renderer:
 
     # -- uniforms ------------------------------------------------------------------------------------------------
 
-    def _camera(self, photo: Photo, size: int) -> dict[str, Any]:
+    def _camera(self, photo: PhotoParameters, size: int) -> dict[str, Any]:
         rotation = head_rotation(photo.yaw, photo.pitch, photo.roll)
         scale = size / 256
         return {
@@ -206,7 +206,7 @@ class Renderer:
         y = camera["centre"][1] - camera["focal"] * seen[:, 1] / -seen[:, 2]
         return np.stack([x, y], -1)
 
-    def _uniforms(self, person: Person, photo: Photo, camera: dict[str, Any], eyes: np.ndarray,
+    def _uniforms(self, person: Person, photo: PhotoParameters, camera: dict[str, Any], eyes: np.ndarray,
                   gaze: np.ndarray) -> dict[str, Any]:  # fmt: skip
         identity, makeup, clothes = person.identity, photo.makeup, photo.clothes
         to_head = camera["rotation"].T
@@ -258,7 +258,7 @@ class Renderer:
 
     # -- tracing -------------------------------------------------------------------------------------------------
 
-    def photograph(self, identity: Identity, photos: list[Photo], size: int = 256,
+    def photograph(self, identity: Identity, photos: list[PhotoParameters], size: int = 256,
                    off: frozenset[str] = frozenset()) -> tuple[list[np.ndarray], list[Truth]]:  # fmt: skip
         """Images (uint8 BGR [size, size, 3]) and truths of a person's photos."""
         person = Person(identity, self, off)
@@ -305,7 +305,7 @@ class Renderer:
         arrays["mesh"] = mesh
         return arrays
 
-    def _trace(self, person: Person, photos: list[Photo], size: int, arrays: dict[str, Any],
+    def _trace(self, person: Person, photos: list[PhotoParameters], size: int, arrays: dict[str, Any],
                meshes: list[wp.Mesh]) -> tuple[np.ndarray, np.ndarray, list[Truth]]:  # fmt: skip
         vertices, gaze = self._pose(person, photos)
         shown = vertices.cpu().numpy()
@@ -405,7 +405,7 @@ class Renderer:
     def _ids(self, meshes: list[wp.Mesh | None]) -> wp.array:
         return self._array(np.array([mesh.id if mesh else 0 for mesh in meshes], np.uint64), wp.uint64)
 
-    def _props(self, person: Person, photo: Photo, vertices: np.ndarray) -> tuple[Any, Any, Any]:
+    def _props(self, person: Person, photo: PhotoParameters, vertices: np.ndarray) -> tuple[Any, Any, Any]:
         """What is worn or held (a Piece or None) and the lenses' points and faces (or None)."""
         pieces, lens_points, lens_faces = [], None, None
         if photo.glasses:

@@ -591,14 +591,14 @@ def test_whatever_the_device_cannot_do_is_left_to_the_host():
 
 def test_normalise_is_torchvisions(photo):
     images = torch.from_numpy(np.stack([photo, photo[:, ::-1]]).copy())
-    inputs = data_gen.normalise(images)
+    inputs = data_gen.to_inputs(images)
     expected = functional.normalize(images.permute(0, 3, 1, 2).float() / 255, models.MEAN, models.STD)
     assert inputs.shape == (2, 3, 112, 112) and inputs.dtype == torch.float32
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-5)
-    plain = data_gen.normalise(images, channels_last=False)
+    plain = data_gen.to_inputs(images, channels_last=False)
     assert plain.is_contiguous() and torch.equal(plain, inputs)
-    pictures = data_gen.denormalise(inputs)
+    pictures = data_gen.to_pixels(inputs)
     torch.testing.assert_close(pictures, images.permute(0, 3, 1, 2) / 255, rtol=0, atol=1e-6)
 
 

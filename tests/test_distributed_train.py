@@ -81,7 +81,7 @@ def some_steps(line, out, dtype, first, last, small=True):
             total = 0.0
             for part in range(settings.accumulate):
                 batch = dataset[next(requests)]
-                inputs = data_gen.normalise(batch.images).to(dtype)
+                inputs = data_gen.to_inputs(batch.images).to(dtype)
                 alone = world.size == 1 or part == settings.accumulate - 1
                 with contextlib.nullcontext() if alone else model.no_sync():
                     features = model(inputs)
@@ -209,7 +209,7 @@ def test_without_sync_bn_statistics_are_averaged_over_ranks(crops, tmp_path):
     data = crop_sets.open_training_set(crops)
     indices = data_gen.BatchOrder(len(data), 12, 0).global_batch(0)
     batch = data_gen.CropDataset(data, augment.Augmentation.named("published"), 0)[(0, indices)]
-    first = untrained()[0](data_gen.normalise(batch.images).double())
+    first = untrained()[0](data_gen.to_inputs(batch.images).double())
     means = [part.mean(dim=(0, 2, 3)) for part in first.split(6)]
     torch.testing.assert_close(found["1.running_mean"], 0.1 * sum(means) / 2, rtol=1e-9, atol=1e-12)
     # Each rank's own are kept beside it, for as many ranks to go on with.

@@ -423,7 +423,7 @@ def test_training_evaluation_and_export_feed_the_same_tensor_to_the_bit():
     crops = np.zeros((2, 112, 112, 3), np.uint8)
     crops[0].reshape(-1)[:] = np.arange(112 * 112 * 3) % 256
     crops[1] = random_crops(1)[0]
-    in_training = data_gen.normalise(torch.from_numpy(crops), channels_last=False)
+    in_training = data_gen.to_inputs(torch.from_numpy(crops), channels_last=False)
     in_evaluation = Preprocessing()(torch.from_numpy(crops))
     assert torch.equal(in_training, in_evaluation)
 

@@ -22,7 +22,7 @@ from ijb.lists import read_lists, read_pairs
 from ijb.templates import USUAL, ImageFeatures, pool
 from megaface.devkit_json import cmc_text, matches_text
 from megaface.facescrub import read_annotations
-from megaface.features import bin_bytes, read_bin
+from megaface.features import bin_bytes, read_feature
 from megaface.protocol import identification
 from models import build_network, name_of
 from networks.catalogue import ADAFACE, INSIGHTFACE, RELEASED
@@ -175,7 +175,7 @@ def test_challenge_1_to_the_byte():
     (result,) = identification(probes, expected("megaface/probe_ids.json"), distractors, [40])
     assert cmc_text(result) == (folder / "cmc.json").read_text()
     assert matches_text(result) == (folder / "matches.json").read_text()
-    assert np.array_equal(read_bin(folder / "feature.bin"), probes[0])
+    assert np.array_equal(read_feature(folder / "feature.bin"), probes[0])
     assert bin_bytes(probes[0][:, None]) == (folder / "feature.bin").read_bytes()
 
 

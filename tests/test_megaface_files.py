@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megaface import features
-from megaface.features import StoreWriter, bin_bytes, open_store, read_bin, read_bins, write_bin, write_bins
+from megaface.features import (
+    StoreWriter,
+    bin_bytes,
+    open_store,
+    read_feature,
+    read_features,
+    write_feature,
+    write_features,
+)
 from megaface.lists import PhotoIndex, photo_key, read_noise_list, read_template_list
 from utils import InputError
 
@@ -28,9 +36,9 @@ def header(*numbers):
 
 def test_a_feature_is_a_column_of_float32(tmp_path):
     feature = RNG.standard_normal(7).astype(np.float32)
-    write_bin(tmp_path / "x.bin", feature)
+    write_feature(tmp_path / "x.bin", feature)
     assert (tmp_path / "x.bin").read_bytes() == header(7, 1, 4, 5) + feature.tobytes()
-    assert np.array_equal(read_bin(tmp_path / "x.bin"), feature)
+    assert np.array_equal(read_feature(tmp_path / "x.bin"), feature)
 
 
 def test_matrices_have_the_devkits_layout(shared):
@@ -51,8 +59,8 @@ def test_matrices_have_the_devkits_layout(shared):
 )
 def test_other_layouts_of_the_same_format(tmp_path, data, wanted):
     (tmp_path / "x.bin").write_bytes(data)
-    assert read_bin(tmp_path / "x.bin").tolist() == wanted
-    assert read_bins([str(tmp_path / "x.bin")] * 3).tolist() == [wanted] * 3
+    assert read_feature(tmp_path / "x.bin").tolist() == wanted
+    assert read_features([str(tmp_path / "x.bin")] * 3).tolist() == [wanted] * 3
 
 
 BROKEN = {
@@ -75,9 +83,9 @@ BROKEN = {
 def test_damaged_files_are_named(tmp_path, data):
     paths = [str(tmp_path / f"{name}.bin") for name in "abc"]
     for path in paths:
-        write_bin(path, np.ones(3))
+        write_feature(path, np.ones(3))
     Path(paths[1]).write_bytes(data)
-    for read in (lambda: read_bin(paths[1]), lambda: read_bins(paths)):
+    for read in (lambda: read_feature(paths[1]), lambda: read_features(paths)):
         with pytest.raises(InputError) as error:
             read()
         assert str(error.value).startswith(f"{paths[1]}: ") and BROKEN[data] in str(error.value)
@@ -88,7 +96,7 @@ def test_no_bytes_confuse_the_reader(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "fuzz.bin"
     path.write_bytes(data)
     try:
-        feature = read_bin(path)
+        feature = read_feature(path)
     except InputError:
         return
     assert feature.ndim == 1 and len(feature)
@@ -97,28 +105,28 @@ def test_no_bytes_confuse_the_reader(tmp_path_factory, data):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
 def test_features_that_are_not_finite_are_named(tmp_path, bad):
     paths = [str(tmp_path / f"{number}.bin") for number in range(600)]
-    write_bins(paths, np.ones((600, 3), np.float32))
+    write_features(paths, np.ones((600, 3), np.float32))
     Path(paths[500]).write_bytes(header(3, 1, 8, 6) + np.array([0, bad, 0]).tobytes())
     with pytest.raises(InputError, match=r"500\.bin: holds NaN or inf"):
-        read_bins(paths)
+        read_features(paths)
 
 
 def test_missing_files_come_first_and_all_are_counted(tmp_path):
     paths = [str(tmp_path / "x" / f"{number}.bin") for number in range(700)]
     matrix = RNG.standard_normal((700, 5)).astype(np.float32)
-    write_bins(paths, matrix)
-    assert np.array_equal(read_bins(paths), matrix)
-    write_bin(paths[3], np.ones(4))
+    write_features(paths, matrix)
+    assert np.array_equal(read_features(paths), matrix)
+    write_feature(paths[3], np.ones(4))
     Path(paths[600]).unlink()
     Path(paths[699]).unlink()
     with pytest.raises(InputError, match=r"600\.bin: missing \(and 2 more of 700 feature files cannot be used\)"):
-        read_bins(paths)
+        read_features(paths)
     with pytest.raises(InputError, match=r"3\.bin: 4 dimensions instead of 5$"):
-        read_bins(paths[:600])
+        read_features(paths[:600])
     with pytest.raises(InputError, match=r"/0\.bin: missing$"):
-        read_bins([str(tmp_path / "0.bin")])
+        read_features([str(tmp_path / "0.bin")])
     with pytest.raises(InputError, match="Is a directory"):
-        read_bins([str(tmp_path)])
+        read_features([str(tmp_path)])
 
 
 @pytest.mark.parametrize("slow_file", [-1.0, 1e9], ids=["slow disk", "page cache"])
@@ -126,22 +134,22 @@ def test_whole_files_are_read_without_a_second_look(tmp_path, monkeypatch, slow_
     """The devkit's header is a column's: rows = dimensions, stride = 4."""
     paths = [str(tmp_path / f"{number}.bin") for number in range(700)]
     matrix = RNG.standard_normal((700, 5)).astype(np.float32)
-    write_bins(paths, matrix)
+    write_features(paths, matrix)
     looked_at = []
-    monkeypatch.setattr(features, "read_bin", lambda path: looked_at.append(path) or read_bin(path))
+    monkeypatch.setattr(features, "read_feature", lambda path: looked_at.append(path) or read_feature(path))
     monkeypatch.setattr(features, "SLOW_FILE", slow_file)
-    assert np.array_equal(read_bins(paths, dimensions=5), matrix)
+    assert np.array_equal(read_features(paths, dimensions=5), matrix)
     assert looked_at == []
-    write_bin(paths[-1], np.ones(4))
+    write_feature(paths[-1], np.ones(4))
     with pytest.raises(InputError, match=r"699\.bin: 4 dimensions instead of 5$"):
-        read_bins(paths, dimensions=5)
+        read_features(paths, dimensions=5)
 
 
 def test_progress_counts_files(tmp_path):
     paths = [str(tmp_path / f"{number}.bin") for number in range(600)]
     seen = {"write": [], "read": []}
-    write_bins(paths, np.ones((600, 3)), seen["write"].append)
-    read_bins(paths, advance=seen["read"].append)
+    write_features(paths, np.ones((600, 3)), seen["write"].append)
+    read_features(paths, advance=seen["read"].append)
     assert sum(seen["write"]) == sum(seen["read"]) == 600
     assert len(list(tmp_path.iterdir())) == 600  # nothing temporary stays
 
@@ -341,7 +349,7 @@ def test_rows_made_from_something_else_are_stale(tmp_path):
 def test_a_pipe_is_no_feature_file(tmp_path):
     """Nobody writes into it: whoever opens it to read would wait for ever."""
     os.mkfifo(tmp_path / "a.bin")
-    for read in (read_bin, lambda path: read_bins([str(path)])):
+    for read in (read_feature, lambda path: read_features([str(path)])):
         with pytest.raises(InputError, match="not a file"):
             read(tmp_path / "a.bin")
 

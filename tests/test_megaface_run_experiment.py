@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megaface import run_experiment
-from megaface.features import read_bin, write_bin, write_bins
+from megaface.features import read_feature, write_feature, write_features
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {"basic_100d": 100, "size_arg_smaller": 100, "single_image_id": 100, "ties_200d": 200, "tiny_10d": 10}
@@ -25,7 +25,7 @@ class Lab:
         self.probes = [f"{name}/{name}_{number}.png" for number, name in enumerate(ids)]
         self.distractors = [f"{number % 7}/{number}@N00/{number}_0.jpg" for number in range(len(distractors))]
         for side, names, features in (("fs", self.probes, probes), ("mf", self.distractors, distractors)):
-            write_bins([str(folder / side / f"{name}{ending}") for name in names], features)
+            write_features([str(folder / side / f"{name}{ending}") for name in names], features)
         (folder / "lists").mkdir()
         self.probe_list = folder / "lists" / "facescrub_features_list.json"
         self.write_lists(ids)
@@ -142,12 +142,12 @@ def test_the_algorithm_is_what_comes_before_the_first_dot(tmp_path, run):
 
 
 def nan_in_probe(lab):
-    write_bin(lab.feature("fs", 4), np.full(8, np.nan))
+    write_feature(lab.feature("fs", 4), np.full(8, np.nan))
     return "fs/.*_4.png_net.bin: holds NaN or inf"
 
 
 def inf_in_distractor(lab):
-    write_bin(lab.feature("mf", 9), np.full(8, np.inf))
+    write_feature(lab.feature("mf", 9), np.full(8, np.inf))
     return "9_0.jpg_net.bin: holds NaN or inf"
 
 
@@ -173,18 +173,18 @@ def truncated_file(lab):
 
 
 def wrong_dimension(lab):
-    write_bin(lab.feature("mf", 5), np.ones(7))
+    write_feature(lab.feature("mf", 5), np.ones(7))
     return "5_0.jpg_net.bin: 7 dimensions instead of 8"
 
 
 def wrong_dimension_of_the_first(lab):
-    write_bin(lab.feature("fs", 0), np.ones(7))
+    write_feature(lab.feature("fs", 0), np.ones(7))
     return "fs/.*_0.png_net.bin: 7 dimensions instead of 8$"
 
 
 def other_dimension_everywhere(lab):
     for number in range(len(lab.distractors)):
-        write_bin(lab.feature("mf", number), np.ones(7))
+        write_feature(lab.feature("mf", number), np.ones(7))
     return "7 dimensions instead of 8 .and 39 more"
 
 
@@ -214,7 +214,7 @@ def impossible_path(lab):
 
 
 def overflow(lab):
-    write_bin(lab.feature("mf", 5), np.full(8, 1e19))
+    write_feature(lab.feature("mf", 5), np.full(8, 1e19))
     return "5_0.jpg_net.bin: the feature is too large for float32"
 
 
@@ -250,7 +250,7 @@ def test_where_the_devkit_fails_there_is_an_error_and_no_result(tmp_path, run, s
 
 def test_errors_leave_no_matrix_and_name_the_file(tmp_path, run):
     lab, _ = small_lab(tmp_path)
-    write_bin(lab.feature("fs", 4), np.full(8, 1e19))
+    write_feature(lab.feature("fs", 4), np.full(8, 1e19))
     code, _, error = run(lab.arguments("--score-matrices"))
     assert code == 1 and "_4.png_net.bin: the feature is too large for float32" in error
     assert not list((tmp_path / "out").rglob("*.bin"))
@@ -302,8 +302,8 @@ def test_features_that_are_not_normalised_are_told(tmp_path, monkeypatch, capsys
     said = told(lab, monkeypatch, capsys)
     assert "the probes' features have lengths of" in said.err and "the distractors' features" in said.err
     for path in tmp_path.rglob("*.bin"):
-        feature = read_bin(path)
-        write_bin(path, feature / np.linalg.norm(feature))
+        feature = read_feature(path)
+        write_feature(path, feature / np.linalg.norm(feature))
     assert "lengths" not in told(lab, monkeypatch, capsys).err
 
 
@@ -429,4 +429,4 @@ def test_a_devkit_that_is_none(tmp_path, run):
     (tmp_path / "models" / "jb_identity.bin").touch()
     code, _, error = run(lab.arguments("--devkit", tmp_path))
     assert code == 1 and "cannot be started" in error
-    assert read_bin(lab.feature("fs", 0)).shape == (8,)
+    assert read_feature(lab.feature("fs", 0)).shape == (8,)

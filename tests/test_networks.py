@@ -155,9 +155,9 @@ def test_adaface_is_fed_with_bgr(tmp_path, crops):
     np.testing.assert_allclose(embedder.features(crops), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     # Training feeds it alike, and shows people RGB.
     images = torch.from_numpy(crops)
-    inputs = data_gen.normalise(images, feeding_of(network))
+    inputs = data_gen.to_inputs(images, feeding_of(network))
     torch.testing.assert_close(inputs, batch)
-    torch.testing.assert_close(data_gen.denormalise(inputs, ADAFACE), images.permute(0, 3, 1, 2) / 255)
+    torch.testing.assert_close(data_gen.to_pixels(inputs, ADAFACE), images.permute(0, 3, 1, 2) / 255)
     # So does an exported graph that takes RGB pixels.
     graph = export.ExportedNetwork(network, embedder.preprocessing, mirror=True)
     with torch.no_grad():

@@ -49,7 +49,7 @@ _NUMBER = re.compile("[0-9]{1,9}")
 _ONE_PERSON = re.compile(r"(.+?)\s+([0-9]{1,9})\s+([0-9]{1,9})")
 _TWO_PERSONS = re.compile(r"(.+?)\s+([0-9]{1,9})\s+(.+?)\s+([0-9]{1,9})")
 
-Photo = tuple[str, int]
+Numbered = tuple[str, int]  # a photo as lists name it: identity and number
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Pairs:
     pairs: int64 [P, 2], indices of photos. same: bool [P], folds: int64 [P] from 0.
     """
 
-    photos: list[Photo]
+    photos: list[Numbered]
     lines: list[int]
     pairs: np.ndarray
     same: np.ndarray
@@ -82,7 +82,7 @@ def read_pairs(path: str | Path) -> Pairs:
         raise InputError(
             f"{path}: {len(lines)} lines; line 1 promises {folds} folds of {size} + {size} pairs, that is {expected}"
         )
-    index: dict[Photo, int] = {}
+    index: dict[Numbered, int] = {}
     first_named: list[int] = []
     pairs = np.zeros((expected - 1, 2), dtype=np.int64)
     same = np.zeros(expected - 1, dtype=bool)
@@ -110,7 +110,7 @@ def _read_head(path: Path, lines: list[str]) -> tuple[int, int]:
     return (1, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def read_line(path: Path, number: int, line: str) -> tuple[Photo, Photo]:
+def read_line(path: Path, number: int, line: str) -> tuple[Numbered, Numbered]:
     """The two photos of a line `identity a b` or `identity a identity b`; InputError naming file and line otherwise."""
     fields = _split(line)
     if len(fields) == 3:

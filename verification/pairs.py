@@ -63,7 +63,7 @@ class PairList:
     pairs: np.ndarray
     same: np.ndarray
     folds: np.ndarray
-    numbered: list[lfw.Photo] | None = None
+    numbered: list[lfw.Numbered] | None = None
     identities: list[str] | None = None
     columns: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -202,7 +202,7 @@ class _Reader:
         self,
         folds: np.ndarray | None = None,
         *,
-        numbered: list[lfw.Photo] | None = None,
+        numbered: list[lfw.Numbered] | None = None,
         identities: list[str] | None = None,
         columns: dict[str, list[tuple[str, str]]] | None = None,
     ) -> PairList:
@@ -245,7 +245,7 @@ class _Reader:
         return found
 
     def lfw(self, lines: Sequence[tuple[int, str]], folds: np.ndarray | None) -> PairList:
-        numbered: dict[str, lfw.Photo] = {}
+        numbered: dict[str, lfw.Numbered] = {}
         for line, text in lines:
             photos = lfw.read_line(self.path, line, text)
             names = [check_name(lfw.photo_name(*photo), self.at(line)) for photo in photos]
