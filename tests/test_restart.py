@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -168,6 +169,13 @@ def test_resume_refuses_another_run_and_other_data(crops, tmp_path):
     assert json.loads((out / "results.json").read_bytes())["finished"]
     code, text = train_run(options(crops, out, **first, resume=True), output)
     assert code == 1 and "--epochs 1, but 3 are done" in text
+
+
+def test_the_manual_lists_what_may_change():
+    rows = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text().splitlines()
+    [row] = [row for row in rows if row.startswith("| `--lr`, ")]
+    listed = set(re.findall(r"`--([a-z-]+)`", row))
+    assert listed == {name.replace("_", "-") for name in checkpoints.CHANGEABLE_OPTIONS}
 
 
 def test_a_checkpoint_of_another_version_is_refused():
