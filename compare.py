@@ -33,8 +33,8 @@ def main() -> None:
     if len(options.results) != 2:
         raise InputError(f"two results.json are compared, not {len(options.results)}")
     first, second = (read_scores(path) for path in options.results)
-    comparisons = [compare_sets(one, other, options) for one, other in common(first, second, options.results)]
-    names = [scores[0].model["name"] for scores in (first, second)]
+    names = distinct(first[0].model, second[0].model)
+    comparisons = [compare_sets(one, other, names, options) for one, other in common(first, second, options.results)]
     if options.out is not None:
         content = {
             "kind": "comparison",
@@ -72,7 +72,16 @@ def common(first: list[Scores], second: list[Scores], paths: list[Path]) -> list
     return found
 
 
-def compare_sets(one: Scores, other: Scores, options: config.Compare) -> dict[str, Any]:
+def distinct(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:
+    """What to call two models: their names; files of one name by their hashes, one file twice as A and B."""
+    if a["name"] != b["name"]:
+        return a["name"], b["name"]
+    marks = [str(model.get("sha256"))[:8] for model in (a, b)]
+    first, second = marks if marks[0] != marks[1] else "AB"
+    return f"{a['name']} ({first})", f"{b['name']} ({second})"
+
+
+def compare_sets(one: Scores, other: Scores, names: tuple[str, str], options: config.Compare) -> dict[str, Any]:
     """Both tests of accuracy, and of TAR at each FAR that the pairs resolve; ready for JSON."""
     results = [
         evaluate(scores.cosines, scores.same, one.folds, name=scores.entry["name"], far_levels=options.far)
@@ -102,7 +111,7 @@ def compare_sets(one: Scores, other: Scores, options: config.Compare) -> dict[st
         "tar_at_far": tars,
         "notes": notes,
     }
-    return found | {"sentence": sentence(found, one.model["name"], other.model["name"])}
+    return found | {"sentence": sentence(found, *names)}
 
 
 def _tar(points: list[OperatingPoint], one: Scores, other: Scores, sides: np.ndarray, seed: int) -> dict[str, Any]:

@@ -224,7 +224,15 @@ def test_two_models_on_the_same_pairs(evaluated, tmp_path, capsys):
     assert found["tar_at_far"][0]["a"] == a["tar_at_far"][0]["tar"]
     assert found["sentence"] in said and "pairs of 12 people" in found["sentence"]
     assert run(compare, evaluated / "a", evaluated / "a") == 0
-    assert "no difference is proven" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    name = json.loads((evaluated / "a" / "results.json").read_text())["model"]["name"]
+    assert f"{name} (A) answers" in said and f" and {name} (B) " in said and "no difference is proven" in said
+
+
+def test_two_files_of_one_name_are_told_apart():
+    models = [{"name": name, "sha256": digest * 64} for name, digest in (("e.pt", "a"), ("e.pt", "b"), ("f.pt", "a"))]
+    assert compare.distinct(models[0], models[1]) == ("e.pt (aaaaaaaa)", "e.pt (bbbbbbbb)")
+    assert compare.distinct(models[0], models[2]) == ("e.pt", "f.pt")
 
 
 def test_other_pairs_and_changed_scores_are_refused(evaluated, tmp_path, capsys):
