@@ -16,6 +16,7 @@ from cropping.photos import PhotoError, read_crop
 from megaface.noise import Entrants
 from megaface.participants import Side
 from megaface.protocol import Identification
+from verification.intervals import rate_interval
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Outcome:
             "resolved": far * roc.impostors >= 1,
         }
 
+    def _interval(self, rank: int) -> dict[str, Any]:
+        """The interval of the identification rate by person: all pairs of a person are drawn together."""
+        people = np.array(self.result.ids)[self.result.pairs[:, 0]]
+        return rate_interval(self.result.ranks < rank, people).to_json()
+
     def to_json(self, far_levels: list[float]) -> dict[str, Any]:
         """Everything, ready for results.json."""
         result, entrants = self.result, self.entrants
@@ -65,6 +71,8 @@ class Outcome:
             "impostor_scores": result.roc.impostors,
             "rank_1": result.rate_at_rank(1),
             "rank_10": result.rate_at_rank(10),
+            "rank_1_by_identity": self._interval(1),
+            "rank_10_by_identity": self._interval(10),
             "verification": [self.at_far(far) for far in far_levels],
             "scores_recomputed_in_the_devkits_order": result.recomputed,
         }

@@ -18,8 +18,9 @@ def training_curves(runs: Sequence[Run]) -> dict[str, bytes]:
     panels: dict[str, list[tuple[str, Series]]] = {}
     for run in runs:
         for name, series in _series(run).items():
-            if len(series) > 1:
-                panels.setdefault(name, []).append((run.label, series))
+            panels.setdefault(name, []).append((run.label, series))
+    # One epoch is a point, which says something beside the curve of another run only.
+    panels = {name: lines for name, lines in panels.items() if any(len(series) > 1 for _, series in lines)}
     drawn = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, lines in panels.items():

@@ -174,17 +174,15 @@ def _training(path: Path, content: dict[str, Any], run: Run) -> list[Source]:
     for label in ("crops", "identities"):
         if label in data:
             figures.insert(0, Figure(label, f"{data[label]:,}", "", sha))
+    if best.get("verification"):
+        figures.append(Figure("best epoch", f"{best['epoch']}", "", sha))
     for set_name, entry in (best.get("verification") or {}).items():
         # By pairs where the file does not say whose they are.
         pairs = entry.get("pairs")
         bounds = binomial_interval(round(entry["accuracy"] * pairs), pairs) if pairs else None
         interval = span((entry.get("by_identity") or {}).get("accuracy") or bounds)
         measured_on = entry.get("sha256") or (best.get("sets") or {}).get(set_name)
-        figures.append(
-            Figure(
-                f"accuracy on {set_name}, best epoch {best['epoch']}", percent(entry["accuracy"]), interval, measured_on
-            )
-        )
+        figures.append(Figure(f"accuracy on {set_name}, best epoch", percent(entry["accuracy"]), interval, measured_on))
     skipped = content.get("unreadable_crops") or []
     notes = [f"{len(skipped)} crops could not be read and were replaced"] if skipped else []
     model = ("embedding.pt", run.embedding_sha256)
@@ -391,9 +389,8 @@ def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     for row in content["results"]:
         where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
         for key in ("rank_1", "rank_10"):
-            # By pairs: the file does not say whose they are.
-            bounds = binomial_interval(round(row[key] * row["pairs"]), row["pairs"]) if row["pairs"] else None
-            figures.append(Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), span(bounds), sha))
+            interval = span(row.get(f"{key}_by_identity"))
+            figures.append(Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), interval, sha))
         for point in row.get("verification", []):
             if point.get("resolved"):
                 figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))

@@ -137,6 +137,9 @@ def test_raw_and_excluded_side_by_side(run, trees, tmp_path):
     ]
     assert sides[0]["annotations_without_photo"] == 1 and "1 annotations without a photo" in out
     assert 0.5 < raw["rank_1"] <= raw["rank_10"] <= 1
+    for rank in ("rank_1", "rank_10"):
+        low, high = raw[f"{rank}_by_identity"]["interval_95"]
+        assert low <= raw[rank] + 1e-6 and raw[rank] <= high + 1e-6 and high - low > 0.05
     assert [point["far"] for point in raw["verification"]] == [1e-6, 1e-5, 1e-4]
     assert not raw["verification"][0]["resolved"] and raw["impostor_scores"] == 30 * 40
     assert re.search(r"40 +raw +30 +120 +2 \+ 2 +0 \+ 0", out) and re.search(r"38 +exclude +28", out)

@@ -233,7 +233,16 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     put(tmp_path / "tiny", model | {"protocol": "TinyFace", "data": lists, "photos": pictures, "rank_1": interval,
                                     "as_printed": {"rank-1": 51.5}, "mean_average_precision": interval})  # fmt: skip
     side = {"names_sha256": DATA}
-    row = {"noise": "raw", "distractors": 10, "rank_1": 0.25, "rank_10": 0.75, "pairs": 100, "verification": []}
+    row = {
+        "noise": "raw",
+        "distractors": 10,
+        "rank_1": 0.25,
+        "rank_10": 0.75,
+        "pairs": 100,
+        "verification": [],
+        "rank_1_by_identity": {"interval_95": [0.1, 0.4]},
+        "rank_10_by_identity": interval,
+    }
     put(tmp_path / "mega", model | {"probes": side, "distractors": side, "results": [row]})
     levels = [{"level": level, "fnmr": {"value": level / 100, "interval_95": [0, 1]}} for level in (0, 30, 10)]
     put(tmp_path / "stress", {"people": {"identities": 5}, "models": [
@@ -258,7 +267,7 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
         ("TinyFace", "rank 1"): ("50.00 %", "40.00 ... 60.00"),
         ("TinyFace", "rank 1, as public code prints it"): ("51.50 %", ""),
         ("TinyFace", "probes + matches + distractors"): ("9 + 8 + 7", ""),
-        ("MegaFace", "rank 1, 10 distractors, noise lists: raw"): ("25.00 %", "16.88 ... 34.66"),
+        ("MegaFace", "rank 1, 10 distractors, noise lists: raw"): ("25.00 %", "10.00 ... 40.00"),
         ("Stress", "FNMR, yaw: worst level 30"): ("30.00 %", "0.00 ... 100.00"),
         ("Data", "wrong person"): ("4", ""),
         ("Comparison", "accuracy, A - B"): ("+1.00 points (p = 0.04)", "0.00 ... 2.00"),
@@ -274,3 +283,15 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
                  "- 5 photos aligned, 4 resized as a whole",
                  "- 1 photos give no feature and fail (Probe/1.jpg)"):  # fmt: skip
         assert line in text.split("\n"), line
+
+
+def test_best_epochs_stand_side_by_side_also_where_they_differ(tmp_path, monkeypatch):
+    short = training()
+    short |= {"epochs": 1, "best_epoch": 1, "history": short["history"][:1]}
+    short |= {"best": short["history"][0], "last": short["history"][0]}
+    put(tmp_path / "a", training())
+    put(tmp_path / "b", short)
+    assert run(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "r.html") == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "<th>best epoch</th><td>3</td><td>1</td>" in text
+    assert re.search(r"<th>accuracy on val, best epoch</th><td>80.00 %.*?</td><td>60.00 %", text)

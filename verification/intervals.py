@@ -194,8 +194,12 @@ def rate_interval(
 ) -> Interval:
     """Interval of the mean of `outcomes` [n] in [0, 1], such as rank-1 hits of probes, whose people are `identities`
     [n]."""
-    people = _People.of_probes(identities)
-    return _intervals(_Mean(np.asarray(outcomes, dtype=np.float64)), people, replicates, seed)[0]
+    names, number = np.unique(np.asarray(identities), return_inverse=True)
+    hits = np.bincount(number.reshape(-1), np.asarray(outcomes, dtype=np.float64), len(names))
+    trials = np.bincount(number.reshape(-1), minlength=len(names)).astype(np.float64)
+    # Everything of a person goes with him, so sums by person are all it takes, of however many probes.
+    people = _People.of_probes(np.arange(len(names)))
+    return _intervals(lambda weights: _share(hits @ weights, trials @ weights)[None], people, replicates, seed)[0]
 
 
 def detection_intervals(
