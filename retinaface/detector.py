@@ -1,7 +1,8 @@
 """Photos in, faces with five landmarks out.
 
-Photos of different sizes never share a batch, because padding one to the size of another would change what the
-convolutions see at its border, and with it the result. What a photo gives therefore does not depend on its company.
+What a photo gives does not depend on its company. Padding it to the size of another would change what the convolutions
+see at its border, so photos of different sizes share a batch only on a GPU, where what lies beyond each one's border is
+kept at zero through all layers (see engines.py).
 """
 
 import numbers

@@ -5,8 +5,12 @@ PyTorch would use. `benchmarks/detect.py` measures the alternatives; what decide
 then depends on nothing but the photo: not on the batch, not on the number of threads, to the last bit. The price is
 that a single photo never uses more than one core unless it is large enough to be cut (`retinaface.tiles`).
 
-On a GPU equal sizes go through PyTorch in batches, channels last, float32 without TF32 (whose 10 bits of mantissa move
-landmarks by tenths of a pixel). There results may differ in the last bits with the size of the batch.
+On a GPU photos go through PyTorch in batches, channels last, float32 without TF32 (whose 10 bits of mantissa move
+landmarks by tenths of a pixel). There results may differ in the last bits with the size of the batch. A GPU that gets
+photos of many sizes one by one waits for kernels to be started, and plans each convolution anew for each size. So sizes
+that few photos have are padded to multiples of `PADDED_TO` and share batches. After each layer everything beyond a
+photo's own border is set to zero, which is what the next layer's padding would have been: the answers are those of the
+photo alone, to rounding. The price is one more pass over each map, and the padding.
 """
 
 import math
@@ -26,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from retinaface.decoding import Cells
-from retinaface.network import MEAN_BGR, STRIDE, Weights, forward, fuse_heads
+from retinaface.network import MEAN_BGR, STRIDE, STRIDES, Weights, forward, fuse_heads
 from utils import true_float32
 
 R = TypeVar("R")
@@ -38,6 +42,12 @@ PIXELS_UNDER_WAY = 32_000_000
 
 CPU_BATCH_PIXELS = 500_000
 """The largest batch on a CPU: eight photos of LFW. Larger ones would fall out of the caches."""
+
+PADDED_TO = 128
+"""Sides that photos of unusual sizes are padded to are multiples of this; a multiple of the coarsest stride."""
+
+USUAL = 16
+"""So many photos of one size on a GPU are batches of their own, without padding."""
 
 _LANES = 16
 
@@ -64,9 +74,9 @@ class Engine(ABC):
         """
 
         def work(batch: list[int]) -> list[R]:
-            height, width = size = sizes[batch[0]]
+            height, width = (max(sizes[index][axis] for index in batch) for axis in (0, 1))
             with self._budget.take(len(batch) * height * width):
-                return finish(self.run([load(index) for index in batch]), size)
+                return self._answers([load(index) for index in batch], finish)
 
         batches = self._batches(sizes)
         answers: dict[int, R] = {}
@@ -74,13 +84,21 @@ class Engine(ABC):
             answers |= zip(batch, found, strict=True)
         return [answers[index] for index in range(len(sizes))]
 
-    def _batches(self, sizes: Sequence[Size]) -> list[list[int]]:
-        """Numbers of photos of equal sizes together, in enough batches to occupy all threads."""
+    def _answers(self, batch: list[np.ndarray], finish: Callable[[Cells, Size], list[R]]) -> list[R]:
+        height, width = batch[0].shape[:2]
+        return finish(self.run(batch), (height, width))
+
+    def _groups(self, sizes: Sequence[Size]) -> dict[Size, list[int]]:
+        """Numbers of photos that can share a batch, and the size that they have there: those of equal sizes."""
         groups: dict[Size, list[int]] = defaultdict(list)
         for index, size in enumerate(sizes):
             groups[size].append(index)
+        return groups
+
+    def _batches(self, sizes: Sequence[Size]) -> list[list[int]]:
+        """Numbers of photos that go through the network together, in enough batches to occupy all threads."""
         batches = []
-        for (height, width), members in groups.items():
+        for (height, width), members in self._groups(sizes).items():
             share = math.ceil(len(members) / self._workers.count)
             count = max(1, min(share, self._batch_pixels // (height * width)))
             batches += [members[start : start + count] for start in range(0, len(members), count)]
@@ -227,9 +245,51 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def run(self, photos: Sequence[np.ndarray]) -> Tensor:
-        x = torch.from_numpy(np.stack(photos)).to(self.device).float().sub_(self._mean).permute(0, 3, 1, 2)
         with true_float32(self.device):
-            return forward(self, x)
+            return forward(self, self._input(np.stack(photos)))
+
+    @torch.inference_mode()
+    def run_padded(self, photos: Sequence[np.ndarray]) -> list[Tensor]:
+        """`run` for photos of any sizes in one batch: [32, cells] for each."""
+        sizes = [photo.shape[:2] for photo in photos]
+        height, width = (max(_padded(size)[axis] for size in sizes) for axis in (0, 1))
+        batch = np.zeros((len(photos), height, width, 3), np.uint8)
+        for place, photo in zip(batch, photos, strict=True):
+            place[: photo.shape[0], : photo.shape[1]] = photo
+        masked = _Masked(self, sizes, (height, width))
+        with true_float32(self.device):
+            cells = forward(masked, masked.cut(self._input(batch)))
+        levels = cells.split([-(-height // stride) * -(-width // stride) for stride in STRIDES], dim=2)
+        maps = [level.unflatten(2, (-(-height // stride), -1)) for level, stride in zip(levels, STRIDES, strict=True)]
+        return [
+            torch.cat(
+                [
+                    level[index, :, : -(-rows // stride), : -(-columns // stride)].flatten(1)
+                    for level, stride in zip(maps, STRIDES, strict=True)
+                ],
+                dim=1,
+            )
+            for index, (rows, columns) in enumerate(sizes)
+        ]
+
+    def _input(self, photos: np.ndarray) -> Tensor:
+        return torch.from_numpy(photos).to(self.device).float().sub_(self._mean).permute(0, 3, 1, 2)
+
+    def _groups(self, sizes: Sequence[Size]) -> dict[Size, list[int]]:
+        groups: dict[Size, list[int]] = defaultdict(list)
+        for size, members in super()._groups(sizes).items():
+            groups[size if len(members) >= USUAL else _padded(size)] += members
+        return groups
+
+    def _answers(self, batch: list[np.ndarray], finish: Callable[[Cells, Size], list[R]]) -> list[R]:
+        sizes = [(photo.shape[0], photo.shape[1]) for photo in batch]
+        if len(set(sizes)) == 1 and (len(batch) >= USUAL or sizes[0] == _padded(sizes[0])):
+            return super()._answers(batch, finish)
+        cells = self.run_padded(batch)
+        answers: dict[int, R] = {}
+        for size, members in super()._groups(sizes).items():
+            answers |= zip(members, finish(torch.stack([cells[index] for index in members]), size), strict=True)
+        return [answers[index] for index in range(len(batch))]
 
     def convolve(self, name: str, x: Tensor, slope: float | None = None) -> Tensor:
         weight, bias = self._weights[name]
@@ -245,6 +305,44 @@ class TorchEngine(Engine):
 
     def join_cells(self, maps: list[Tensor]) -> Tensor:
         return torch.cat([level.flatten(2) for level in maps], dim=2)
+
+
+def _padded(size: Size) -> Size:
+    height, width = (-(-side // PADDED_TO) * PADDED_TO for side in size)
+    return height, width
+
+
+class _Masked:
+    """The network on photos that are padded below and to the right, as if nothing lay there (`network.Operations`)."""
+
+    def __init__(self, engine: TorchEngine, sizes: Sequence[Size], padded: Size) -> None:
+        self._engine = engine
+        self._masks: dict[Size, Tensor] = {}  # by the size of a map: [N, 1, height, width], 1 inside, 0 outside
+        heights, widths = torch.tensor(sizes, device=engine.device).T
+        for stride in (1 << level for level in range(STRIDES[-1].bit_length())):
+            height, width = padded[0] // stride, padded[1] // stride
+            inside = [
+                torch.arange(0, side * stride, stride, device=engine.device) < ends[:, None]
+                for side, ends in ((height, heights), (width, widths))
+            ]
+            self._masks[height, width] = (inside[0][:, None, :, None] & inside[1][:, None, None, :]).float()
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Zeros outside of each photo, in place."""
+        height, width = x.shape[2:]
+        return x.mul_(self._masks[height, width])
+
+    def convolve(self, name: str, x: Tensor, slope: float | None = None) -> Tensor:
+        return self.cut(self._engine.convolve(name, x, slope))
+
+    def add_upsampled(self, x: Tensor, coarse: Tensor) -> Tensor:
+        return self.cut(self._engine.add_upsampled(x, coarse))
+
+    def concatenate(self, parts: list[Tensor]) -> Tensor:
+        return self._engine.concatenate(parts)
+
+    def join_cells(self, maps: list[Tensor]) -> Tensor:
+        return self._engine.join_cells(maps)
 
 
 class _Workers:

@@ -167,6 +167,25 @@ def test_both_engines_find_the_same_on_any_size():
         np.testing.assert_allclose(ours.boxes, theirs.boxes, rtol=0, atol=1e-2)
 
 
+def test_photos_of_many_sizes_share_batches_on_a_gpu_without_changing_results(monkeypatch):
+    engine = TorchEngine(load_weights(), torch.device("cpu"))
+    sizes = [(1, 1), (31, 33), (128, 128), (65, 127), (97, 40), (10, 255), (129, 200), (130, 201), (250, 129)]
+    photos = [noise(*size) for size in sizes]
+    for photo, cells in zip(photos, engine.run_padded(photos), strict=True):
+        np.testing.assert_allclose(cells, engine.run([photo])[0], rtol=0, atol=5e-5)
+    shapes = []
+    run, padded = engine.run, engine.run_padded
+    monkeypatch.setattr(engine, "run", lambda batch: shapes.append((len(batch), "alone")) or run(batch))
+    monkeypatch.setattr(engine, "run_padded", lambda batch: shapes.append((len(batch), "padded")) or padded(batch))
+    many = RetinaFace(device="cpu", score_threshold=0.3)
+    many._engine = engine
+    photos += [noise(40, 50)] * 16
+    found = many.detect(photos)
+    assert sorted(shapes) == [(1, "padded"), (3, "padded"), (5, "padded"), (16, "alone")]
+    for photo, together in zip(photos, found, strict=True):
+        np.testing.assert_allclose(together.boxes, many.detect([photo])[0].boxes, rtol=0, atol=1e-2)
+
+
 def test_both_engines_find_the_same_faces(shared, original, couple):
     detector, other = RetinaFace(original, "cpu"), RetinaFace(original, "cpu")
     other._engine = TorchEngine(load_weights(original), torch.device("cpu"))
