@@ -4,9 +4,12 @@ So is a figure that belongs to another model. What was refused stands at the end
 has measured: a reader must not take silence for a good sign.
 """
 
+import re
 from collections import Counter
 
 from reporting.facts import SECTIONS, Run
+
+_HASHES = re.compile(r"[0-9a-f]{64}( \+ [0-9a-f]{64})*")  # of all that a figure stands on
 
 # What a reader of a card looks for (Mitchell et al., "Model Cards for Model Reporting", 2019).
 _EXPECTED = {
@@ -43,7 +46,7 @@ def card(run: Run) -> str:
     lines += [
         "- output: an embedding of an aligned 112x112 crop of one face; two crops are compared by the cosine",
         "",
-        "Figures are of the data whose hash stands beside them, and of nothing else. In brackets: 95 % intervals, by "
+        "Figures are of the data whose hash stands beside them, and of nothing else. Intervals are of 95 %, by "
         "person where known.",
     ]
     refused: list[str] = []
@@ -56,8 +59,8 @@ def card(run: Run) -> str:
             if kind not in ("Data", "Training") and not others:
                 refused.append(f"{kind}, {source.subject}: nothing says which model was measured")
                 continue
-            good = [figure for figure in source.figures if figure.data_sha256]
-            bad = [figure for figure in source.figures if not figure.data_sha256]
+            good = [figure for figure in source.figures if _HASHES.fullmatch(figure.data_sha256 or "")]
+            bad = [figure for figure in source.figures if figure not in good]
             if bad:
                 named = ", ".join(figure.label for figure in bad[:3]) + (" ..." if len(bad) > 3 else "")
                 refused.append(f"{kind}, {source.subject}: no hash of the data ({named})")

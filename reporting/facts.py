@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from utils import InputError
+from utils import InputError, sha256_of
 from verification.metrics import binomial_interval
 from verification.scores import plain_name
 
@@ -22,7 +22,7 @@ NAMES = ("results.json", "comparison.json", "report.json", "audit.json")
 DEPTH = 4  # folders below a run that are looked through
 MOST = 200  # results files of one run
 
-_PRINTED = "as public code prints it"
+_PRINTED = "as printed"
 
 
 @dataclass(frozen=True)
@@ -333,6 +333,7 @@ def _ijb(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
             f"{missing['images']} of {missing['of']} images have no feature{first}, "
             f"{missing['lost_templates']} templates have none left"
         ]
+    notes.append("as printed: by public code, at the nearest FAR, on either side, and over all probes")
     pictures = _pictures(path.parent, "roc.png")
     return [Source(path, "IJB", name, _command(path, content), [_model(content)], data, figures, pictures, notes)]
 
@@ -348,7 +349,7 @@ def _tinyface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
             figures.append(Figure(key.replace("_", " "), percent(row["value"]), span(row), sha))
     for key, value in content["as_printed"].items():
         figures.append(Figure(f"{key.replace('-', ' ')}, {_PRINTED}", percent(value / 100), "", sha))
-    notes = []
+    notes = ["as printed: by public code, which puts the later of equal scores first"]
     if "aligned" in photos:
         notes.append(f"{photos['aligned']:,} photos aligned, {photos['whole_picture_resized']:,} resized as a whole")
     if photos["without_feature"]:
@@ -443,7 +444,8 @@ def _audit(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
 
 
 def _crops(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
-    sha = next(iter(_hashes(content)), None) or str(content["settings"].get("photos"))
+    table = path.with_name("faces.tsv")  # what became of each photo
+    sha = sha256_of(table) if table.is_file() else None
     figures = [
         Figure(key.replace("_", " "), f"{value:,}", "", sha)
         for key, value in content.items()
@@ -452,13 +454,15 @@ def _crops(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     without = content.get("identities_without_crop") or []
     figures.append(Figure("identities without a crop", f"{len(without):,}", "", sha))
     name = path.parent.name
-    return [Source(path, "Data", f"crops in {name}", "", [], [(name, sha)], figures)]
+    return [Source(path, "Data", f"crops in {name}", "", [], [(table.name, sha)], figures)]
 
 
 def _held_out(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
-    sha = f"seed {content['seed']}"
+    pairs = path.with_name("pairs.csv")  # the photos of those who were
+    sha = sha256_of(pairs) if pairs.is_file() else None
     figures = [Figure("people held out", f"{content['held_out']['people']:,}", "", sha)]
-    return [Source(path, "Data", "people held out", "", [], [(str(content["source"]), None)], figures)]
+    source = f"of {content['source']}, seed {content['seed']}"
+    return [Source(path, "Data", "people held out", "", [], [(pairs.name, sha)], figures, notes=[source])]
 
 
 def _comparison(path: Path, content: dict[str, Any], _: Run) -> list[Source]:

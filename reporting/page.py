@@ -35,6 +35,7 @@ td { min-width: 7rem; } .interval { display: block; }
 figure { margin: .8rem 0; }
 figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); }
 .side { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.side figure:only-child img[src^="data:image/png"] { max-width: min(100%, 50rem); }
 figcaption { font-size: .85rem; color: var(--faint); }
 details { margin: .6rem 0; background: var(--soft); padding: .4rem .7rem; border-radius: .3rem; }
 summary { cursor: pointer; } pre, code { font-size: .83rem; white-space: pre-wrap; }

@@ -471,6 +471,22 @@ def test_sheet_shows_the_worst_and_counts_all(tmp_path, fake_detector, checkpoin
     assert lines[1].split("\t")[:5] == ["false_accept", "2", "1", "A/A_0001.png", "B/B_0001.png"]
 
 
+@pytest.mark.parametrize(
+    ("files", "caption"), [(("a/1.jpg", "b/1.jpg"), "a/1 / b/1"), (("a/1.jpg", "b/2.jpg"), "1 / 2")]
+)
+def test_photos_that_are_called_alike_are_named_with_their_folders(tmp_path, monkeypatch, files, caption):
+    drawn = []
+    monkeypatch.setattr(plotting, "draw_text", lambda sheet, xy, text, **_: drawn.append(text))
+    for file in files:
+        (tmp_path / file).parent.mkdir()
+        cv2.imwrite(str(tmp_path / file), np.full((112, 112, 3), 90, np.uint8))
+    (tmp_path / "pairs.csv").write_text(f"file1,file2,same\n{files[0]},{files[1]},1\n")
+    pairs = sets.open_set(tmp_path, pairs=[tmp_path / "pairs.csv"], aligned=True)
+    result = metrics.evaluate(np.array([0.3]), pairs.same, pairs.folds, name="small")
+    report.draw_errors(tmp_path / "sheet.png", pairs, result, report.errors_at(result, 0.5), "model", most=12)
+    assert caption in drawn
+
+
 def test_a_photo_that_vanished_leaves_its_crop_on_the_sheet(tmp_path, fake_detector):
     small_set(tmp_path, {})
     pairs = sets.open_set(tmp_path, workers=1)

@@ -370,7 +370,10 @@ def _paste_pair(
     # The images of a .bin file have no names of their own, and some names no font; the list has both by their number.
     names = f"pair {index}"
     if pairs.photos is not None:
-        stems = " / ".join(pairs.photos[image].stem for image in (first, second))
+        # Where people's photos are called alike, their folders tell them apart.
+        alike = len({photo.stem for photo in pairs.photos}) < len(pairs.photos)
+        photos = [pairs.photos[image] for image in (first, second)]
+        stems = " / ".join(f"{photo.parent.name}/{photo.stem}" if alike else photo.stem for photo in photos)
         names = stems if plotting.legible(stems) == stems else names
     room = int(plotting.font(12).getlength(angle)) + 8
     plotting.draw_text(sheet, (x, y + _CELL + 3), names, size=12, width=width - room)
