@@ -20,6 +20,7 @@ import passive_threads  # noqa: F401  # isort: skip
 import dataclasses
 import difflib
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,8 +229,10 @@ def _multiples(path: Path, names: list[str], labels: list[str], results: list[Le
 
     rows = -(-len(names) // ACROSS)
     across = min(ACROSS, len(names))
-    with plotting.drawing(path, max(2.5 * across, 5), 2.05 * rows + 0.9) as figure:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    width = max(2.5 * across, 5)
+    with plotting.drawing(path, width, 2.05 * rows + 0.9) as figure:
+        # About eleven letters to an inch.
+        figure.suptitle(textwrap.fill(title, int(11 * width)), x=0.01, ha="left", fontsize=11)
         for number, name in enumerate(names):
             axes = figure.add_subplot(rows, across, number + 1)
             factor = FACTORS[name]
