@@ -21,6 +21,7 @@ from ijb.lists import Lists
 
 _ROWS = 4096  # images whose lengths are computed at a time
 _TEMPLATES = 64  # of a thread's task
+_NOTHING = 10  # float spacings at 1 below which a length counts as zero, as in scikit-learn's `normalize`
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,10 @@ class Templates:
     lost: np.ndarray
 
     def embeddings(self, treatment: Treatment) -> np.ndarray:
-        """float64 [T, D] of length 1; a template whose features cancel out stays zero, a lost one is NaN."""
+        """float64 [T, D] of length 1; a template whose features cancel out stays as it is, a lost one is NaN."""
         embeddings = self.pooled[treatment.index].astype(np.float64)
         lengths = np.sqrt(np.einsum("ij,ij->i", embeddings, embeddings))
-        lengths[lengths == 0] = 1
+        lengths[lengths < _NOTHING * np.finfo(np.float64).eps] = 1
         embeddings /= lengths[:, None]
         embeddings[self.lost] = np.nan
         return embeddings
@@ -162,7 +163,7 @@ def run_threads(work: Callable[[int], None], tasks: Iterable[int]) -> None:
 
 
 def _lengths(features: ImageFeatures) -> np.ndarray:
-    """float32 [2, n]: lengths of the features, without and with those of the mirror images; 1 where they are 0."""
+    """float32 [2, n]: lengths of the features, without and with those of the mirror images; 1 where that is nothing."""
     count, step = len(features.there), features.step
     lengths = np.empty((2, count), np.float32)
 
@@ -174,5 +175,5 @@ def _lengths(features: ImageFeatures) -> np.ndarray:
             lengths[row, first:last] = np.sqrt(np.einsum("ij,ij->i", part, part))
 
     run_threads(work, range(0, count, _ROWS))
-    lengths[lengths == 0] = 1
+    lengths[lengths < _NOTHING * np.finfo(np.float32).eps] = 1
     return lengths

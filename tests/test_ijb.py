@@ -229,6 +229,17 @@ def test_order_does_not_matter(seed):
         assert again == found
 
 
+def test_lengths_that_are_nothing_are_not_divided_by():
+    """scikit-learn's normalize, which the public programs call, takes lengths below ten float spacings for zero."""
+    lists, features, _ = invented(np.random.default_rng(3), zeros=0)
+    embs = features[0]
+    embs[0] *= 1e-8
+    unit = next(one for one in TREATMENTS if one.name == "N1D0F0")
+    alone = replace(lists, templates=np.arange(len(embs)), medias=np.arange(len(embs)))
+    pooled = pool(ImageFeatures.of_arrays(embs, embs), alone).pooled[unit.index]
+    assert np.array_equal(pooled[0], embs[0]) and np.linalg.norm(pooled[1]) == pytest.approx(1)
+
+
 @given(st.integers(0, 10_000))
 @settings(max_examples=15)
 def test_a_lost_template_fails_every_pair(seed):
