@@ -490,6 +490,71 @@ def visible(
     return out
 
 
+@wp.struct
+class Eye:
+    """What is seen of an eye at a point."""
+
+    albedo: wp.vec3
+    normal: wp.vec3
+    shiny: wp.vec3  # the normal of the highlight: of the cornea
+
+
+@wp.func
+def eye(u: Uniforms, p: wp.vec3) -> Eye:
+    """A sphere painted in angles around the gaze: pupil, iris and its fibres, white with veins."""
+    out = Eye()
+    centre = u.eye_l
+    gaze = u.gaze_l
+    side = float(1.0)
+    if wp.length_sq(p - u.eye_r) < wp.length_sq(p - u.eye_l):
+        centre = u.eye_r
+        gaze = u.gaze_r
+        side = -1.0
+    d = wp.normalize(p - centre)
+    cosine = wp.dot(d, gaze)
+    angle = wp.acos(wp.clamp(cosine, -1.0, 1.0))
+    rho = angle / u.iris
+    up = wp.normalize(wp.vec3(0.0, 1.0, 0.0) - gaze * gaze[1])
+    east = wp.cross(up, gaze)
+    turn = wp.atan2(wp.dot(d, up), wp.dot(d, east))
+    fibre = noise2(turn * 9.0 + u.eye_seed * side, rho * 2.5) * 0.6 + noise2(turn * 25.0, rho * 4.0) * 0.4
+    ring = mixed(u.iris_inner, u.iris_outer, step(0.35, 0.85, rho + 0.25 * (fibre - 0.5)))
+    iris = ring * (0.55 + 0.9 * fibre)
+    iris = iris * (1.0 - 0.75 * step(0.8, 1.0, rho))
+    iris = iris * step(u.pupil - 0.05, u.pupil + 0.06, rho)
+    edge = step(1.0, 2.2, rho)
+    vein = step(0.62, 0.9, noise2(turn * 14.0 + u.eye_seed, rho * 3.0 + side * 5.0))
+    white = wp.cw_mul(u.sclera, mixed(wp.vec3(1.0, 1.0, 1.0), wp.vec3(0.85, 0.55, 0.5), edge * (0.35 + 0.5 * vein)))
+    out.albedo = mixed(iris, white, step(0.93, 1.07, rho))
+    out.shiny = wp.normalize(d + (d - gaze * cosine) * (0.5 * (1.0 - step(0.9, 1.3, rho))))
+    out.normal = wp.normalize(d * 0.6 + gaze * 0.4)
+    return out
+
+
+@wp.func
+def teeth(u: Uniforms, q: wp.vec3) -> wp.vec3:
+    """Colour of an arch with dark gaps at even angles."""
+    tooth = wp.abs(fract(wp.atan2(q[0], q[2] + 3.5) * 4.2 + 0.5) - 0.5)
+    return u.teeth * (0.75 + 0.25 * step(0.02, 0.08, tooth))
+
+
+@wp.func
+def strand(u: Uniforms, material: int, st: wp.vec4) -> wp.vec3:
+    """Colour of hair or beard: a tone for each strand and clump, some of them grey."""
+    strand_tone = 0.8 + 0.4 * hash1(wp.floor(st[0] * 7.0), st[2] + 11.0)
+    clump = 0.8 + 0.4 * hash1(st[2], 5.0)
+    albedo = wp.vec3(0.5, 0.5, 0.5)
+    if material == HAIR:
+        albedo = mixed(u.hair_root, u.hair_tip, st[1]) * (strand_tone * clump)
+        aged = step(-0.3, 0.7, u.hair_grey - 0.4 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
+        albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
+    else:
+        albedo = u.beard * (strand_tone * clump)
+        aged = step(-0.3, 0.7, u.beard_grey - 0.4 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
+        albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
+    return albedo
+
+
 @wp.func
 def shade(
     b: int,
@@ -566,40 +631,17 @@ def shade(
         elif q[1] < neck + 0.8:
             open_sky = open_sky * (0.6 + 0.5 * (q[1] - neck))
     elif material == EYE:
-        centre = u.eye_l
-        gaze = u.gaze_l
-        side = float(1.0)
-        if wp.length_sq(p - u.eye_r) < wp.length_sq(p - u.eye_l):
-            centre = u.eye_r
-            gaze = u.gaze_r
-            side = -1.0
-        d = wp.normalize(p - centre)
-        n = d
-        cosine = wp.dot(d, gaze)
-        angle = wp.acos(wp.clamp(cosine, -1.0, 1.0))
-        rho = angle / u.iris
-        up = wp.normalize(wp.vec3(0.0, 1.0, 0.0) - gaze * gaze[1])
-        east = wp.cross(up, gaze)
-        turn = wp.atan2(wp.dot(d, up), wp.dot(d, east))
-        fibre = noise2(turn * 9.0 + u.eye_seed * side, rho * 2.5) * 0.6 + noise2(turn * 25.0, rho * 4.0) * 0.4
-        ring = mixed(u.iris_inner, u.iris_outer, step(0.35, 0.85, rho + 0.25 * (fibre - 0.5)))
-        iris = ring * (0.55 + 0.9 * fibre)
-        iris = iris * (1.0 - 0.75 * step(0.8, 1.0, rho))
-        iris = iris * step(u.pupil - 0.05, u.pupil + 0.06, rho)
-        edge = step(1.0, 2.2, rho)
-        vein = step(0.62, 0.9, noise2(turn * 14.0 + u.eye_seed, rho * 3.0 + side * 5.0))
-        white = wp.cw_mul(u.sclera, mixed(wp.vec3(1.0, 1.0, 1.0), wp.vec3(0.85, 0.55, 0.5), edge * (0.35 + 0.5 * vein)))
-        albedo = mixed(iris, white, step(0.93, 1.07, rho))
-        shiny = wp.normalize(d + (d - gaze * cosine) * (0.5 * (1.0 - step(0.9, 1.3, rho))))
-        n = wp.normalize(d * 0.6 + gaze * 0.4)
+        seen = eye(u, p)
+        albedo = seen.albedo
+        n = seen.normal
+        shiny = seen.shiny
         roughness = 0.14
         f0 = 0.03
         spec = 1.5
         scatter = 0.5
         open_sky = open_sky * 0.85
     elif material == TEETH:
-        tooth = wp.abs(fract(wp.atan2(q[0], q[2] + 3.5) * 4.2 + 0.5) - 0.5)
-        albedo = u.teeth * (0.75 + 0.25 * step(0.02, 0.08, tooth))
+        albedo = teeth(u, q)
         roughness = 0.3
         f0 = 0.04
         scatter = 0.5
@@ -619,16 +661,7 @@ def shade(
         spec = 0.0
     elif material == HAIR or material == BEARD:
         tangent = wp.normalize(q)
-        strand_tone = 0.8 + 0.4 * hash1(wp.floor(st[0] * 7.0), st[2] + 11.0)
-        clump = 0.8 + 0.4 * hash1(st[2], 5.0)
-        if material == HAIR:
-            albedo = mixed(u.hair_root, u.hair_tip, st[1]) * (strand_tone * clump)
-            aged = step(-0.3, 0.7, u.hair_grey - 0.4 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
-            albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
-        else:
-            albedo = u.beard * (strand_tone * clump)
-            aged = step(-0.3, 0.7, u.beard_grey - 0.4 * hash1(wp.floor(st[0] * 7.0) + 0.5, st[2]))
-            albedo = mixed(albedo, wp.vec3(0.42, 0.41, 0.39) * (0.6 + 0.4 * strand_tone), aged)
+        albedo = strand(u, material, st)
         open_sky = open_sky * (0.35 + 0.65 * st[1])
     elif material == HAND:
         albedo = wp.cw_mul(u.skin_tone, wp.vec3(st[0], st[1], st[2]))
