@@ -53,6 +53,27 @@ def renumbering(names: Sequence[str]) -> str:
     )
 
 
+class PackedNames:
+    """Names of files, one after the other in one string of bytes.
+
+    Of a list of strings each worker would get a copy of its own, little by little, because looking at a string counts
+    its users in its own memory: 42 million of them are 4 GB for each worker. So they are some 30 bytes each, once.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
+
+
 class FolderCrops:
     """Crops as files: `<root>/<identity>/<file>`, labels in the sorted order of the folders.
 
@@ -75,12 +96,13 @@ class FolderCrops:
             self._check_splits(folders)
             self.notes.append(f"identities lie {depth} folders deep: {folders[0]} ...")
         self.identity_names = folders
-        self.files: list[str] = []
+        files: list[str] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
             names = self._images_in(folder)
-            self.files += [f"{folder}/{name}" for name in names]
+            files += [f"{folder}/{name}" for name in names]
             labels += [label] * len(names)
+        self.files = PackedNames(files)
         self.labels = np.array(labels, np.int64)
         self.identities = len(folders)
 
@@ -139,7 +161,7 @@ class ListCrops:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.name = str(path)
-        self.files: list[str] = []
+        files: list[str] = []
         texts: list[str] = []
         for number, line in label_list.read_lines(self.path):
             if not line.strip() or line.startswith("#"):
@@ -148,10 +170,11 @@ class ListCrops:
                 file, label = label_list.parse_line(line)
             except ValueError as error:
                 raise InputError(f"{path}: line {number}: {error}") from error
-            self.files.append(file)
+            files.append(file)
             texts.append(label)
+        self.files = PackedNames(files)
         for index in np.unique(np.linspace(0, max(0, len(self.files) - 1), _CHECKED).astype(int)).tolist():
-            if self.files and not (self.path.parent / self.files[index]).is_file():
+            if files and not (self.path.parent / self.files[index]).is_file():
                 raise InputError(f"{path}: names {self.files[index]}, which is not in {self.path.parent}")
         self.labels, self.identity_names, note = number_labels(texts)
         self.identities = len(self.identity_names)
@@ -305,13 +328,13 @@ class LooseCrops:
         self.name = str(root)
         self.notes: list[str] = []
         self.identities, self.identity_names = 1, ["0"]
-        self.files: list[str] = []
+        files: list[str] = []
         for folder, inner, names in os.walk(root):
             inner[:] = [name for name in inner if not name.startswith(".") and not is_litter(name)]
             names = [name for name in names if not name.startswith(".") and not is_litter(name)]
             images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-            self.files += [os.path.relpath(Path(folder) / name, root) for name in images]
-        self.files.sort()
+            files += [os.path.relpath(Path(folder) / name, root) for name in images]
+        self.files = PackedNames(sorted(files))
         self.labels = np.zeros(len(self.files), np.int64)
 
     def __len__(self) -> int:

@@ -132,6 +132,22 @@ def test_what_systems_leave_in_folders_is_passed_over(tmp_path):
     check_set(open_training_set(tmp_path), 3, 12)
 
 
+def test_names_of_files_are_nothing_that_a_worker_copies(tmp_path):
+    names = ["a/1.jpg", "ä/" + "x" * 300, "b/\udcff.png", ""]
+    packed = crop_files.PackedNames(names)
+    assert list(packed) == names and len(packed) == 4 and not len(crop_files.PackedNames([]))
+    with pytest.raises(IndexError):
+        packed[-1]
+    for name in ("0/a.jpg", "0/b.jpg", "1/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"a crop")
+    (tmp_path / "train.lst").write_text("0/a.jpg 0\n1/a.jpg 1\n")
+    sets = [crop_files.FolderCrops(tmp_path), crop_files.ListCrops(tmp_path / "train.lst")]
+    for crops in sets:
+        kept = [value for value in vars(crops).values() if isinstance(value, list) and len(value) >= len(crops)]
+        assert kept in ([], [crops.identity_names])
+
+
 def test_splits_are_not_merged_nor_told_apart_in_silence(tmp_path):
     for part in ("train", "val"):
         folder_set(tmp_path / part, identities=3, each=2)
