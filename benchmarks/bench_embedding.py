@@ -14,7 +14,7 @@ Ways, in turn in one process, batches of `--batch` crops without their mirror im
   int8        the same with 8-bit convolutions, ranges from the first half of the crops (export.py --int8)
 
 Columns: crops per CPU second of a thread (what a busy machine does little harm to) times the number of threads; the
-share of the rate of matrix products of the same type (for int8: of float32's), measured in the same run; first call,
+share of the rate of large products of the same type (for int8: of float32's), measured in the same run; first call,
 with whatever it compiles, in seconds; the least and the mean cosine to `exact` on the crops. Random weights say nothing
 about the loss of int8; take a checkpoint and crops for that.
 """
@@ -89,13 +89,25 @@ def busy_seconds(run):
     return (time.process_time() - began) / torch.get_num_threads(), found
 
 
-def product_rate(dtype, side=2048):
-    """FLOP/s of square matrix products: the best of several."""
-    left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
-    seconds = []
-    while len(seconds) < 8 and sum(seconds) < 1:
-        seconds.append(busy_seconds(lambda: left @ right)[0])
-    return 2 * side**3 / min(seconds)
+def product_rate(dtype):
+    """FLOP/s of a large matrix product or a large 3x3 convolution, whichever is faster here; the best of several.
+
+    The two come from different libraries, and MKL's products keep to AVX2 on AMD's processors.
+    """
+    left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    maps = torch.randn(16, 256, 28, 28).to(dtype).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(256, 256, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    tries = (
+        (2 * 2048**3, lambda: left @ right),
+        (2 * maps.numel() * kernel[0].numel(), lambda: torch.conv2d(maps, kernel, padding=1)),
+    )
+    rates = []
+    for flop, run in tries:
+        seconds = []
+        while len(seconds) < 8 and sum(seconds) < 1:
+            seconds.append(busy_seconds(run)[0])
+        rates.append(flop / min(seconds))
+    return max(rates)
 
 
 def forward_flop(network):
@@ -128,7 +140,7 @@ def main():
     flop = forward_flop(network)
     print(
         f"{options.checkpoint or options.network}, {flop / 1e9:.2f} GFLOP a crop; {torch.get_num_threads()} threads; "
-        f"matrix products: float32 {rates[torch.float32] / 1e12:.3f}, bfloat16 {rates[torch.bfloat16] / 1e12:.3f} "
+        f"large products: float32 {rates[torch.float32] / 1e12:.3f}, bfloat16 {rates[torch.bfloat16] / 1e12:.3f} "
         "TFLOP/s"
     )
     ways, first, seconds, features = {}, {}, {}, {}
