@@ -2,6 +2,7 @@
 # make test   set up .venv and run lint, types and tests
 # make fast   lint and the tests that take no time (about a minute)
 # make docs   build the manual into site/
+# make runtimes  exported models in an old onnxruntime, OpenCV 4, OpenVINO and insightface, an environment each
 # make gpu    every figure that asks for a GPU, in ten minutes
 #
 # PYTHON=python3.12    another interpreter
@@ -17,7 +18,7 @@ RUN := $(BIN)/python
 endif
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test fast lint types gpu docs setup setup-synthetic clean
+.PHONY: demo test fast lint types runtimes gpu docs setup setup-synthetic clean
 
 demo: setup-synthetic
 	PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
@@ -34,6 +35,20 @@ lint: setup
 
 types: setup-synthetic
 	$(RUN) -m mypy
+
+# What people run exported models with and this environment cannot hold, each with the packages that it wants.
+RUNTIMES := $(VENV)/runtimes
+runtimes: setup $(RUNTIMES)/onnxruntime-1.16 $(RUNTIMES)/opencv-4 $(RUNTIMES)/openvino $(RUNTIMES)/insightface
+	RUNTIMES="$(abspath $(RUNTIMES))" $(RUN) -m pytest -n 0 tests/test_other_runtimes.py
+
+$(RUNTIMES)/onnxruntime-1.16: PACKAGES := "onnxruntime==1.16.3" "numpy<2"
+$(RUNTIMES)/opencv-4: PACKAGES := "opencv-python-headless<5"
+$(RUNTIMES)/openvino: PACKAGES := openvino
+$(RUNTIMES)/insightface: PACKAGES := insightface onnxruntime
+$(RUNTIMES)/%:
+	$(PYTHON) -m venv $@.tmp
+	$@.tmp/bin/python -m pip install --disable-pip-version-check --quiet $(PACKAGES)
+	mv $@.tmp $@
 
 # Figures of a GPU, in ten minutes (benchmarks/on_gpu.sh).
 gpu: setup-synthetic

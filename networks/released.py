@@ -28,7 +28,8 @@ class SqueezeExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W], each channel scaled by a factor in (0, 1)."""
         weights = self.fc(x.mean(dim=(2, 3)))
-        return x * weights[:, :, None, None]
+        # Not weights[:, :, None, None]: OpenCV 4 reads no ONNX node that adds two dimensions at once.
+        return x * weights.reshape(-1, x.shape[1], 1, 1)
 
 
 class ImprovedResidual(nn.Module):
