@@ -15,7 +15,18 @@ import pytest
 import torch
 from helpers import emulated_nccl
 from helpers.emulated_gpu import EmulatedGpu, OnGpu
-from helpers.training import ROOT, SmallNetwork, assert_same_state, jpegs, load, options, record_set, run, train_main
+from helpers.training import (
+    ROOT,
+    SmallNetwork,
+    assert_same_state,
+    jpegs,
+    load,
+    options,
+    pair_set,
+    record_set,
+    run,
+    train_main,
+)
 from torch import nn
 
 import config
@@ -26,7 +37,7 @@ import models
 import train
 import utils
 from embedding import Embedder, load_embedder
-from formats import crop_sets, verification_bin
+from formats import crop_sets
 from megaface.protocol import identification
 from options import parse
 from processes import Shard
@@ -47,13 +58,7 @@ def crops(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A verification set of 12 pairs."""
-    path = tmp_path_factory.mktemp("pairs") / "small.bin"
-    faces = [data for data, _ in jpegs(12, 2, seed=9)]
-    genuine = [faces[2 * i + k] for i in range(6) for k in range(2)]
-    impostors = [faces[2 * i + 12 * k] for i in range(6) for k in range(2)]
-    verification_bin.write_bin(path, genuine + impostors, [True] * 6 + [False] * 6)
-    return path
+    return pair_set(tmp_path_factory.mktemp("pairs") / "small.bin")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from helpers.training import (
     jpegs,
     load,
     options,
+    pair_set,
     record_set,
     start,
     train_main,
@@ -35,7 +36,7 @@ import models
 import train
 import utils
 from config import Train
-from formats import crop_sets, recordio, tables, verification_bin
+from formats import crop_sets, recordio, tables
 from options import Interval, parse
 from training import monitor, reporting, storage
 from training.distributed import World
@@ -53,13 +54,7 @@ def crops(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A verification set of the same kind of crops, other identities: 12 pairs."""
-    path = tmp_path_factory.mktemp("pairs") / "small.bin"
-    faces = [data for data, _ in jpegs(12, 2, seed=9)]
-    genuine = [faces[2 * i + k] for i in range(6) for k in range(2)]
-    impostors = [faces[2 * i + 12 * k] for i in range(6) for k in range(2)]
-    verification_bin.write_bin(path, genuine + impostors, [True] * 6 + [False] * 6)
-    return path
+    return pair_set(tmp_path_factory.mktemp("pairs") / "small.bin")
 
 
 def wait_for(path):

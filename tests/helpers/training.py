@@ -19,7 +19,7 @@ from torch import nn
 
 import models
 import train
-from formats import crop_sets
+from formats import crop_sets, verification_bin
 from training import monitor, storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,15 @@ def record_set(folder, identities=6, each=4, seed=0):
     """A RecordIO set of crops in `folder`; returns the folder."""
     crop_sets.write_crops(folder, jpegs(identities, each, seed))
     return folder
+
+
+def pair_set(path):
+    """A verification set of the same kind of crops, other identities: 12 pairs."""
+    faces = [data for data, _ in jpegs(12, 2, seed=9)]
+    genuine = [faces[2 * i + k] for i in range(6) for k in range(2)]
+    impostors = [faces[2 * i + 12 * k] for i in range(6) for k in range(2)]
+    verification_bin.write_bin(path, genuine + impostors, [True] * 6 + [False] * 6)
+    return path
 
 
 def folder_set(folder, identities=3, each=4):
