@@ -116,6 +116,8 @@ def _noise_lists(options: config.MegafaceEval) -> tuple[str, NoiseList, NoiseLis
 
 
 def _open_sides(options: config.MegafaceEval) -> tuple[Side, Side]:
+    if options.facescrub.resolve() == options.megaface.resolve():
+        raise InputError(f"--megaface {options.megaface}: is --facescrub, too; nobody may be probe and distractor")
     lists = (
         None if options.probe_list is None else read_template_list(options.probe_list, with_ids=True),
         None if options.distractor_list is None else read_template_list(options.distractor_list),
@@ -125,6 +127,10 @@ def _open_sides(options: config.MegafaceEval) -> tuple[Side, Side]:
     for side in (probes, distractors):
         if side.below:
             print(f"{side.folder}: the photos of the list lie in {side.below}", file=sys.stderr)
+    for path, given in zip((options.probe_list, options.distractor_list), lists, strict=True):
+        again = 0 if given is None else len(given) - len(set(given.paths))
+        if again:
+            print(f"{path}: {again:,} entries name a photo again; each counts", file=sys.stderr)
     named = None if options.distractor_list is None else LIST_SIZE.search(options.distractor_list.name)
     if named and int(named[1]) != len(distractors):
         print(f"{options.distractor_list}: {len(distractors):,} distractors, not {int(named[1]):,}", file=sys.stderr)

@@ -343,6 +343,17 @@ def test_a_list_that_is_shorter_than_its_name_says(run, tmp_path):
     named = lists[1].rename(tmp_path / "megaface_features_list.json_1000_1")
     code, _, err = run("--noise", "raw", "--distractor-list", named)
     assert code == 0 and f"{named}: 40 distractors, not 1,000" in err
+    assert "name a photo again" not in err
+
+
+def test_a_photo_that_is_listed_twice_and_a_tree_that_is_both_sides(run, trees, tmp_path):
+    path = template_lists(tmp_path)[1]
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"path": content["path"] + content["path"][:2]}))
+    code, _, err = run("--noise", "raw", "--distractor-list", path)
+    assert code == 0 and f"{path}: 2 entries name a photo again; each counts" in err
+    code, _, err = run("--noise", "raw", megaface=trees / "probes")
+    assert code == 1 and "is --facescrub, too" in error_of(err)
 
 
 @pytest.mark.parametrize("evil", ["/etc/evil.jpg", "../../evil.jpg", "a/../../evil.jpg", "C:\\evil.jpg"])
