@@ -372,20 +372,10 @@ def _all_of(data: Sequence[tuple[str, str | None]]) -> str | None:
     return " + ".join(map(str, digests)) if digests and None not in digests else None
 
 
-def _hashes(value: Any) -> list[str]:
-    """Every SHA-256 in a piece of JSON, in its order."""
-    if isinstance(value, dict):
-        return [digest for inner in value.values() for digest in _hashes(inner)]
-    if isinstance(value, list):
-        return [digest for inner in value for digest in _hashes(inner)]
-    looks = isinstance(value, str) and len(value) == 64 and all(mark in "0123456789abcdef" for mark in value)
-    return [value] if looks else []
-
-
 def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
-    sides = [content["probes"], content["distractors"]]
-    hashes = [digest for side in sides for digest in _hashes(side)[:1]]
-    sha = " + ".join(hashes) or None
+    # The crops themselves, up to a million files, have no hash; their names have.
+    data = [(f"names of the {side}", content[side]["names_sha256"]) for side in ("probes", "distractors")]
+    sha = _all_of(data)
     figures = []
     for row in content["results"]:
         where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
@@ -396,7 +386,6 @@ def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
             if point.get("resolved"):
                 figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
     pictures = sorted(path.parent.glob("*.png"))[:6]
-    data = [("probes and distractors", sha)]
     return [
         Source(path, "MegaFace", "Challenge 1", _command(path, content), [_model(content)], data, figures, pictures)
     ]
@@ -429,7 +418,7 @@ def _audit(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     figures += [Figure(str(kind), f"{count:,}", "", sha) for kind, count in content["counts"].items()]
     figures += [
         Figure(
-            f"people of {entry.get('set')} in the training set",
+            f"people of {Path(str(entry.get('set'))).name} in the training set",
             f"{entry['in_the_training_set']} of {entry['people']}",
             "",
             sha,
