@@ -48,6 +48,7 @@ def main() -> None:
         "probes": len(lists.probe),
         "matches": len(lists.gallery_match),
         "distractors": len(lists.gallery_distractor),
+        "notes": lists.notes(),
     }
     if options.features is not None:
         embeddings, model, preparation = _read_features(options.features, lists)
@@ -73,6 +74,8 @@ def main() -> None:
         "environment": utils.environment(),
     }
     utils.write_json(options.out / "results.json", results)
+    for note in data["notes"]:
+        print(f"{place}: {note}")
     print(_table(found, preparation))
     print(f"\n{options.out / 'results.json'}")
 

@@ -59,6 +59,17 @@ class Lists:
         """All of them: probes, matches, distractors."""
         return [*self.probe, *self.gallery_match, *self.gallery_distractor]
 
+    def notes(self) -> list[str]:
+        """What a reader should hear about: names that stand in a list twice, or in that of the probes and a gallery."""
+        gallery = [*self.gallery_match, *self.gallery_distractor]
+        found = []
+        for what, names in (("probes", self.probe), ("the gallery", gallery)):
+            if again := len(names) - len(set(names)):
+                found.append(f"{again} names stand in {what} again; each counts")
+        if both := sorted(set(self.probe) & set(gallery)):
+            found.append(f"{len(both)} probes are in the gallery, too, and may find themselves; the first is {both[0]}")
+        return found
+
     def paths(self, folder: Path) -> list[Path]:
         """The photos of all of them: in the official folders below `folder`, or in it."""
         result = []

@@ -121,6 +121,16 @@ def test_lists_of_any_kind(tmp_path):
     assert read_lists(official).paths(official)[-1] == official / "Gallery_Distractor" / "8.jpg"
 
 
+def test_names_that_stand_there_twice_are_told():
+    assert Lists(["1_1.jpg"], ["1_2.jpg"], ["7.jpg"], []).notes() == []
+    notes = Lists(["1_1.jpg", "1_1.jpg"], ["1_1.jpg", "1_2.jpg"], ["7.jpg", "7.jpg"], []).notes()
+    assert [note.split(" again")[0] for note in notes[:2]] == [
+        "1 names stand in probes",
+        "1 names stand in the gallery",
+    ]
+    assert "1 probes are in the gallery, too" in notes[2] and "1_1.jpg" in notes[2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
