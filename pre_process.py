@@ -192,7 +192,9 @@ def main() -> None:
         def prepare() -> Work:
             return detecting(options, files) if table is None else realigning(options, files, table)
 
-        missing = process(chunks, shard, prepare, workers, f"pre_process {shard}")
+        missing = process(
+            chunks, shard, prepare, lambda number: options.photos / files[number], workers, f"pre_process {shard}"
+        )
         if missing:
             print(waiting_for(shard, missing))
             return

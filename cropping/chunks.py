@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,13 +24,15 @@ from typing import Any
 
 import utils
 from cropping.faces import WINDOW, ordered_map, windows
-from cropping.photos import content_of
+from cropping.photos import READING, content_of
 from formats.tables import STATUSES, FaceRow, iterate_faces, parse_table, table_text
 from processes import Shard
 from utils import InputError
 
 PARTS = ".parts"  # folder of the finished chunks, there until they are merged
 CHUNK = 8 * WINDOW  # a multiple, so that no window spans two chunks
+
+WORTH_SAYING = 0.1  # share of the workers' time that goes into reading files
 
 # What a window of photo numbers is worked into: a row for each, and the bytes of its crop to keep, if any.
 Work = Callable[[Sequence[int]], list[tuple[FaceRow, bytes | None]]]
@@ -207,10 +210,18 @@ class Chunks:
         return utils.read_json(self._report)
 
 
-def process(chunks: Chunks, shard: Shard, prepare: Callable[[], Work], workers: int, description: str) -> list[int]:
+def process(
+    chunks: Chunks,
+    shard: Shard,
+    prepare: Callable[[], Work],
+    path_of: Callable[[int], Path],
+    workers: int,
+    description: str,
+) -> list[int]:
     """Finish the shard's chunks with a progress bar; returns the chunks (of all shards) that are still missing.
 
-    `prepare()` is called once, and only if there is anything to do: it may load a network.
+    `prepare()` is called once, and only if there is anything to do: it may load a network. `path_of` gives the file of
+    a photo, so that it can be fetched ahead; the bar says if workers wait for files all the same.
     """
     with chunks.working(shard):
         mine = [chunk for chunk in range(chunks.count) if shard.owns(chunk)]
@@ -220,12 +231,16 @@ def process(chunks: Chunks, shard: Shard, prepare: Callable[[], Work], workers: 
             total = sum(len(chunks.numbers(chunk)) for chunk in mine)
             left = sum(len(chunks.numbers(chunk)) for chunk in todo)
             numbers = chain.from_iterable(chunks.numbers(chunk) for chunk in todo)
-            done = chain.from_iterable(ordered_map(prepare(), windows(numbers), workers))
+            done = chain.from_iterable(ordered_map(prepare(), windows(numbers, path_of=path_of), workers))
+            began, before = time.perf_counter(), READING.seconds
             with utils.progress(total, description, initial=total - left, unit="photo") as bar:
                 for chunk in todo:
                     results = []
                     for result in islice(done, len(chunks.numbers(chunk))):
                         results.append(result)
+                        waited = (READING.seconds - before) / (workers * (time.perf_counter() - began))
+                        if waited >= WORTH_SAYING:
+                            bar.set_postfix_str(f"{waited:.0%} of the time waiting for files", refresh=False)
                         bar.update()
                     chunks.save(chunk, results)
         return chunks.missing()

@@ -114,6 +114,7 @@ def crop_tree(
             chunks,
             shard,
             lambda: cropping(prepare(), photo_at, options.dst, options.jpeg_quality),
+            lambda number: photo_at(number).path,
             utils.worker_count(options.workers),
             f"{name} {shard}",
         )

@@ -2,9 +2,9 @@
 
 Design: the unit of work is a window of `WINDOW` photos, and one worker thread takes it through everything: decode,
 detect, choose, align. Several windows are under way at once, so reading and decoding of one overlaps with the detection
-of another, without queues between the steps. A window's photos never depend on how many workers there are or on what
-was done before a restart, so neither do the results. Price: within one window nothing overlaps, and at the very end
-some workers have nothing left to do.
+of another, without queues between the steps; the system is asked for the files of the next windows beforehand. A
+window's photos never depend on how many workers there are or on what was done before a restart, so neither do the
+results. Price: within one window nothing overlaps, and at the very end some workers have nothing left to do.
 
 Threads suffice because decoding, the network, warping and encoding all release Python's lock. On a CPU each worker runs
 the network on one core; on a GPU the workers take turns. Memory: a worker holds at most `WINDOW_PIXELS` of decoded
@@ -30,7 +30,7 @@ import config
 import utils
 from config import CROP_SIZE
 from cropping.align import AlignmentError, Rule, align_face, box_overlap, choose_face, warp
-from cropping.photos import PhotoError, content_key, read_file, read_photo
+from cropping.photos import PhotoError, content_key, read_ahead, read_file, read_photo
 from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow
 from retinaface import RetinaFace
 from utils import InputError
@@ -413,10 +413,18 @@ def _align(row: FaceRow, bgr: Crop, face: "_Face", min_face: float, size: int) -
     return replace(row, status=NO_CROP, reason=_join(reason, row.reason)), None
 
 
-def windows(items: Iterable[Item], size: int = WINDOW) -> Iterator[list[Item]]:
-    """Cut items into lists of `size`, the last one shorter."""
+def windows(
+    items: Iterable[Item], size: int = WINDOW, path_of: Callable[[Item], Path] | None = None
+) -> Iterator[list[Item]]:
+    """Cut items into lists of `size`, the last one shorter.
+
+    With `path_of`, an item's photo, the files of a window are fetched ahead: `ordered_map` takes windows before a
+    worker is free for them, so that slow disks read while the workers compute.
+    """
     iterator = iter(items)
     while window := list(islice(iterator, size)):
+        if path_of is not None:
+            read_ahead(map(path_of, window))
         yield window
 
 
@@ -450,7 +458,8 @@ def find_faces(
     any sizes, in bounded memory; a photo that gives no crop says why in `row.reason`.
     """
     finder = FaceFinder(detector, rule, **settings)
-    for results in ordered_map(finder, windows(map(as_photo, photos)), utils.worker_count(workers)):
+    ahead = windows(map(as_photo, photos), path_of=lambda photo: photo.path)
+    for results in ordered_map(finder, ahead, utils.worker_count(workers)):
         yield from results
 
 

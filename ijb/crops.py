@@ -75,7 +75,9 @@ def embed_all(
     todo = store.missing()
     if todo:
         numbers = [number for chunk in todo for number in store.numbers(chunk)]
-        windows = faces.ordered_map(cut, faces.windows(numbers), utils.worker_count(workers))
+        windows = faces.ordered_map(
+            cut, faces.windows(numbers, path_of=lambda number: files[number]), utils.worker_count(workers)
+        )
         crops = (crop for window in windows for crop in window)
         store.fill(todo, lambda part: _features(plain, crops, len(part), store.dim), f"{name}: features")
     rows = store.values()

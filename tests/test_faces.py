@@ -485,6 +485,29 @@ def test_a_detector_that_fails_names_the_photos(tmp_path):
     assert "a/1.png" in raised.value.__notes__[0]
 
 
+def test_files_are_fetched_before_a_worker_is_free_for_them(tmp_path, monkeypatch):
+    """With one worker: the files of three windows, before anything is done; what is no file does not matter."""
+    fetched, done = [], []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *rest: (advise(file, *rest), fetched.append(file)))
+    files = [tmp_path / f"{number}.jpg" for number in range(10)]
+    for file in files[2:]:
+        file.write_bytes(b"x" * 5000)
+    os.mkfifo(files[1])
+    entered = threading.Event()
+
+    def work(window):
+        entered.wait()
+        done.extend(window)
+        return len(window)
+
+    results = ordered_map(work, windows(files, 2, path_of=lambda file: file), 1)
+    threading.Timer(0.2, entered.set).start()
+    assert next(results) == 2 and len(fetched) >= 4
+    assert list(results) == [2] * 4 and done == files
+    assert len(fetched) == 8  # neither the missing file nor the pipe
+
+
 def test_ordered_map_is_lazy_ordered_and_bounded():
     started = []
 

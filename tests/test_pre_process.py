@@ -111,6 +111,23 @@ def test_crops_labels_and_tables_agree(painted, tmp_path, capsys):
         assert text in printed
 
 
+def test_a_slow_disk_is_named_by_the_progress_line(painted, tmp_path, monkeypatch, capsys):
+    make_photos(tmp_path / "photos", identities=2, per_identity=10)
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "fast", "--workers", 1) == 0
+    assert "waiting for files" not in capsys.readouterr().err
+    read = faces.read_file
+
+    def slowly(path):
+        with photos.READING.running():
+            time.sleep(0.05)
+        return read(path)
+
+    monkeypatch.setattr(faces, "read_file", slowly)
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "slow", "--workers", 1) == 0
+    assert "% of the time waiting for files" in capsys.readouterr().err
+    assert (tmp_path / "slow" / "train.rec").read_bytes() == (tmp_path / "fast" / "train.rec").read_bytes()
+
+
 def test_every_way_of_cutting_the_work_gives_the_same_bytes(painted, tmp_path, monkeypatch, capsys):
     photos = make_photos(tmp_path / "photos")
     assert painted("--photos", photos, "--out", tmp_path / "whole", "--workers", 1) == 0

@@ -274,7 +274,7 @@ def crop_windows(
 ) -> Iterator[Faces]:
     """What `finder` makes of the photos, a window at a time, in their order; shows progress."""
     with utils.progress(len(files), f"{name}: faces", unit="photo") as bar:
-        for window in faces.ordered_map(finder, faces.windows(files), utils.worker_count(workers)):
+        for window in faces.ordered_map(finder, faces.windows(files, path_of=Path), utils.worker_count(workers)):
             yield window
             bar.update(len(window.rows))
 
