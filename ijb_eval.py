@@ -19,9 +19,10 @@ import numpy as np
 
 import config
 import utils
+from cropping.contents import photos_sha256
 from embedding import open_embedder
 from ijb import report
-from ijb.crops import FOLDER, embed_images, photos_sha256, read_features
+from ijb.crops import FOLDER, embed_images, read_features
 from ijb.lists import Lists, all_people, read_lists, read_pairs
 from ijb.one_to_many import Identification, identification
 from ijb.one_to_one import PairScorer, Verification, identities, verification

@@ -33,6 +33,7 @@ import torch
 import config
 import plotting
 import utils
+from cropping.contents import photos_sha256
 from embedding import Embedder, open_embedder
 from formats.names import path_parts
 from formats.tables import escape
@@ -350,8 +351,8 @@ def _write_report(
         plotting.save_png(out / f"misses-{treatment}.png", sheet)
     report = {
         "model": embedder.describe(),
-        "probes": _describe_side(sides[0], stores[0], options.probe_list),
-        "distractors": _describe_side(sides[1], stores[1], options.distractor_list),
+        "probes": _describe_side(sides[0], stores[0], options.probe_list, out),
+        "distractors": _describe_side(sides[1], stores[1], options.distractor_list, out),
         "noise_lists": {
             str(path): utils.sha256_of(path)
             for path in (options.facescrub_noises, options.megaface_noises)
@@ -363,10 +364,12 @@ def _write_report(
     utils.write_json(out / "results.json", report)
 
 
-def _describe_side(side: Side, store: Store, template: Path | None) -> dict[str, object]:
+def _describe_side(side: Side, store: Store, template: Path | None, out: Path) -> dict[str, object]:
+    files = [side.folder / name for name in side.files if name is not None]
     return {
         "folder": str(side.folder),
         "list": None if template is None else str(template),
+        "photos_sha256": photos_sha256(files, [name for name in side.files if name is not None], out / "hashes"),
         "names_sha256": hashlib.sha256("\0".join(side.names).encode("utf-8", "surrogateescape")).hexdigest(),
         "count": len(side),
         **side.counts(),

@@ -21,6 +21,7 @@ import numpy as np
 import config
 import utils
 from cropping import align, photos
+from cropping.contents import photos_sha256
 from embedding import normalise, open_embedder
 from ijb import crops, tinyface
 from ijb.tinyface import ALIGNED, RANKS, Lists, Search, cutter, read_lists, search
@@ -60,7 +61,7 @@ def main() -> None:
         folder = options.tinyface / "Testing_Set"
         paths = lists.paths(folder if folder.is_dir() else options.tinyface)
         embeddings, model, preparation = _embed(options, paths)
-        data["photos_sha256"] = crops.photos_sha256(paths, lists.names, options.out, options.workers)
+        data["photos_sha256"] = photos_sha256(paths, lists.names, options.out, options.workers)
     found = search(lists, embeddings, options.replicates)
     results = {
         "protocol": "TinyFace",

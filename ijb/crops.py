@@ -8,7 +8,6 @@ after a kill, and a second run computes nothing. Price: 4 KB an image at 512 dim
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,14 +19,13 @@ import utils
 from config import CROP_SIZE
 from cropping import align, faces, photos
 from cropping.align import AlignmentError, align_face
+from cropping.contents import stamps
 from cropping.photos import PhotoError, read_photo
 from embedding import Embedder
-from formats import cached
 from formats.embeddings import EmbeddingStore
 from ijb.lists import Lists
 from ijb.templates import ImageFeatures
 from utils import InputError
-from verification.sets import photos_hash
 
 FOLDER = "loose_crop"
 
@@ -69,7 +67,7 @@ def embed_all(
     the files.
     """
     plain = embedder.with_preprocessing(mirror=False)
-    key = {"model": plain.fingerprint, "files": _stamps(files), **way}
+    key = {"model": plain.fingerprint, "files": stamps(files), **way}
     place = cache / f"features-{_hash(repr(sorted(key.items())).encode())[:16]}"
     store = EmbeddingStore(place, key, len(files), 2 * embedder.dim + remarks)
     todo = store.missing()
@@ -86,37 +84,6 @@ def embed_all(
     return rows
 
 
-def photos_sha256(files: Sequence[Path], names: Sequence[str], cache: Path, workers: int | None = None) -> str:
-    """SHA-256 over the names and contents of all photos: what the figures stand on, wherever it lies.
-
-    Costs one reading of all files; kept below `cache` under their names, sizes and times.
-    """
-    key = cached.key_of("photos", _stamps(files), list(names))
-    place = cache / f"photos-{key[:16]}"
-    known = cached.read(place, key)
-    if known is None:
-        digests: list[str] = []
-        with utils.progress(len(files), "hash of the photos", unit="photo") as bar:
-            for window in faces.ordered_map(_digests, faces.windows(files), utils.worker_count(workers)):
-                digests += window
-                bar.update(len(window))
-        digest = bytes.fromhex(photos_hash(digests, names))
-        known = {"sha256": np.frombuffer(digest, np.uint8)}
-        cached.write(place, key, known)
-    return known["sha256"].tobytes().hex()
-
-
-def _digests(files: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file, "" for what cannot be read: the reasons say so."""
-    found = []
-    for file in files:
-        try:
-            found.append(utils.sha256_of(file))
-        except (OSError, InputError):
-            found.append("")
-    return found
-
-
 def code_key(*modules: ModuleType) -> list[Any]:
     """What stands for the code that cuts: a hash of the modules, versions of the libraries."""
     libraries = utils.versions("opencv-python", "opencv-python-headless", "pillow")
@@ -127,19 +94,6 @@ def _hash(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
-
-
-def _stamps(files: Sequence[Path]) -> str:
-    """A hash of the name, size and time of every file."""
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            status = os.stat(file)  # noqa: PTH116 - half a million of them
-            stamp = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:  # missing: said later
-            stamp = "missing"
-        digest.update(f"{file.name}\0{stamp}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -373,8 +373,7 @@ def _all_of(data: Sequence[tuple[str, str | None]]) -> str | None:
 
 
 def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
-    # The crops themselves, up to a million files, have no hash; their names have.
-    data = [(f"names of the {side}", content[side]["names_sha256"]) for side in ("probes", "distractors")]
+    data = [(side, content[side].get("photos_sha256")) for side in ("probes", "distractors")]
     sha = _all_of(data)
     figures = []
     for row in content["results"]:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ijb_eval
+from cropping import contents
 from embedding import load_embedder
 from ijb import crops, kernels, one_to_many, one_to_one
 from ijb.lists import Lists, Pairs, People, read_lists, read_pairs, read_people
@@ -505,8 +506,8 @@ def test_from_photos_to_results(lfw_tree, tmp_path, run):
     moved = shutil.copytree(tree, tmp_path / "elsewhere")
     lists = read_lists(moved)
     files = [moved / "loose_crop" / image for image in lists.images]
-    assert crops.photos_sha256(files, lists.images, tmp_path / "cache") == digest
-    assert crops.photos_sha256(files, lists.images, tmp_path / "cache") == digest
+    assert contents.photos_sha256(files, lists.images, tmp_path / "cache") == digest
+    assert contents.photos_sha256(files, lists.images, tmp_path / "cache") == digest
 
 
 def test_landmarks_of_the_list_give_the_crop(lfw_tree):

@@ -233,7 +233,7 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     }
     put(tmp_path / "tiny", model | {"protocol": "TinyFace", "data": lists, "photos": pictures, "rank_1": interval,
                                     "as_printed": {"rank-1": 51.5}, "mean_average_precision": interval})  # fmt: skip
-    side = {"names_sha256": DATA}
+    side = {"photos_sha256": DATA}
     row = {
         "noise": "raw",
         "distractors": 10,
@@ -280,7 +280,7 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     )
     for line in (f"- data pairs.txt: `{DATA}`", f"- data photos: `{'c' * 64}`", f"- data probe.txt: `{DATA}`",
                  f"- data photos: `{'e' * 64}`",
-        f"- data names of the probes: `{DATA}`",
+                 f"- data probes: `{DATA}`",
                  "- 3 of 24 images have no feature (1.jpg: missing ...), 1 templates have none left",
                  "- 5 photos aligned, 4 resized as a whole",
                  "- 1 photos give no feature and fail (Probe/1.jpg)"):  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
+from cropping.contents import photos_hash
 from cropping.photos import identity_of, list_photos
 from embedding import Embedder, normalise
 from formats.tables import CROP
@@ -19,7 +20,7 @@ from utils import InputError
 from verification.all_pairs import Side
 from verification.features import CHUNK, cached_features
 from verification.lfw import CachedFinder, Faces, crop_windows
-from verification.sets import look_aligned, photos_hash, read_crops
+from verification.sets import look_aligned, read_crops
 
 NAMED = 5  # photos that a note names before it only counts
 

@@ -14,6 +14,7 @@ import utils
 from config import CROP_SIZE, DETECTION_SIDE
 from cropping import faces
 from cropping.align import Rule
+from cropping.contents import photos_hash
 from cropping.faces import as_photo
 from cropping.photos import PhotoError, read_crop, read_file
 from formats import tables, verification_bin
@@ -130,12 +131,6 @@ def _open_folder(
             **way,
         },
     )
-
-
-def photos_hash(sha256: Sequence[str], names: Sequence[str]) -> str:
-    """One SHA-256 over the hashes and names of photos, whatever their order."""
-    listing = "".join(f"{digest}  {name}\n" for digest, name in sorted(zip(sha256, names, strict=True)))
-    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def read_crops(files: Sequence[Path]) -> lfw.Faces:
