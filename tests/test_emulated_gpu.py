@@ -414,7 +414,7 @@ def test_evaluation_script(checkpoint, pairs, gpu, tmp_path, monkeypatch):
 
 def photos():
     """Parts of the picture in the README, in three sizes; its people do not exist."""
-    picture = cv2.imread(str(ROOT / "images" / "pipeline.jpg"))
+    picture = cv2.imread(str(ROOT / "docs" / "images" / "pipeline.jpg"))
     return [picture, picture[:-40], picture[:, 50:], picture[:-40]]
 
 
