@@ -161,5 +161,5 @@ def _appearance(state: Mapping[str, Any]) -> str:
 def _known() -> str:
     return (
         "known are the released layout, InsightFace's arcface_torch (r18 ... r200, mbf, ViT) and AdaFace's "
-        "IR networks; anything else goes as ONNX"
+        "IR networks; anything else can be measured as ONNX"
     )

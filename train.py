@@ -244,6 +244,18 @@ def replicated(state: State) -> list[nn.Parameter]:
     return [*state.network.parameters(), *(state.distillation.parameters() if state.distillation else ())]
 
 
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give a momentum of zero to what is trained for the first time beside what has one, as after `--freeze-epochs`.
+
+    It is what SGD begins with anyway; but the fused one takes momenta for all parameters of a group or for none.
+    """
+    for group in optimizer.param_groups:
+        trained = [values for values in group["params"] if values.grad is not None]
+        new = [values for values in trained if optimizer.state.get(values, {}).get("momentum_buffer") is None]
+        for values in new if group.get("momentum") and len(new) < len(trained) else ():
+            optimizer.state[values]["momentum_buffer"] = torch.zeros_like(values)
+
+
 def apply_gradients(state: State, options: Train, rate: float) -> None:
     """Clip, update network and head, forget the gradients."""
     if options.grad_clip > 0:
@@ -252,6 +264,7 @@ def apply_gradients(state: State, options: Train, rate: float) -> None:
     head_rate = rate if options.head_lr is None else rate * (options.head_lr / options.lr)
     for group, group_rate in zip(state.optimizer.param_groups, (rate, head_rate), strict=False):
         group["lr"] = group_rate
+    begin_momentum(state.optimizer)
     state.optimizer.step()
     state.head.step(
         head_rate, momentum=options.momentum, weight_decay=options.weight_decay, nesterov=options.momentum > 0
@@ -450,9 +463,9 @@ def train(options: Train, world: World, log: monitor.RunLog) -> int:
     teacher = prepare_teacher(run) if options.teacher is not None else None
     state = build(options, run.crops.identities, schedule, world, teacher)
     changes = resume(run, state) if options.resume else {}
+    freezing = finetune.Freezing(state.network, options.freeze, schedule.freeze_steps)  # refuses before a long pass
     if options.init is not None and state.step == 0:  # the first checkpoint is of a later step
         begin_from(run, state)
-    freezing = finetune.Freezing(state.network, options.freeze, schedule.freeze_steps)
     model = ready_to_train(state, freezing, options, world)
     begin(run, state, changes, amp)
     feeding = models.feeding_of(state.network)

@@ -496,7 +496,7 @@ def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = Fals
         warnings.simplefilter("ignore")  # what torch remarks about a file that is none; the error says it in one line
         content = _read_tensors(path, mmap, stand_ins)
     if not isinstance(content, dict) or not content:
-        kind = type(content).__name__ if content else "nothing"
+        kind = "nothing" if content is None or content == {} else type(content).__name__
         raise InputError(f"{path}: holds {kind}, not a dictionary of weights")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 
@@ -21,12 +22,15 @@ from helpers.training import (
 )
 from torch import nn
 
+import config
 import models
+import train
 from data_gen import decode_crop
 from embedding import Embedder, normalise
 from formats import crop_sets, embeddings
 from models import NETWORKS, build_network
 from networks.catalogue import RELEASED
+from options import parse
 from training import distributed, finetune
 from training.distributed import World
 from training.margin import CENTRE_STD, MarginHead
@@ -114,6 +118,16 @@ def test_weights_that_do_not_fit_say_what_would(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(InputError, match=r"--init .*other\.pt: not the weights"):
         finetune.load_weights(small(), str(tmp_path / "other.pt"), "mfn", 8)
+    with pytest.raises(InputError, match=r"--init .*net\.onnx: is ONNX, which is not trained"):
+        finetune.load_weights(small(), str(tmp_path / "net.onnx"), "mfn", 8)
+    torch.save(torch.zeros(2), tmp_path / "one.pt")
+    with pytest.raises(InputError, match=r"one\.pt: holds Tensor, not a dictionary of weights"):
+        finetune.load_weights(small(), str(tmp_path / "one.pt"), "mfn", 8)
+    state = small().state_dict()
+    key = next(iter(state))
+    torch.save(state | {key: state[key] * torch.nan}, tmp_path / "broken.pt")
+    with pytest.raises(InputError, match=rf"--init .*broken\.pt: {re.escape(key)} is not finite"):
+        finetune.load_weights(small(), str(tmp_path / "broken.pt"), "mfn", 16)
 
 
 # --- the head --------------------------------------------------------------------------------------------------------
@@ -238,6 +252,26 @@ def test_stages_of_every_network_are_its_own_parts(name, monkeypatch):
     assert counts[-1] < len(list(network.parameters()))
 
 
+def test_what_is_trained_later_begins_with_a_momentum_of_zero(tmp_path):
+    """The fused SGD, which takes momenta for all or for none, does what the plain one does."""
+    chosen = parse(config.Train, argv=options(tmp_path, tmp_path, lr=0.01))
+    network, plain = small(), small()
+    settings = {"lr": 0.01, "momentum": 0.9, "weight_decay": chosen.weight_decay, "nesterov": True}
+    reference = torch.optim.SGD(plain.parameters(), **settings, fused=False)
+    fused = train.build_optimizer(chosen, network, nn.Module())
+    batch = torch.randn(4, 3, 112, 112)
+    for step in range(3):
+        for model in (network, plain):
+            finetune.Freezing(model, ["stages", "1"], 1).apply(step)
+            model(batch).square().mean().backward()
+        train.begin_momentum(fused)
+        for optimizer in (fused, reference):
+            optimizer.step()
+            optimizer.zero_grad()
+    for values, expected in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(values, expected)
+
+
 def test_frozen_parts_keep_weights_and_statistics_until_their_time_is_over():
     network = small()
     freezing = finetune.Freezing(network, ["stages", "1"], 2)
@@ -357,12 +391,14 @@ def test_options_that_do_not_go_together_are_one_line(crops, weights, tmp_path):
         ({"freeze": "all"}, "--freeze all: there is nothing to keep without --init"),
         ({"init_head": "means"}, "--init-head means: the embeddings of a network without --init mean nothing"),
         ({"freeze_epochs": 1, "init": weights}, "--freeze-epochs: nothing is frozen"),
+        ({"freeze": ["stages", "9"], "init": weights}, "--freeze stages 9: none, all, or stages and a number"),
         ({"init": tmp_path / "none.pt"}, "none.pt"),
         ({"init": weights, "embedding_size": 8}, "its embedding has 16 dimensions, not 8; give --embedding-size 16"),
     ]
     for changes, message in cases:
         code, text = tune(options(crops, tmp_path / "run", **changes), tmp_path / "output")
         assert code == 1 and message in text and "Traceback" not in text, text
+        assert not list((tmp_path / "run").glob("init-*")), "refused before the pass over all crops"
 
 
 def test_statistics_that_are_the_same_everywhere_stay_so(monkeypatch):

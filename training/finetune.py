@@ -47,6 +47,10 @@ def load_weights(network: nn.Module, init: str, name: str, embedding_size: int) 
     Returns where they came from, for the run's records. Raises InputError, naming the file, where they do not fit.
     """
     path = checkpoint_path(init)
+    if path.suffix.lower() == ".onnx":
+        raise InputError(
+            f"--init {path}: is ONNX, which is not trained; give the weights that it was made from (.pt, .pth, .ckpt)"
+        )
     state = read_state(path)
     try:
         found = models.name_of(state)
@@ -67,6 +71,9 @@ def load_weights(network: nn.Module, init: str, name: str, embedding_size: int) 
         raise InputError(
             f"--init {path}: its embedding has {size} dimensions, not {embedding_size}; give --embedding-size {size}"
         )
+    broken = next((key for key, value in weights.items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(f"--init {path}: {broken} is not finite; the run that left it was broken")
     network.load_state_dict(weights)
     return {"file": str(path), "sha256": utils.sha256_of(path), "network": found}
 
