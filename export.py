@@ -44,8 +44,8 @@ from cropping.photos import decode_crop
 from download import checkpoint_path
 from embedding import Embedder, Preprocessing, embedder_of_onnx, normalise, open_embedder
 from formats import crop_sets
-from models import feeding_of, name_of
-from networks.catalogue import INSIGHTFACE
+from models import name_of
+from networks.catalogue import ARCFACE_TORCH, NETWORKS
 from options import parse
 from retinaface.weights import load_weights
 from utils import InputError
@@ -425,9 +425,10 @@ def write_backbone(embedder: Embedder, out: Path) -> Path:
     network = getattr(embedder.model, "network", None)
     if network is None:
         raise InputError(f"{embedder.name}: is ONNX; --layout insightface starts from weights of a network")
-    if feeding_of(network) != INSIGHTFACE:
+    name = name_of(network.state_dict())
+    if name is None or NETWORKS[name].family not in ARCFACE_TORCH:
         raise InputError(
-            f"{embedder.name}: holds {name_of(network.state_dict())}, which is none of InsightFace's networks (ir, "
+            f"{embedder.name}: holds {name or 'another network'}, which is none of InsightFace's networks (ir, "
             "mbf, vit) and has no weights for their key names; ONNX (--layout onnx) goes everywhere"
         )
     path = out / "backbone.pth"

@@ -29,6 +29,10 @@ INSIGHTFACE = Feeding("rgb", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 ADAFACE = Feeding("bgr", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
+# Families with the key names of insightface's recognition/arcface_torch.
+ARCFACE_TORCH = ("iresnet", "mbf", "vit")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One network: its family and what the family's class is built with, besides `embedding_size` and `recompute`.

@@ -1,6 +1,8 @@
 """The losses by themselves: the margin and its derivatives against 60-digit arithmetic, and what each class states."""
 
 import math
+import re
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -140,7 +142,7 @@ def test_derivatives_by_the_margins_are_exact(cosine, m1, m2, m3):
 def test_a_loss_states_all_that_is_asked_for(name):
     loss = LOSSES[name]()
     assert loss.name() == name
-    assert loss.__doc__ and loss.__doc__ != losses.Loss.__doc__
+    assert loss.__doc__ and loss.__doc__ != losses.Loss.__doc__, "the first line of the docstring is its help"
     margin = loss.numbers(None)
     loss.check(margin)
     with pytest.raises(ValueError, match=f"{name} takes"):
@@ -154,6 +156,26 @@ def test_a_loss_states_all_that_is_asked_for(name):
     torch.testing.assert_close(begun.float(), cosine, atol=1e-6, rtol=0)
     penalty = loss.penalty(norm)
     assert penalty is None or (penalty.shape == norm.shape and penalty.isfinite().all() and (penalty >= 0).all())
+    assert penalty is None or loss.trains_norm, "a penalty without a gradient changes nothing"
+
+
+def manual():
+    return (Path(losses.__file__).parent.parent / "docs" / "losses.md").read_text()
+
+
+def test_the_loss_of_the_manual_is_one(monkeypatch):
+    room = vars(losses) | {}
+    exec(re.search(r"```python\n(class .*?)\n```", manual(), re.S)[1], room)
+    monkeypatch.setitem(LOSSES, "growface", room["GrowFace"])
+    test_a_loss_states_all_that_is_asked_for("growface")
+    test_what_becomes_of_other_identities("growface")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_manual_has_every_loss(name):
+    row = next((line for line in manual().splitlines() if line.startswith(f"| `{name}` |")), None)
+    assert row is not None, f"docs/losses.md has no row for {name}"
+    assert row.split("|")[4].strip() == losses.text_of(LOSSES[name].default_margin)
 
 
 @pytest.mark.parametrize("name", LOSSES)

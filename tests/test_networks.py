@@ -2,9 +2,12 @@
 
 import argparse
 import os
+import re
 import runpy
 import sys
+import textwrap
 import types
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +21,7 @@ import models
 import networks.vit
 from embedding import Embedder, Preprocessing, load_embedder
 from models import NETWORKS, build_network, feeding_of, name_of, network_from_state
-from networks.catalogue import ADAFACE, INSIGHTFACE, RELEASED
+from networks.catalogue import ADAFACE, ARCFACE_TORCH, INSIGHTFACE, RELEASED, Entry, Feeding
 from networks.files import read_state
 from utils import InputError
 
@@ -295,6 +298,53 @@ def test_a_file_that_nearly_fits_names_the_network_and_the_key(mbf):
 
 
 # --- networks of our own ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_every_family_does_what_is_asked_of_it(name, crops, tmp_path):
+    """It says how it is fed, has embeddings of any size and gradients for all, and is the same out of a file."""
+    network = small(name, 24)
+    assert isinstance(type(network).feeding, Feeding)
+    features = network(torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(1)))
+    assert features.shape == (2, 24)
+    features.square().sum().backward()
+    assert [key for key, value in network.named_parameters() if value.requires_grad and value.grad is None] == []
+    embedder = Embedder.from_network(network.eval(), "cpu")
+    read = load_embedder_of(network, tmp_path)
+    assert read.preprocessing == embedder.preprocessing == Preprocessing.of(network.feeding)
+    expected = embedder.features(crops[:2])
+    assert np.array_equal(read.features(crops[:2]), expected)
+    np.testing.assert_allclose(read.features(crops[:1]), expected[:1], atol=1e-4 * np.abs(expected).max())
+    if NETWORKS[name].family in ARCFACE_TORCH:
+        state = load_embedder(export.write_backbone(read, tmp_path)).model.network.state_dict()
+        assert name_of(state) == name
+        assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+    else:
+        with pytest.raises(InputError, match=f"holds {name}, which is none of InsightFace's networks"):
+            export.write_backbone(read, tmp_path)
+
+
+def manual():
+    return (Path(models.__file__).parent / "docs" / "networks.md").read_text()
+
+
+def test_the_network_of_the_manual_is_one(crops, tmp_path, monkeypatch):
+    code = textwrap.dedent(re.search(r"    ```python\n(.*?)\n    ```", manual(), re.S)[1])
+    room = {}
+    exec(code, room)
+    entry = re.search(r'`"plain_s": (Entry\(.*?\))`', manual())[1]
+    monkeypatch.setitem(models.FAMILIES, "plain", room["PlainNetwork"])
+    monkeypatch.setitem(NETWORKS, "plain_s", eval(entry, {"Entry": Entry}))
+    test_every_network_is_recognised_by_its_own_state("plain_s")
+    test_every_family_does_what_is_asked_of_it("plain_s", crops, tmp_path)
+    test_recomputation_changes_nothing("plain_s")
+    test_recomputation_keeps_less("plain_s")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_manual_has_every_network(name):
+    table = manual().split("## What is understood")[1].split("\n\n")[1]
+    assert f"`{name}`" in table, f"docs/networks.md does not list {name} under what is understood"
 
 
 @pytest.mark.parametrize("name", SMALLEST)

@@ -10,6 +10,7 @@ cosines, `others`, states its own derivative, because autograd would keep copies
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -132,6 +133,11 @@ class Loss(nn.Module):
     def name(cls) -> str:
         """What `--loss` calls it."""
         return cls.__name__.lower()
+
+    @classmethod
+    def formula(cls) -> str:
+        """The first line of the class's docstring, for the command line."""
+        return (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
 
     @classmethod
     def numbers(cls, margin: Sequence[float] | None) -> Margin:
@@ -300,7 +306,6 @@ LOSSES: dict[str, type[Loss]] = {
     loss.name(): loss for loss in (ArcFace, CosFace, Combined, AdaFace, CurricularFace, MagFace)
 }
 # For the command line: each one's formula and margin.
-MEANINGS = {
-    name: f"{(loss.__doc__ or '').splitlines()[0].rstrip('.')} (margin {text_of(loss.default_margin)})"
-    for name, loss in LOSSES.items()
-} | {"none": "learns from --teacher alone, so crops need no labels"}
+MEANINGS = {name: f"{loss.formula()} (margin {text_of(loss.default_margin)})" for name, loss in LOSSES.items()} | {
+    "none": "learns from --teacher alone, so crops need no labels"
+}
