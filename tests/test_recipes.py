@@ -71,6 +71,7 @@ def options_of(words):
         ("ms1mv3_r50", ["crops", "run"]),
         ("webface42m_16gpus", ["crops", "run", "node1"]),
         ("synthetic_people", ["crops", "run"]),
+        ("finetune", ["my crops", "my run", "my backbone.pth"]),
     ],
 )
 def test_recipes_are_commands_that_the_stages_take(shell, recipe, words):
@@ -90,7 +91,7 @@ def test_recipes_are_commands_that_the_stages_take(shell, recipe, words):
 
 
 def test_every_recipe_is_tried():
-    tried = {"small_set", "ms1mv3_r50", "webface42m_16gpus", "synthetic_people"}
+    tried = {"small_set", "ms1mv3_r50", "webface42m_16gpus", "synthetic_people", "finetune"}
     assert {path.stem for path in (ROOT / "recipes").glob("*.sh")} == tried
 
 
