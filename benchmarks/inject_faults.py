@@ -60,8 +60,10 @@ class Entry:
 
 
 def changed(encoded: bytes, how: str) -> bytes:
-    """A JPEG of the same picture: encoded again, resized there and back, or mirrored."""
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+    """A JPEG of the same picture: encoded again, resized there and back, or mirrored. `ValueError` if it is none."""
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR) if encoded else None
+    if image is None:
+        raise ValueError("not a picture that can be decoded")
     if how == "resized":
         small = cv2.resize(image, (80, 80), interpolation=cv2.INTER_AREA)
         image = cv2.resize(small, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR)
@@ -162,7 +164,12 @@ def write(options: InjectFaults, entries: list[Entry], sources: list[crop_sets.C
     with crop_sets.CropWriter(options.out) as writer, utils.progress(len(entries), "write", unit="crop") as bar:
         for entry in sorted(entries, key=lambda entry: (entry.label, entry.source, entry.index)):
             encoded = sources[entry.source].read(entry.index)[0]
-            key = writer.write(changed(encoded, entry.change) if entry.change else encoded, new[entry.label])
+            if entry.change:
+                try:
+                    encoded = changed(encoded, entry.change)
+                except ValueError as error:
+                    raise InputError(f"{options.data}: crop {entry.index}: {error}") from error
+            key = writer.write(encoded, new[entry.label])
             truth = new.get(entry.truth, NOBODY)
             lines.append(f"{key}\t{new[entry.label]}\t{truth}\t{', '.join(entry.faults)}\t{entry.source}/{entry.index}")
             bar.update()

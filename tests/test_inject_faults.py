@@ -9,14 +9,10 @@ from helpers.training import ROOT, record_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats import crop_sets
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import audit_recall
-from inject_faults import exchanged
-
 from auditing.findings import DUPLICATE, MERGE, SPLIT, WRONG
+from benchmarks import audit_recall
+from benchmarks.inject_faults import InjectFaults, changed, exchanged, make
+from formats import crop_sets
 from utils import InputError
 
 
@@ -70,6 +66,14 @@ def test_the_set_and_its_truth(tmp_path):
     assert found["exchanged"] >= 32 and found["stranger"] >= 8 and found["duplicate"] == 8
     done = subprocess.run([*command, "0.1", "--out", tmp_path / "one"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "holds another set" in done.stderr
+
+
+def test_a_crop_that_cannot_be_decoded_is_named(tmp_path):
+    with pytest.raises(ValueError, match="not a picture"):
+        changed(b"", "encoded")
+    crop_sets.write_crops(tmp_path / "crops", [(b"\xff\xd8\xff\xe0 no picture", label) for label in (0, 0, 1, 1)])
+    with pytest.raises(InputError, match=r"crops: crop \d: not a picture"):
+        make(InjectFaults(data=tmp_path / "crops", out=tmp_path / "out", duplicates=1.0))
 
 
 def test_recall_and_precision_of_an_audit_that_knows_all_and_of_one_that_errs(tmp_path):
