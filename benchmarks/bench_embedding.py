@@ -24,6 +24,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # In front of this folder, which has modules of the same names.
@@ -33,7 +34,6 @@ import passive_threads  # noqa: F401  # isort: skip
 
 import numpy as np
 import torch
-from torch import nn
 
 import export
 import models
@@ -72,7 +72,7 @@ def way_of(name, network, batches, scratch):
     network = copy.deepcopy(network).to(
         memory_format=torch.contiguous_format if name == "nchw" else torch.channels_last
     )
-    run: nn.Module = torch.compile(network) if name == "compile" else network
+    run: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network) if name == "compile" else network
 
     def features(batch):
         batch = batch.contiguous() if name == "nchw" else batch.contiguous(memory_format=torch.channels_last)
@@ -103,7 +103,7 @@ def product_rate(dtype):
     )
     rates = []
     for flop, run in tries:
-        seconds = []
+        seconds: list[float] = []
         while len(seconds) < 8 and sum(seconds) < 1:
             seconds.append(busy_seconds(run)[0])
         rates.append(flop / min(seconds))
@@ -143,7 +143,8 @@ def main():
         f"large products: float32 {rates[torch.float32] / 1e12:.3f}, bfloat16 {rates[torch.bfloat16] / 1e12:.3f} "
         "TFLOP/s"
     )
-    ways, first, seconds, features = {}, {}, {}, {}
+    ways, first, features = {}, {}, {}
+    seconds: dict[str, list[float]] = {}
     for name in options.ways:
         try:
             ways[name] = way_of(name, network, batches, options.scratch)

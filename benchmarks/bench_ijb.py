@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,8 @@ def invent(scale: float, dimensions: int, folder: Path, seed: int = 0):
 
 def ours(lists, pairs, galleries, probes, features):
     """Everything our way: seconds by part, scores of the usual treatment, TAR of all eight, rank-1 hits."""
-    seconds, began = {}, time.perf_counter()
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
 
     def lap(name):
         nonlocal began
@@ -113,7 +115,8 @@ def plain(lists, pairs, galleries, probes, features):
     """Everything as the public programs do it."""
     from sklearn.metrics import roc_curve
 
-    seconds, began = {}, time.perf_counter()
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
 
     def lap(name):
         nonlocal began
@@ -191,9 +194,9 @@ def main():
     parser.add_argument("--dimensions", type=int, default=512)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     options = parser.parse_args()
-    report = {"scale": options.scale, "part": options.part, "dimensions": options.dimensions}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    report: dict[str, Any] = {"scale": options.scale, "part": options.part, "dimensions": options.dimensions}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         ours(*invent(0.002, options.dimensions, folder))  # compiles
         if options.part:
             protocol = invent(options.scale * options.part, options.dimensions, folder)

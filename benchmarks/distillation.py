@@ -12,11 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules of this folder
-
-import trials
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from benchmarks import trials
 from embedding import load_embedder
 from verification import features
 from verification.sets import open_set
@@ -46,7 +45,7 @@ def main() -> None:
     common = [*RECIPE, "--data", str(options.data), "--seed", str(options.seed)]
     common += ["--val", *map(str, options.val), *more]
     taught = ["--teacher", options.teacher, "--teacher-embeddings", str(options.out / "embeddings")]
-    ways = {"without a teacher": []}
+    ways: dict[str, list[str]] = {"without a teacher": []}
     ways |= {f"teacher, weight {weight:g}": [*taught, "--teacher-weight", str(weight)] for weight in options.weights}
     ways["teacher alone"] = [*taught, "--loss", "none"]
     rows = [{"trial": "the teacher itself", "options": [], "last": own, "best": own}]

@@ -14,20 +14,25 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules of this folder
-
-import trials
-from inject_faults import InjectFaults, make
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from benchmarks import trials
+from benchmarks.inject_faults import InjectFaults, make
 from utils import InputError
 
 RECIPE = (
     "--network mfn --embedding-size 256 --augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.1 "
     "--warmup 1 --margin 0.4 --margin-warmup 3 --scale 32 --val-every 4"
 ).split()
-WAYS = {"plain": [], "filter": ["--filter", "0.4"], "sub-centres": ["--sub-centres", "3"], "audited": []}
+WAYS: dict[str, list[str]] = {
+    "plain": [],
+    "filter": ["--filter", "0.4"],
+    "sub-centres": ["--sub-centres", "3"],
+    "audited": [],
+}
 
 
 def audit(data: Path, checkpoint: Path, out: Path) -> list[str]:
@@ -54,7 +59,7 @@ def main() -> None:
     options, more = trials.parse(parser)
     options.out = options.out.resolve()
     common = [*RECIPE, "--seed", str(options.seed), "--val", *map(str, options.val), *more]
-    rows = []
+    rows: list[dict] = []
     for share in options.shares:
         data = options.data
         if share > 0:
@@ -62,7 +67,8 @@ def main() -> None:
             make(InjectFaults(data=options.data, out=data, exchange=share, seed=options.seed))
         plain = None
         for way in options.ways:
-            own, extra = ["--data", str(data), *WAYS[way]], {}
+            own = ["--data", str(data), *WAYS[way]]
+            extra: dict[str, Any] = {}
             if way == "audited":
                 if share == 0 or plain is None:
                     continue

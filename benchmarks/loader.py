@@ -103,7 +103,7 @@ def per_core(crops, indices, repeats):
         "PIL": pil,
         "torch": batched,
     }
-    seconds = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
             spent = cpu_seconds(run)

@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -114,7 +115,8 @@ def measure(arguments):
     (kind,) = arguments.probes
     probes, ids = make_probes(kind)
     gallery = distractors(arguments.scratch, arguments.one)
-    said, device = {}, arguments.device
+    said: dict[str, Any] = {}
+    device = arguments.device
     if arguments.part == "product":
         some = gallery[: max(BLOCKS)]
         product(probes, some, max(BLOCKS), device)
@@ -146,7 +148,7 @@ def challenge(arguments, kind, count):
     gallery = distractors(arguments.scratch, count)
     for first in range(0, count, 1 << 14):  # into the page cache
         gallery[first : first + (1 << 14)].sum()
-    runs = {"product": [], "challenge": []}
+    runs: dict[str, list[dict[str, Any]]] = {"product": [], "challenge": []}
     for _ in range(arguments.repeat):
         for part, list_of in runs.items():
             list_of.append(start(arguments, kind, part, count))
@@ -174,7 +176,7 @@ def files(arguments):
         for first in range(0, len(paths), 1 << 14):
             part = paths[first : first + (1 << 14)]
             write_features(part, rng.standard_normal((len(part), DIMENSIONS), dtype=np.float32))
-    times = {"read_features": [], "cat": []}
+    times: dict[str, list[float]] = {"read_features": [], "cat": []}
     for _ in range(arguments.repeat):
         began = time.perf_counter()
         subprocess.run(["xargs", "-0", "cat"], input="\0".join(paths), stdout=subprocess.DEVNULL, text=True, check=True)

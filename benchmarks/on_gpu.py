@@ -10,6 +10,7 @@ them crops are invented, which suffices for all but the last part.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -168,12 +169,13 @@ def expect(condition: bool, what: str) -> None:
 @part(40)
 def detector(options: OnGpu) -> dict[str, Any]:
     """Photos of many sizes, twice: boxes, scores and landmarks equal the CPU's, and the first run's."""
+    from cropping.photos import read_photo
     from retinaface import RetinaFace
 
     random = np.random.default_rng(0)
     folder = SHARED / "photos"
     files = sorted(folder.glob("*.jpg"))[: 2 if options.tiny else 22] if folder.is_dir() else []
-    photos = [cv2.imread(str(file)) for file in files] or list(pictures(2))
+    photos = [read_photo(file) for file in files] or list(pictures(2))
     sizes = random.integers(80, 200 if options.tiny else 900, (4 if options.tiny else 64, 2))
     images = [cv2.resize(photos[index % len(photos)], tuple(size.tolist())) for index, size in enumerate(sizes)]
     there, here = RetinaFace(device=options.device), RetinaFace(device="cpu")
@@ -223,6 +225,7 @@ def head(options: OnGpu) -> dict[str, Any]:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             value, _ = made(rows, labels.to(device))
         value.backward()
+        assert rows.grad is not None
         return float(value.detach()), rows.grad.double().cpu()
 
     for loss in LOSSES:
@@ -391,6 +394,7 @@ def _rank(options: OnGpu) -> None:
         rows = features[part_of].clone().to(options.device).requires_grad_()
         loss, _ = made(rows, labels[part_of].to(options.device))
         loss.backward()
+        assert rows.grad is not None
         gradient = rows.grad.cpu()
         values.append((float(loss.detach()), gradient if size == 2 else gradient[rank * 8 : rank * 8 + 8]))
     worst = max(abs(values[0][0] - values[1][0]), float((values[0][1] - values[1][1]).abs().max()))
@@ -433,7 +437,7 @@ def products(options: OnGpu) -> dict[str, Any]:
     side = 256 if options.tiny else 8192
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         one, other = (torch.randn(side, side, device=options.device).to(dtype) for _ in range(2))
-        rates[name] = 2 * side**3 / timed(options.device, lambda one=one, other=other: one @ other, 5) / 1e12
+        rates[name] = 2 * side**3 / timed(options.device, functools.partial(torch.matmul, one, other), 5) / 1e12
     return {"tflops": rates}
 
 
@@ -491,7 +495,8 @@ def loader(options: OnGpu) -> dict[str, Any]:
 @part(40)
 def embed_speed(options: OnGpu) -> dict[str, Any]:
     """Crops per second of r101 without its mirror image: float32, and bfloat16 as training uses it."""
-    model = network(options, "r101").to(options.device, memory_format=torch.channels_last).eval()
+    model = network(options, "r101").eval()
+    model.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     count = 4 if options.tiny else 256
     batch = torch.randn(count, 3, 112, 112, device=options.device).contiguous(memory_format=torch.channels_last)
     rates = {}
@@ -514,10 +519,10 @@ def detect_speed(options: OnGpu) -> dict[str, Any]:
             np.random.default_rng(index).integers(0, 255, (height, width, 3), dtype=np.uint8)
             for index in range(2 if options.tiny else 64)
         ]
-        rates[f"{width}x{height}"] = len(photos) / timed(options.device, lambda photos=photos: found.detect(photos), 3)
+        rates[f"{width}x{height}"] = len(photos) / timed(options.device, functools.partial(found.detect, photos), 3)
     sides = np.random.default_rng(0).integers(*((40, 70) if options.tiny else (300, 800)), (len(photos), 2))
-    photos = [cv2.resize(photo, tuple(side.tolist())) for photo, side in zip(photos, sides, strict=True)]
-    rates["many sizes"] = len(photos) / timed(options.device, lambda: found.detect(photos), 3)
+    resized = [cv2.resize(photo, tuple(side.tolist())) for photo, side in zip(photos, sides, strict=True)]
+    rates["many sizes"] = len(resized) / timed(options.device, lambda: found.detect(resized), 3)
     return {"photos_per_second": rates}
 
 

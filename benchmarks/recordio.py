@@ -81,7 +81,7 @@ def make_set(folder, records):
 
 def measure(passes, repeats):
     """Seconds of each named function: the median of `repeats` rounds through all of them."""
-    seconds = {name: [] for name in passes}
+    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in passes}
     for _ in range(repeats + 1):  # the first round warms up
         for name, function in passes.items():
             start = time.process_time()
@@ -183,7 +183,7 @@ def opening(path, repeats):
         "plain (a dict)": Plain,
     }
     context = multiprocessing.get_context("fork")
-    figures = {name: [] for name in ways}
+    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, function in ways.items():
             results = context.Queue()

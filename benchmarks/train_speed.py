@@ -146,7 +146,9 @@ class Reference:
 
     def update(self):
         for parameter in self.parameters:
-            parameter.grad.data.clamp_(-5, 5)
+            gradient = parameter.grad
+            assert gradient is not None
+            gradient.data.clamp_(-5, 5)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -159,9 +161,11 @@ class Ours:
         self.channels_last, self.amp, compiled = SETTINGS[options.child]
         self.device = device
         distributed.prepare_device(device)
-        self.network = models.build_network(
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        network = models.build_network(
             options.network[0], embedding_size=options.embedding_size, recompute=options.recompute
-        ).to(device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        )
+        self.network = network.to(device, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
         self.run = torch.compile(self.network) if compiled else self.network
         self.head = models.MarginHead(
             options.embedding_size,
@@ -304,7 +308,7 @@ def product_rate(device, dtype):
     """
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 8 and sum(seconds) < 1:
         synchronise(device)
         now = time.perf_counter if device.type == "cuda" else busy_seconds
@@ -357,7 +361,9 @@ def show(results, rates, flop):
         print("".join(f"{figures[part]:8.1f} ms" for part in PARTS), end="")
         print(f"{figures['memory'] / 2**30:7.2f} GB{rate / bf16:9.1%}{rate / f32:8.1%}")
     base = middle.pop("reference", None)
-    for name, figures in middle.items() if base else ():
+    if base is None:
+        return
+    for name, figures in middle.items():
         wall, cpu = (figures[key] / base[key] for key in ("crops/s", "crops/CPU s"))
         print(f"{name} / reference: {wall:.2f} x the crops/s, {cpu:.2f} x the crops per CPU second")
 
@@ -401,7 +407,9 @@ def main():
         f"{options.rounds} rounds of {options.steps} steps",
         flush=True,
     )
-    results = {network: {name: [] for name in options.alternatives} for network in options.network}
+    results: dict[str, dict[str, list[dict]]] = {
+        network: {name: [] for name in options.alternatives} for network in options.network
+    }
     for _ in range(options.rounds):  # in turn, so that a machine that slows down does so for all
         for network in options.network:
             for name in options.alternatives:

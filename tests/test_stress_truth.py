@@ -1,18 +1,13 @@
 """What benchmarks/stress_truth.py compares, against plain loops."""
 
 import itertools
-import sys
 
 import numpy as np
 import pytest
-from helpers.training import ROOT
 
+from benchmarks import stress_truth
+from benchmarks.stress_truth import NOSE, StressTruth, compare, correlation, in_bins, lost, threshold, yaw
 from cropping.align import TEMPLATE
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import stress_truth
-from stress_truth import NOSE, StressTruth, compare, correlation, in_bins, lost, threshold, yaw
 
 
 def test_yaw_of_a_head_that_is_turned():

@@ -147,16 +147,16 @@ def lfw() -> None:
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(1)
     folds, each, names = 3, 20, [f"Person_{letter}" for letter in "ABCDEFGHIJKL"]
-    lines, cosines, same = [f"{folds}\t{each}"], [], []
+    lines, drawn, same = [f"{folds}\t{each}"], [], []
     for fold in range(folds):
         mine = names[4 * fold : 4 * fold + 4]
         couples = [(a, b) for a in range(1, 6) for b in range(a + 1, 6)]
         lines += [f"{mine[n % 4]}\t{couples[n // 4 * 2][0]}\t{couples[n // 4 * 2][1]}" for n in range(each)]
         strangers = [(one, other) for one in mine for other in mine if one < other]
         lines += [f"{strangers[n % 6][0]}\t{1 + n // 6}\t{strangers[n % 6][1]}\t{5 - n // 6}" for n in range(each)]
-        cosines += [*rng.normal(0.45, 0.15, each), *rng.normal(0.1, 0.15, each)]
+        drawn += [*rng.normal(0.45, 0.15, each), *rng.normal(0.1, 0.15, each)]
         same += [True] * each + [False] * each
-    cosines = np.round(cosines, 2)  # with ties
+    cosines = np.round(drawn, 2)  # with ties
     truth, fold_of = np.array(same), np.repeat(np.arange(folds), 2 * each)
     (folder / "pairs.txt").write_text("\n".join(lines) + "\n")
     (folder / "cosines.txt").write_text("".join(f"{cosine:.2f}\n" for cosine in cosines))
@@ -317,10 +317,8 @@ def tinyface() -> None:
     }
     centres = rng.standard_normal((11, 6))
     names = [name for part in lists.values() for name in part]
-    features = [
-        (centres[int(name.split("_")[0])] if "_" in name else 0) + 0.9 * rng.standard_normal(6) for name in names
-    ]
-    features = np.round(features, 2).astype(np.float32)
+    drawn = [(centres[int(name.split("_")[0])] if "_" in name else 0) + 0.9 * rng.standard_normal(6) for name in names]
+    features = np.round(drawn, 2).astype(np.float32)
     units = features / np.linalg.norm(features, axis=1, keepdims=True)
     count = len(lists["probe"])
     gallery = names[count:]
@@ -536,6 +534,7 @@ def face() -> None:
         head, row = (Path(scratch) / "people" / "truth.tsv").read_text().splitlines()
         truth = dict(zip(head.split("\t"), row.split("\t"), strict=True))
         picture = cv2.imread(str(Path(scratch) / "people" / truth["file"]))
+    assert picture is not None, "synthesize.py wrote no photo"
     (DATA / "face.jpg").write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes())
     points = ("eye_right", "eye_left", "nose", "mouth_right", "mouth_left")
     write_json(DATA / "face.json", [[float(truth[f"{point}_{axis}"]) for axis in "xy"] for point in points])

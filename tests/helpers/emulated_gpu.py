@@ -29,7 +29,7 @@ import threading
 import weakref
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from unittest import mock
 
 import torch
@@ -72,15 +72,17 @@ class OnGpu(Tensor):
     @staticmethod
     def __new__(cls, held, requires_grad=False):
         assert type(held) is Tensor, f"a {type(held).__name__} on the GPU"
-        place = {"strides": held.stride(), "storage_offset": held.storage_offset(), "device": "cpu"}
-        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, requires_grad=requires_grad, **place)
+        return Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
+            dtype=held.dtype, device=torch.device("cpu"), requires_grad=requires_grad,
+        )  # fmt: skip
 
     def __init__(self, held, requires_grad=False):
         self.held = held
         self.stream = None  # the one whose memory this is, where others may not read it yet
         self.share = _Share(_current(), held.untyped_storage())
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does it
     device = property(lambda self: _current().device)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
@@ -91,7 +93,7 @@ class OnGpu(Tensor):
     def record_stream(self, stream):
         self.stream = None
 
-    def __repr__(self, **_):
+    def __repr__(self, *, tensor_contents=None):
         return f"OnGpu({self.held!r})"
 
     def __reduce_ex__(self, protocol):
@@ -105,7 +107,7 @@ class OnGpu(Tensor):
         return OnGpu(inner["held"])
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # torch's stub
         return _current().compute(func, args, kwargs or {})
 
 
@@ -139,7 +141,7 @@ class Stream:
 class EmulatedGpu(TorchFunctionMode):
     """While entered, this process uses GPU `number` of `count`. One at a time."""
 
-    active = None
+    active: "EmulatedGpu | None" = None
 
     def __init__(self, number=0, count=1):
         super().__init__()
@@ -147,12 +149,13 @@ class EmulatedGpu(TorchFunctionMode):
         self.synchronisations = []  # "file:line what", in order
         self.computed = 0  # operations on GPU tensors
         self.allocated = self.peak = 0  # bytes
-        self.owners = Counter()  # wrappers of each storage
-        self._pinned = weakref.WeakValueDictionary()  # by address
+        self.owners: Counter[int] = Counter()  # wrappers of each storage
+        self._pinned: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()  # by address
         self.stream = self.default_stream = Stream()
         self._process = os.getpid()
         self._patches = contextlib.ExitStack()
-        self._nesting = Counter()  # of each thread: gradients and threads of the program enter it once more
+        # Of each thread: gradients and threads of the program enter it once more.
+        self._nesting: Counter[int] = Counter()
 
     def __enter__(self):
         if EmulatedGpu.active is None:
@@ -335,7 +338,7 @@ class EmulatedGpu(TorchFunctionMode):
     def wait(self, why):
         """Note that the host waits for the device, and where in this repository's code."""
         self.touch()
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             if path.is_relative_to(ROOT) and ".venv" not in path.parts and path != Path(__file__).resolve():

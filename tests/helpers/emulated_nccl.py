@@ -55,7 +55,7 @@ def _demanding(collective):
             if not isinstance(value, Tensor):
                 return value
             assert isinstance(value, OnGpu) == (group is None), f"{collective.__name__}: a tensor of the wrong device"
-            value = value.held if group is None else value
+            value = value.held if isinstance(value, OnGpu) else value
             layouts = torch.contiguous_format, torch.channels_last
             assert any(value.is_contiguous(memory_format=some) for some in layouts[: 1 + (value.ndim == 4)])
             return value

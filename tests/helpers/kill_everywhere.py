@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from helpers.painted_faces import PaintedFaces
 
@@ -54,7 +55,7 @@ def hook(kill_at, half):
             os._exit(KILLED)
         return write(path, data)
 
-    Path.write_bytes = hooked_write
+    Path.write_bytes = hooked_write  # type: ignore[method-assign]  # in a process that ends soon
     return done
 
 
@@ -84,7 +85,7 @@ def run(stage, arguments, kill_at=-1, half=False):
 
 def main(name, stride, out, *arguments):
     out = Path(out)
-    stage = importlib.import_module(name)
+    stage: Any = importlib.import_module(name)
     chunks.CHUNK = faces.WINDOW
     stage.open_detector = lambda options: PaintedFaces()
     filled = [argument.replace("@", str(out)) for argument in arguments]

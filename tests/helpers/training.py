@@ -210,7 +210,7 @@ def load(path):
 
 def tensors(content, prefix=""):
     """All tensors of a nested dictionary by path."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for key, value in content.items():
         if isinstance(value, dict):
             found |= tensors(value, f"{prefix}{key}/")
