@@ -3,6 +3,7 @@
     python benchmarks/detect.py                  # photos from ../shared, about five minutes
     python benchmarks/detect.py --no-compile     # without torch.compile, which needs a C++ compiler and a minute
     python benchmarks/detect.py --photos FOLDER --large FOLDER --weights mobilenet0.25_Final.pth
+    python benchmarks/detect.py --megapixels 0.06 0.6 12 48    # stage 2 alone, on photos enlarged to these sizes
 
 Alternatives in the same run, all with the same weights:
 
@@ -42,6 +43,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
+from config import DETECTION_SIDE
 from cropping import align, faces
 from formats import crop_sets
 from retinaface import RetinaFace, decoding
@@ -369,6 +371,26 @@ def stage_two(files, weights, options, max_side=None):
     report("Read, detect, choose, align, write", seconds, len(files), "this stage 2")
 
 
+def enlarged(file: Path, megapixels: float, folder: Path) -> Path:
+    """A copy of a photo with so many pixels, as a camera would have stored it: JPEG at quality 90."""
+    photo = read(file)
+    ratio = math.sqrt(megapixels * 1e6 / (photo.shape[0] * photo.shape[1]))
+    size = round(photo.shape[1] * ratio), round(photo.shape[0] * ratio)
+    way = cv2.INTER_CUBIC if ratio > 1 else cv2.INTER_AREA
+    copy = folder / f"{file.stem}.jpg"
+    cv2.imwrite(str(copy), cv2.resize(photo, size, interpolation=way), [cv2.IMWRITE_JPEG_QUALITY, 90])
+    return copy
+
+
+def sizes(files: list[Path], weights: Any, options: argparse.Namespace) -> None:
+    """Stage 2 on the same photos in several sizes."""
+    for megapixels in options.megapixels:
+        with tempfile.TemporaryDirectory() as folder:
+            copies = [enlarged(file, megapixels, Path(folder)) for file in files]
+            print(f"\n{len(copies)} photos of {megapixels:g} megapixels, detection on at most {DETECTION_SIDE} pixels")
+            stage_two(copies, weights, options, max_side=DETECTION_SIDE)
+
+
 @utils.command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -379,11 +401,15 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32, help="how many photos (default: 32)")
     parser.add_argument("--rounds", type=int, default=7, help="passes of each alternative (default: 7)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile too")
+    parser.add_argument("--megapixels", type=float, nargs="+", help="stage 2 alone, on --large in these sizes")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     weights = load_weights(options.weights)
+    if options.megapixels:
+        sizes(sorted(options.large.glob("*.jpg"))[: options.count], weights, options)
+        return
 
     files = sorted(options.photos.rglob("*.jpg"))
     files = files[:: max(1, len(files) // options.count)][: options.count]
