@@ -23,6 +23,7 @@ SAMPLE = 20_000  # crops from which the principal components are computed
 FLIPPED = 0.06  # share of bits that differ between a picture and its second encoding (JPEG 70, or 80 pixels and back)
 MISSED = 1 / 300
 SIMILAR = 0.80  # least cosine of two descriptions that are worth a look at the pixels
+HOW = "identical", "encoded again", "mirrored"  # how two crops are one photo, as a finding's reason begins
 LARGEST_BUCKET = 64  # crops that share a band: with more of them each is compared with its neighbours in the order only
 
 SAME_PICTURE = 0.985  # least correlation of two pictures of 56x56 pixels: encoded again 0.995 and more, two frames less
@@ -150,7 +151,7 @@ def compare(
 ) -> tuple[str, float] | None:
     """How two crops are one photo, and the correlation of their pixels; None if they are not."""
     if not mirrored and first[0] == second[0]:
-        return "identical", 1.0
+        return HOW[0], 1.0
     one, other = (_small(rgb) for _, rgb in (first, second))
     if mirrored:
         other = other[:, ::-1]
@@ -159,7 +160,7 @@ def compare(
     correlation = float((one * other).sum()) / length if length > 0 else 0.0
     if correlation < SAME_PICTURE:
         return None
-    return "mirrored" if mirrored else "encoded again", correlation
+    return HOW[2] if mirrored else HOW[1], correlation
 
 
 def _small(rgb: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plotting
 import utils
+from auditing.duplicates import HOW
 from auditing.findings import DUPLICATE, MERGE, SPLIT, STRANGER, TEST, WRONG
 from formats import selection
 from options import REQUIRED, option, parse
@@ -77,14 +78,19 @@ def curve(score: np.ndarray, is_wrong: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def wrong_labels(
     rows: list[dict[str, str]], truth: list[Truth], precision: float
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    """Crops under another label than their own, and how often the audit names the right one."""
-    # The half of a person that got a label of its own is another finding.
-    is_wrong = np.array([row.label != row.true and not row.has("split") for row in truth])
-    called = np.array([row["kind"] in (WRONG, STRANGER) for row in rows])
+    """Crops under another label than their own, and how often the audit names the right one.
+
+    Identities that were split or merged are left out: whose label theirs is, is another question.
+    """
+    mixed = {row.label for row in truth if row.has("split") or row.has("merged")}
+    mixed |= {row.true for row in truth if row.has("split")}
+    judged = [(row, true) for row, true in zip(rows, truth, strict=True) if true.label not in mixed]
+    is_wrong = np.array([true.label != true.true for _, true in judged])
+    called = np.array([row["kind"] in (WRONG, STRANGER) for row, _ in judged])
     # The score of a duplicate is a correlation; what has none was not judged.
-    score = np.array([float(row["score"] or "-inf") if row["kind"] != DUPLICATE else -np.inf for row in rows])
-    hits = np.flatnonzero(called & is_wrong).tolist()
-    named = [int(rows[hit]["to"]) == truth[hit].true for hit in hits if rows[hit]["to"] and truth[hit].true >= 0]
+    score = np.array([float(row["score"] or "-inf") if row["kind"] != DUPLICATE else -np.inf for row, _ in judged])
+    hits = [judged[hit] for hit in np.flatnonzero(called & is_wrong).tolist()]
+    named = [int(row["to"]) == true.true for row, true in hits if row["to"] and true.true >= 0]
     precisions, recalls = curve(score, is_wrong)
     enough = precisions >= precision
     return {
@@ -118,7 +124,8 @@ def duplicates(rows: list[dict[str, str]], truth: list[Truth]) -> dict[str, Any]
     for index, row in enumerate(truth):
         members.setdefault(row.source, []).append(index)
     groups = [indices for indices in members.values() if len(indices) > 1]
-    called = {index for index, row in enumerate(rows) if row["kind"] == DUPLICATE}
+    # What is a wrong person as well is called that, and the other crop is named in the reason.
+    called = {index for index, row in enumerate(rows) if any(f"{how}: " in row["reason"] for how in HOW)}
     hits = called & {index for indices in groups for index in indices}
     wanted = sum(len(indices) - 1 for indices in groups)
     return {"put_in": wanted, "called": len(called), "precision": share(len(hits), len(called)),
