@@ -11,9 +11,11 @@ No constant decides; every threshold comes from the set's own distributions and 
   null). Above it a crop shows another *person* of the set where `other` is beyond what sure crops have by chance, and a
   *stranger* otherwise. Where more than half of the crops seem not to show their identity, either the set has no
   identities or the model cannot tell them apart, and no crop is judged.
-* *Two labels, one person.* By chance the nearest other centre of an identity follows an extreme value distribution
-  (Gumbel, fitted to the quartiles); two identities are one person from the cosine on at which no more than the error
-  rate of the findings are expected by chance.
+* *Two labels, one person.* By chance the angle to the nearest other centre of an identity, the least of many, follows
+  an extreme value distribution (Weibull, as angles end at 0; its logarithm is Gumbel's), fitted to the half of the
+  identities that is farthest from all others, where hardly one has a second label; two identities are one person from
+  the angle on at which no more than the error rate of the findings are expected by chance (the procedure of Benjamini
+  and Hochberg).
 * *One label, two people.* The crops fall into two parts, each near to itself, that are no nearer to each other than the
   centres of two random identities (but for the false alarm rate), and the gap is beyond chance as above.
 * *A test set's person.* As many crops of an identity as that person has are nearer to some other identity than the
@@ -139,7 +141,7 @@ def limits(
         score_limit=score_limit,
         other_limit=other_limit,
         stranger_limit=stranger_limit,
-        merge_limit=chance_threshold(near_centre, error_rate),
+        merge_limit=_cosine(chance_threshold(_nearness(near_centre), error_rate)),
         split_limit=_quantile(apart, 1 - false_alarms, -1.0),
         wrong_share=wrong_share,
         error_rate=error_rate,
@@ -178,25 +180,31 @@ def score_threshold(
     return limit, wrong
 
 
+def _nearness(cosine: np.ndarray) -> np.ndarray:
+    """Minus the logarithm of the angle: of nearest neighbours by chance it follows Gumbel's distribution."""
+    return -np.log(np.maximum(np.arccos(np.clip(cosine.astype(np.float64), -1, 1)), 1e-6))
+
+
+def _cosine(nearness: float) -> float:
+    return float(np.cos(np.exp(-nearness))) if np.isfinite(nearness) else np.inf
+
+
 def chance_threshold(extremes: np.ndarray, error_rate: float) -> float:
     """From which value on no more than `error_rate` of these values, each the largest of many, are chance.
 
-    Infinity where fewer than `LEAST` values say nothing, or none is conspicuous.
+    Gumbel's distribution is fitted to the lower quartile and the median. Infinity where fewer than 20 values say
+    nothing, or none is conspicuous.
     """
     values = np.sort(extremes[np.isfinite(extremes)].astype(np.float64))
-    if len(values) < LEAST:
+    if len(values) < 20:
         return np.inf
-    low, high = np.quantile(values, [0.25, 0.75])
+    low, middle = np.quantile(values, [0.25, 0.5])
     # Gumbel's quantile function is location - scale ln(-ln p).
-    scale = (high - low) / (np.log(-np.log(0.25)) - np.log(-np.log(0.75)))
+    scale = (middle - low) / (np.log(-np.log(0.25)) - np.log(-np.log(0.5)))
     location = low + scale * np.log(-np.log(0.25))
     expected = -np.expm1(-np.exp(-(values - location) / max(scale, 1e-9))) * len(values)
-    there = np.arange(len(values), 0, -1)
-    passing = expected <= error_rate * there
-    # The lowest value from which on all pass.
-    failing = np.flatnonzero(~passing)
-    first = failing[-1] + 1 if len(failing) else 0
-    return float(values[first]) if first < len(values) else np.inf
+    passing = np.flatnonzero(expected <= error_rate * np.arange(len(values), 0, -1))
+    return float(values[passing[0]]) if len(passing) else np.inf
 
 
 def judge_crops(
