@@ -130,7 +130,8 @@ def _check_bounds(stage: Any) -> None:
         values = getattr(stage, field.name)
         for value in values if isinstance(values, list | tuple) else [values]:
             if isinstance(value, Path) and _is_special(value):
-                raise InputError(f"{_flag(field)} {value}: a device or a pipe, neither a file nor a folder")
+                named = "" if field.metadata["positional"] else f"{_flag(field)} "
+                raise InputError(f"{named}{value}: a device or a pipe, neither a file nor a folder")
             if value is None or not bounds:
                 continue
             if not math.isfinite(value) or not all(_INSIDE[words](value, bound) for words, bound in bounds.items()):

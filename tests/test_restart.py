@@ -184,7 +184,9 @@ def test_a_checkpoint_of_another_version_is_refused():
     now = config.Train(data=nowhere, out=nowhere)
     saved = plain_options(now)
     saved["learning_rate"] = saved.pop("head_lr")
-    found = storage.Stored(Path("run/checkpoint.pt"), {"config": saved, "data": {}, "epoch": 0})
+    content = {name: kind() for name, kind in checkpoints._KINDS.items()}
+    content |= {"config": saved, "scheduler": {"step": 0, "steps_per_epoch": 1}}
+    found = storage.Stored(Path("run/checkpoint.pt"), content)
     with pytest.raises(utils.InputError, match=r"checkpoint\.pt: .*another version.*\(head_lr, learning_rate\)"):
         checkpoints.check_same_run(SimpleNamespace(options=now, data={}), found)
 
