@@ -365,11 +365,11 @@ def _write_report(
 
 
 def _describe_side(side: Side, store: Store, template: Path | None, out: Path) -> dict[str, object]:
-    files = [side.folder / name for name in side.files if name is not None]
+    names = [name for name in side.files if name is not None]
     return {
         "folder": str(side.folder),
         "list": None if template is None else str(template),
-        "photos_sha256": photos_sha256(files, [name for name in side.files if name is not None], out / "hashes"),
+        "photos_sha256": photos_sha256([side.folder / name for name in names], names, out / "hashes"),
         "names_sha256": hashlib.sha256("\0".join(side.names).encode("utf-8", "surrogateescape")).hexdigest(),
         "count": len(side),
         **side.counts(),

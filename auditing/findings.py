@@ -192,11 +192,11 @@ def _cosine(nearness: float) -> float:
 def chance_threshold(extremes: np.ndarray, error_rate: float) -> float:
     """From which value on no more than `error_rate` of these values, each the largest of many, are chance.
 
-    Gumbel's distribution is fitted to the lower quartile and the median. Infinity where fewer than 20 values say
-    nothing, or none is conspicuous.
+    Gumbel's distribution is fitted to the lower quartile and the median. Infinity where fewer than `LEAST` values
+    say nothing, or none is conspicuous.
     """
     values = np.sort(extremes[np.isfinite(extremes)].astype(np.float64))
-    if len(values) < 20:
+    if len(values) < LEAST:
         return np.inf
     low, middle = np.quantile(values, [0.25, 0.5])
     # Gumbel's quantile function is location - scale ln(-ln p).
