@@ -315,6 +315,12 @@ class PreProcess(FaceSearch):
     from_detections: Path | None = option(
         None, "align the faces of an earlier faces.tsv instead of detecting", group="data", metavar="FILE"
     )
+    reduced: bool = option(
+        False,
+        "decode large JPEGs at a half, a quarter or an eighth where --max-side and the crop need no more: faster, and "
+        "smoother, so boxes and crops differ a little",
+        group="crops",
+    )
     rule: str = option(
         "central",
         "which of several faces is the identity's",

@@ -32,6 +32,7 @@ import functools
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +352,8 @@ def open_embedder(options: config.Model, device: torch.device | str = "cpu") -> 
 
 def open_checkpoint(checkpoint: str | Path, options: config.Feeding, device: torch.device | str = "cpu") -> Embedder:
     """A model fed as a script's options say; see `load_embedder`."""
+    if options.precision == "bf16" and utils.emulates_bfloat16(torch.device(device)):
+        print("warning: --precision bf16: this processor has no bfloat16 of its own; exact is faster", file=sys.stderr)
     return load_embedder(
         checkpoint,
         device,

@@ -72,6 +72,7 @@ def detecting(options: config.PreProcess, files: Sequence[str]) -> Work:
         min_side=options.min_side,
         min_face=options.min_face,
         turn=cast("Turn", options.turn),
+        reduce_to=options.max_side if options.reduced else None,
     )
 
     def work(numbers: Sequence[int]) -> list[tuple[FaceRow, bytes | None]]:
@@ -98,7 +99,11 @@ def realigning(options: config.PreProcess, files: Sequence[str], table: FaceTabl
         if row is None:
             return FaceRow(photo.identity, file, NO_CROP, NOT_DETECTED), None
         row, crop = realign(
-            photo, replace(row, identity=photo.identity), min_side=options.min_side, min_face=options.min_face
+            photo,
+            replace(row, identity=photo.identity),
+            min_side=options.min_side,
+            min_face=options.min_face,
+            reduce_to=options.max_side if options.reduced else None,
         )
         return row, encode_jpeg(crop, options.jpeg_quality)
 
@@ -107,6 +112,8 @@ def realigning(options: config.PreProcess, files: Sequence[str], table: FaceTabl
 
 def check(options: config.PreProcess) -> None:
     """Refuse values that make no sense and options that would have no effect."""
+    if options.reduced and not options.max_side:
+        raise InputError("--reduced: has no effect with --max-side 0, which looks for faces in all pixels")
     if options.from_detections is None:
         return
     for field in fields(options):
@@ -128,6 +135,7 @@ def settings_of(options: config.PreProcess, listing: Listing) -> dict[str, Any]:
         "min_side": options.min_side,
         "min_face": options.min_face,
         "jpeg_quality": options.jpeg_quality,
+        **({"reduced": True} if options.reduced else {}),
     }
 
 

@@ -383,6 +383,10 @@ def begin(run: Run, state: State, changes: dict[str, list[Any]], amp: bool) -> N
         f"{options.network} on {world.size} x {world.device}, bfloat16 {'on' if amp else 'off'}"
         + (f"; goes on at step {state.step} of {run.steps}" if state.step else "")
     )
+    if amp and utils.emulates_bfloat16(world.device):
+        run.log(
+            "warning: --amp: this processor has no bfloat16 of its own; without it a step takes a fraction of the time"
+        )
     for note in crops.notes:
         run.log(f"note: {note}")
     if changes:

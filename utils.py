@@ -412,6 +412,13 @@ def own_device(name: str) -> "torch.device":
     return torch.device("cuda", int(number) % torch.cuda.device_count()) if several else device
 
 
+def emulates_bfloat16(device: "torch.device") -> bool:
+    """Whether this is a processor without AVX-512, on which PyTorch's bfloat16 takes many times as long as float32."""
+    import torch
+
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _precision = threading.RLock()
 

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 import config
 import utils
 from config import CROP_SIZE
-from cropping.align import AlignmentError, Rule, align_face, box_overlap, choose_face, warp
-from cropping.photos import PhotoError, content_key, read_ahead, read_file, read_photo
+from cropping.align import AlignmentError, Rule, align_face, box_overlap, choose_face, estimate_similarity, warp
+from cropping.photos import REDUCTIONS, PhotoError, Reduced, content_key, read_ahead, read_file, read_reduced, reduction
 from formats.tables import BOX_CROP, CENTRE_CROP, CROP, NO_CROP, FaceRow
 from retinaface import RetinaFace
 from utils import InputError
@@ -109,6 +109,9 @@ class FaceFinder:
     where no face was chosen; `fallback` cuts a crop from the box or the middle if that finds nothing either. `orient`
     applies EXIF orientations. `turn` says which photos are looked at in all four orientations: those whose face is not
     plausible as it stands, all, or none. `size` is the side of the crops.
+
+    With `reduce_to`, JPEGs are decoded at a smaller scale as long as their longer side keeps that many pixels and the
+    crop does not have to be enlarged. Not together with `retry` and `fallback`, and a photo with a `box` comes whole.
     """
 
     def __init__(
@@ -124,8 +127,11 @@ class FaceFinder:
         orient: bool = True,
         turn: Turn = "never",
         size: int = CROP_SIZE,
+        reduce_to: int | None = None,
     ) -> None:
-        self.detector, self.rule, self.size = detector, rule, size
+        if reduce_to is not None and (retry or fallback):
+            raise ValueError("reduce_to: retry and fallback look at whole photos")
+        self.detector, self.rule, self.size, self.reduce_to = detector, rule, size, reduce_to
         self.min_side, self.min_face, self.min_overlap = min_side, min_face, min_overlap
         self.retry, self.fallback, self.orient, self.turn = retry, fallback, orient, turn
         on_gpu = str(getattr(detector, "device", "cpu")) != "cpu"
@@ -141,30 +147,31 @@ class FaceFinder:
 
     def _work(self, photos: Sequence[Photo]) -> list[tuple[FaceRow, Crop | None]]:
         results: dict[int, tuple[FaceRow, Crop | None]] = {}
-        batch: dict[int, Crop] = {}
+        batch: dict[int, _Decoded] = {}
         sources: dict[int, dict[str, Any]] = {}  # what ties each row to its photo
         pixels = 0
         for index, photo in enumerate(photos):
             try:
                 data = read_file(photo.path)
                 sources[index] = {"sha256": content_key(data)}
-                bgr = read_photo(data, orient=self.orient, min_side=self.min_side)
+                side = self.reduce_to if photo.box is None else None
+                decoded = _Decoded.read(data, side, self.orient, self.min_side)
             except PhotoError as error:
                 results[index] = (_row(photo, NO_CROP, error.reason), None)
                 continue
-            sources[index] |= {"width": bgr.shape[1], "height": bgr.shape[0]}
-            area = bgr.shape[0] * bgr.shape[1]
-            if batch and pixels + area > WINDOW_PIXELS:
+            sources[index] |= {"width": decoded.view.width, "height": decoded.view.height}
+            if batch and pixels + decoded.cost > WINDOW_PIXELS:
                 results |= self._look(photos, batch)
                 batch, pixels = {}, 0
-            batch[index] = bgr
-            pixels += area
+            batch[index] = decoded
+            pixels += decoded.cost
         results |= self._look(photos, batch)
         ordered = [(index, *results[index]) for index in range(len(photos))]
         return [(replace(row, **sources.get(index, {})), crop) for index, row, crop in ordered]
 
-    def _look(self, photos: Sequence[Photo], batch: dict[int, Crop]) -> dict[int, tuple[FaceRow, Crop | None]]:
+    def _look(self, photos: Sequence[Photo], decoded: "dict[int, _Decoded]") -> dict[int, tuple[FaceRow, Crop | None]]:
         """Detect in decoded photos (by index into `photos`) and make what can be made of them."""
+        batch = {index: photo.view.bgr for index, photo in decoded.items()}
         found = dict(zip(batch, self._detect(list(batch.values())), strict=True))
         faces = {index: self._choose(photos[index], batch[index], found[index]) for index in batch}
         if self.turn != "never":
@@ -174,7 +181,8 @@ class FaceFinder:
             faceless = {index: batch[index] for index, face in faces.items() if face is None}
             faces |= self._look_again(photos, faceless)
         return {
-            index: self._finish(photos[index], batch[index], faces[index], len(found[index].scores)) for index in batch
+            index: self._finish(photos[index], photo, faces[index], len(found[index].scores))
+            for index, photo in decoded.items()
         }
 
     def _detect(self, images: list[Crop]) -> Sequence[Detections]:
@@ -240,8 +248,11 @@ class FaceFinder:
                     faces[index] = replace(face, remark=f"seen when turned by {turn}" if turn else "seen when enlarged")
         return faces
 
-    def _finish(self, photo: Photo, bgr: Crop, face: "_Face | None", count: int) -> tuple[FaceRow, Crop | None]:
+    def _finish(
+        self, photo: Photo, decoded: "_Decoded", face: "_Face | None", count: int
+    ) -> tuple[FaceRow, Crop | None]:
         """The row and the crop of a photo in which `count` faces were detected at first sight and `face` was chosen."""
+        bgr = decoded.view.bgr
         box = clip_box(photo.box, (bgr.shape[1], bgr.shape[0]))
         if box is None and photo.box is not None:
             photo = replace(photo, note=_join(photo.note, "no usable box: outside of the photo"))
@@ -249,7 +260,8 @@ class FaceFinder:
             reason = "no face" if count == 0 or box is None else "no face in the box"
             row, crop = _row(photo, NO_CROP, reason, faces=count), None
         else:
-            row, crop = _align(_face_row(photo, face, count), bgr, face, self.min_face, self.size)
+            face = face.enlarged(decoded.view.factor)
+            row, crop = _align(_face_row(photo, face, count), decoded, face, self.min_face, self.size)
         if crop is not None or not self.fallback:
             return row, crop
         if box is None:
@@ -258,11 +270,48 @@ class FaceFinder:
 
 
 @dataclass(frozen=True)
+class _Decoded:
+    """A photo's pixels, perhaps reduced, and what it takes to have more of them."""
+
+    view: Reduced
+    data: bytes
+    orient: bool
+
+    @classmethod
+    def read(cls, data: bytes, side: int | None, orient: bool = True, min_side: int = 1) -> "_Decoded":
+        """Reduced as long as the longer side keeps `side` pixels; None reads the whole photo."""
+        view = read_reduced(
+            data, lambda size_wh: 1 if side is None else reduction(size_wh, side), orient=orient, min_side=min_side
+        )
+        return cls(view, data if view.factor > 1 else b"", orient)
+
+    @property
+    def cost(self) -> int:
+        """What it takes in memory, in pixels of three bytes."""
+        return self.view.bgr.size // 3 + len(self.data) // 3
+
+    def crop(self, landmarks: np.ndarray, size: int) -> Crop:
+        """The aligned crop of a face, `landmarks` [5, 2] in pixels of the whole photo; as `align_face`."""
+        view, scale = self.view, float(np.hypot(*estimate_similarity(landmarks)[:, 0])) * size / CROP_SIZE
+        # The crop must not be made larger than the view shows the face; one of no size is refused by `align_face`.
+        enough = next((factor for factor in REDUCTIONS if scale * factor <= 1), 1)
+        if enough < view.factor:
+            view = read_reduced(self.data, lambda size_wh: enough, orient=self.orient)
+        # Centres of pixels: the first of the view lies in the middle of the first `factor` of the photo.
+        return align_face(view.bgr, (landmarks + 0.5) / view.factor - 0.5 if view.factor > 1 else landmarks, size)
+
+
+@dataclass(frozen=True)
 class _Face:
     box: np.ndarray
     landmarks: np.ndarray
     score: float
     remark: str = ""
+
+    def enlarged(self, factor: int) -> "_Face":
+        """A face found in a photo reduced by `factor`, in pixels of the photo, by the detector's own rule for photos
+        that it shrinks."""
+        return replace(self, box=self.box * np.float32(factor), landmarks=self.landmarks * np.float32(factor))
 
     @property
     def lean(self) -> float:
@@ -370,7 +419,13 @@ def _join(*remarks: str) -> str:
 
 
 def realign(
-    photo: Photo, row: FaceRow, *, min_side: int = 1, min_face: float = 0.0, size: int = CROP_SIZE
+    photo: Photo,
+    row: FaceRow,
+    *,
+    min_side: int = 1,
+    min_face: float = 0.0,
+    size: int = CROP_SIZE,
+    reduce_to: int | None = None,
 ) -> tuple[FaceRow, Crop | None]:
     """The crop of the face that a row of an earlier run describes, without detecting again.
 
@@ -385,15 +440,15 @@ def realign(
     try:
         data = read_file(photo.path)
         source = {"sha256": content_key(data)}
-        bgr = read_photo(data, min_side=min_side)
-        source |= {"width": bgr.shape[1], "height": bgr.shape[0]}
+        decoded = _Decoded.read(data, reduce_to, min_side=min_side)
+        source |= {"width": decoded.view.width, "height": decoded.view.height}
         if source["sha256"] != row.sha256:
             sides = f"{source['width']}x{source['height']} pixels"
             raise PhotoError("another photo", f"{sides}, the detections are of one of {row.width}x{row.height}")
     except PhotoError as error:
         return replace(_row(photo, NO_CROP, error.reason), **source), None
     face = _Face(np.array(row.box, np.float32), np.array(row.landmarks, np.float32), row.score)
-    row, crop = _align(_face_row(photo, face, row.faces), bgr, face, min_face, size)
+    row, crop = _align(_face_row(photo, face, row.faces), decoded, face, min_face, size)
     return replace(row, **source), crop
 
 
@@ -401,15 +456,17 @@ def _face_row(photo: Photo, face: "_Face", count: int) -> FaceRow:
     return _row(photo, CROP, face.remark, max(count, 1), face.box, face.landmarks, face.score)
 
 
-def _align(row: FaceRow, bgr: Crop, face: "_Face", min_face: float, size: int) -> tuple[FaceRow, Crop | None]:
+def _align(row: FaceRow, decoded: _Decoded, face: "_Face", min_face: float, size: int) -> tuple[FaceRow, Crop | None]:
     """The crop of a chosen face, or its row with the reason why it gives none."""
     width, height = face.box[2:] - face.box[:2]
     reason = f"face too small: {width:.0f}x{height:.0f}, the limit is {min_face:g}"
     if min(width, height) >= min_face:
         try:
-            return row, align_face(bgr, face.landmarks, size)
+            return row, decoded.crop(face.landmarks, size)
         except AlignmentError as error:
             reason = f"not alignable: {error}"
+        except PhotoError as error:  # damage that shows when the photo is decoded with more pixels
+            reason = error.reason
     return replace(row, status=NO_CROP, reason=_join(reason, row.reason)), None
 
 

@@ -20,12 +20,13 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 from torch import nn
 
+import config
 import data_gen
 import embedding
 import export
 import models
 import utils
-from embedding import Embedder, Preprocessing, load_embedder, normalise
+from embedding import Embedder, Preprocessing, load_embedder, normalise, open_checkpoint
 from utils import InputError
 
 
@@ -108,6 +109,18 @@ def test_bfloat16_is_another_model_with_nearly_the_same_features(tmp_path, netwo
     one, other = normalise(exact.features(crops)), normalise(low.features(crops))
     assert 0.999 < (one * other).sum(1).min() < 1 - 1e-8
     assert low.engine == f"{exact.engine} bf16" and low.fingerprint != exact.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("emulated", "precision", "warned"), [(True, "bf16", True), (True, "exact", False), (False, "bf16", False)]
+)
+def test_bfloat16_without_a_processor_for_it_is_worth_a_line(
+    tmp_path, network, capsys, monkeypatch, emulated, precision, warned
+):
+    monkeypatch.setattr(utils, "emulates_bfloat16", lambda device: emulated)
+    torch.save(network.state_dict(), tmp_path / "embedding.pt")
+    open_checkpoint(tmp_path / "embedding.pt", config.Feeding(precision=precision))
+    assert ("--precision bf16: this processor has no bfloat16" in capsys.readouterr().err) is warned
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])

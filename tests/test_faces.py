@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import utils
 from cropping import faces
+from cropping.align import TEMPLATE
 from cropping.faces import (
     FaceFinder,
     Photo,
@@ -533,6 +534,74 @@ def test_encode_jpeg_keeps_the_picture():
     fine, coarse = (encode_jpeg(crop, quality) for quality in (95, 40))
     assert len(coarse) < len(fine)
     assert np.abs(cv2.imdecode(np.frombuffer(fine, np.uint8), 1).astype(int) - crop).mean() < 2
+
+
+def large_photo(tmp_path, faces, quality=95):
+    """A JPEG of 1600 x 1200 pixels with painted faces."""
+    path = tmp_path / "id" / "large.jpg"
+    path.parent.mkdir(exist_ok=True)
+    smooth = cv2.GaussianBlur(paint(1600, 1200, faces), (0, 0), 2)
+    path.write_bytes(cv2.imencode(".jpg", smooth, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())
+    return Photo(path, "id/large.jpg", "id")
+
+
+@pytest.mark.parametrize(
+    ("side", "reduce_to", "detected_at"),
+    [(640, 200, (150, 200)), (640, 201, (300, 400)), (320, 200, (150, 200)), (80, 400, (300, 400)), (80, None, None)],
+)
+def test_large_jpegs_are_read_reduced(tmp_path, side, reduce_to, detected_at):
+    """The face's place and crop are those of the whole photo, also where the crop needs more pixels than detection."""
+    photo, detector = large_photo(tmp_path, [(800 - side // 2, 620 - side // 2, side)]), PaintedFaces()
+    ((row, crop),) = FaceFinder(detector, reduce_to=reduce_to)([photo])
+    ((whole, same),) = FaceFinder(PaintedFaces())([photo])
+    assert detector.sizes == [detected_at or (1200, 1600)]
+    assert np.abs(crop[[20, 90], 56].astype(int) - [BLUE, RED]).max() < 12  # JPEG
+    assert (row.width, row.height, row.sha256, row.status) == (1600, 1200, whole.sha256, CROP)
+    np.testing.assert_allclose(row.box, whole.box, atol=12)
+    np.testing.assert_allclose(row.landmarks, whole.landmarks, atol=12)
+    assert np.abs(crop.astype(int) - same).mean() < 10
+    again, same = realign(photo, row, reduce_to=reduce_to)
+    assert again == row and (same == crop).all()
+
+
+def test_a_reduced_crop_lies_where_the_whole_one_does(tmp_path):
+    """With the same landmarks, sampled where they lie: a crop shifted by half a pixel of the view would differ."""
+    noise = np.random.default_rng(1).integers(0, 256, (50, 67, 3), dtype=np.uint8)
+    data = cv2.imencode(".jpg", cv2.resize(noise, (1600, 1200), interpolation=cv2.INTER_CUBIC))[1].tobytes()
+    landmarks = TEMPLATE.astype(np.float32) * 6 + np.float32([411.3, 217.9])
+    whole = faces._Decoded.read(data, None).crop(landmarks, 112)
+    for side, factor in ((800, 2), (400, 4)):
+        decoded = faces._Decoded.read(data, side)
+        assert decoded.view.factor == factor
+        here, *shifted = (
+            np.abs(decoded.crop(landmarks + move, 112).astype(int) - whole).mean()
+            for move in (0, factor / 2, -factor / 2)
+        )
+        assert here < 1.5 and here < min(shifted) / 2
+
+
+def test_damage_that_shows_only_in_the_whole_photo_is_a_reason(tmp_path, monkeypatch):
+    photo = large_photo(tmp_path, [(760, 580, 80)])
+    read = faces.read_reduced
+
+    def damaged(data, choose, **limits):
+        found = read(data, choose, **limits)
+        if found.factor == 1:
+            raise faces.PhotoError("truncated")
+        return found
+
+    monkeypatch.setattr(faces, "read_reduced", damaged)
+    ((row, crop),) = FaceFinder(PaintedFaces(), reduce_to=400)([photo])
+    assert crop is None and (row.status, row.reason) == (NO_CROP, "truncated")
+
+
+def test_reduced_photos_have_no_second_look(tmp_path):
+    for settings_ in ({"retry": True}, {"fallback": True}):
+        with pytest.raises(ValueError, match="whole photos"):
+            FaceFinder(PaintedFaces(), reduce_to=800, **settings_)
+    photo, detector = replace(large_photo(tmp_path, [(480, 300, 640)]), box=(480, 300, 1120, 940)), PaintedFaces()
+    FaceFinder(detector, reduce_to=200)([photo])
+    assert detector.sizes == [(1200, 1600)]
 
 
 def test_real_photos_against_the_reference(shared):

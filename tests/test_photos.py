@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cropping import photos
-from cropping.photos import PhotoError, identity_of, in_order, list_photos, read_photo
+from cropping.photos import PhotoError, identity_of, in_order, list_photos, read_photo, read_reduced, reduction
 from formats import archives
 from utils import InputError
 
@@ -147,6 +147,60 @@ def test_exif_orientation(orientation, name):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(read_photo(data), np.asarray(upright)[:, :, ::-1])
     np.testing.assert_array_equal(read_photo(data, orient=False), reference(data))
+
+
+@pytest.mark.parametrize(("factor", "size"), [(1, (203, 155)), (2, (102, 78)), (4, (51, 39)), (8, (26, 20))])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_is_decoded_at_its_own_smaller_scales(factor, size, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    asked = []
+
+    def choose(size_wh):
+        asked.append(size_wh)
+        return factor
+
+    picture = scene(203, 155)
+    upright, turned = (
+        read_reduced(encode(picture, "JPEG", quality=95, **options, **more), choose) for more in ({}, {"exif": exif})
+    )
+    assert asked == [(203, 155)] * 2
+    assert upright.bgr.shape[1::-1] == size and upright[1:] == (factor, 203, 155)
+    np.testing.assert_array_equal(turned.bgr, np.rot90(upright.bgr, -1))
+    assert turned[1:] == (factor, 155, 203)
+    # libjpeg's reduction is near to averages of blocks, and lies where they lie.
+    whole = np.asarray(picture)[: 155 // 8 * 8, : 203 // 8 * 8, ::-1]
+    blocks = whole.reshape(whole.shape[0] // factor, factor, whole.shape[1] // factor, factor, 3).mean(axis=(1, 3))
+    off = [
+        np.abs(blocks[1:-1, 1:-1] - upright.bgr[1 + y : len(blocks) - 1 + y, 1 : blocks.shape[1] - 1]).mean()
+        for y in (0, 1, -1)
+    ]
+    assert off[0] < 6 and off[0] < min(off[1:]) / 2
+
+
+def test_what_has_no_smaller_scale_comes_whole():
+    for data in (encode(scene(203, 155)), encode(scene(203, 155).convert("CMYK"), "JPEG")):
+        found = read_reduced(data, lambda size_wh: 8)
+        np.testing.assert_array_equal(found.bgr, read_photo(data))
+        assert found[1:] == (1, 203, 155)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_half_a_jpeg_is_truncated_at_any_scale(factor):
+    data = encode(scene(203, 155), "JPEG")
+    for cut in (data[: len(data) // 2], data[: len(data) // 2] + data[-2:]):
+        with pytest.raises(PhotoError, match="truncated"):
+            read_reduced(cut, lambda size_wh: factor)
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(1, 900))
+def test_a_photo_is_reduced_as_far_as_its_longer_side_allows(width, height, side):
+    factor = reduction((width, height), side)
+    longer = max(width, height)
+    assert factor == 1 or longer / factor >= side
+    assert factor == 8 or longer / (2 * factor) < side
+    if factor > 1 and side >= 8:  # what `read_reduced` makes of the picture's size
+        assert -(-longer // -(-longer // factor)) == factor
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])

@@ -305,6 +305,7 @@ def test_a_finished_run_is_left_alone_and_lost_outputs_are_made_again(painted, t
         (("--min-face", "20"), "min_face was 0.0 and is now 20.0"),
         (("--jpeg-quality", "90"), "jpeg_quality was 95 and is now 90"),
         (("--score-threshold", "0.8"), "score_threshold was 0.9 and is now 0.8"),
+        (("--reduced",), "reduced was None and is now True"),
         ((), "photos was"),
     ],
 )
@@ -405,6 +406,7 @@ def test_outputs_of_others_are_not_overwritten(painted, tmp_path, capsys):
         (("--shard", "0/3"), "expected K/N"),
         (("--shard", "4/3"), "expected K/N"),
         (("--shard", "two"), "expected K/N"),
+        (("--reduced", "--max-side", "0"), "--reduced: has no effect with --max-side 0"),
     ],
 )
 def test_values_that_make_no_sense(painted, tmp_path, capsys, arguments, complaint):

@@ -4,8 +4,10 @@ import errno
 import fcntl
 import os
 import pickle
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,3 +340,11 @@ def test_a_driver_that_is_too_old_is_no_cpu(tmp_path, monkeypatch):
     for name in ("auto", "cuda"):
         with pytest.raises(InputError, match=r"needs driver 580 or newer"):
             utils.choose_device(name)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux what the processor has")
+def test_processors_that_emulate_bfloat16():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    if platform.machine() == "x86_64":
+        assert utils.emulates_bfloat16(torch.device("cpu")) == ("avx512bw" not in flags)
+    assert not utils.emulates_bfloat16(torch.device("cuda"))
