@@ -490,7 +490,8 @@ def load_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = False) -> dict[str, Any]:
-    """The dictionary that torch.save wrote to a file: tensors, numbers, texts, nested; see `load_checkpoint`.
+    """The dictionary that torch.save wrote to a file: tensors, numbers, texts, nested; see `load_checkpoint`. Or the
+    tensors of a safetensors file.
 
     With `stand_ins`, objects of other programs that lie beside the weights (the settings and callbacks in a checkpoint
     of Lightning) are read as empty dictionaries; nothing of their code is looked for or run. Raises InputError.
@@ -515,6 +516,8 @@ def _read_tensors(path: Path, mmap: bool, stand_ins: bool) -> Any:
 
     foreign: list[str] = []
     try:
+        if _is_safetensors(path):
+            return _read_safetensors(path)
         if zipfile.is_zipfile(path):
             _verify_zip(path)
             if stand_ins:
@@ -534,6 +537,21 @@ def _read_tensors(path: Path, mmap: bool, stand_ins: bool) -> Any:
     if foreign and not content:  # one object and nothing else: a whole pickled module
         raise _holds_objects(path)
     return content
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a JSON header, 8 bytes, and a brace (the format's README)."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000  # the format's own limit
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{path}: reading it needs safetensors: pip install safetensors") from None
+    return load_file(path)
 
 
 class _Absorbed:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import data_gen
@@ -133,6 +134,39 @@ def test_wrappers_and_prefixes_change_nothing(tmp_path, mbf, crops, wrapped):
     torch.save(wrapped(mbf.state_dict()), tmp_path / "net.pt")
     expected = load_embedder_of(mbf, tmp_path).features(crops)
     assert np.array_equal(load_embedder(tmp_path / "net.pt").features(crops), expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.net."])
+def test_safetensors_of_the_hub(tmp_path, mbf, crops, prefix):
+    state = {f"{prefix}{key}": value for key, value in mbf.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model.bin").write_bytes((tmp_path / "model.safetensors").read_bytes())  # the content counts
+    expected = load_embedder_of(mbf, tmp_path).features(crops)
+    for name in ("model.safetensors", "model.bin"):
+        assert np.array_equal(load_embedder(tmp_path / name).features(crops), expected)
+
+
+def test_damaged_safetensors_are_one_line(tmp_path, mbf, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file(mbf.state_dict(), path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    for damaged in (
+        whole[: len(whole) // 2],
+        whole[:100],
+        whole[:9],
+        whole + b"more",
+        (10**7).to_bytes(8, "little") + whole[8:],
+        whole[:8] + b"{" * length + whole[8 + length :],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"model\.safetensors: not a file of weights, or damaged") as caught:
+            load_embedder(path)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="pip install safetensors"):
+        load_embedder(path)
 
 
 def load_embedder_of(network, folder):
