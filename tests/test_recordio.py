@@ -246,6 +246,43 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("records")
 
 
+def at_once(reader, positions):
+    """`peek_all` agrees with `peek`, or leaves the record to it; returns how many it left."""
+    heads, lengths = reader.peek_all(positions)
+    for position, head, length in zip(positions.tolist(), heads, lengths.tolist(), strict=True):
+        if length >= 0:
+            expected, whole = reader.peek(int(reader.keys[position]))
+            assert length == whole and head.tobytes()[:length] == expected[:28]
+    return int((lengths < 0).sum())
+
+
+@pytest.mark.parametrize("window", [36, 100, 1000, 1 << 20])
+def test_many_records_are_looked_at_in_pieces(tmp_path, monkeypatch, window):
+    """Whatever the pieces, the order of the .idx and that of the question; damage is left to `peek`."""
+    monkeypatch.setattr(recordio, "_WINDOW", window)
+    random = np.random.default_rng(window)
+    path = tmp_path / "many.rec"
+    sizes = random.integers(28, 300, 50)
+    write_records(path, [random.integers(0, 255, size, dtype=np.uint8).tobytes() for size in sizes])
+    lines = path.with_suffix(".idx").read_text().splitlines(keepends=True)
+    for shuffled in (False, True):
+        if shuffled:  # keys no longer in the order of the file
+            offsets = [line.split("\t")[1] for line in lines]
+            random.shuffle(offsets)
+            path.with_suffix(".idx").write_text("".join(f"{key}\t{at}" for key, at in enumerate(offsets)))
+        with RecordReader(path) as reader:
+            in_file = np.argsort(reader.offsets)
+            for positions in (in_file, in_file[::3], random.permutation(50), in_file[:0]):
+                assert at_once(reader, positions) == 0
+            data = bytearray(path.read_bytes())
+            data[reader.offsets[7]] ^= 1  # the magic
+            data[reader.offsets[9] + 6] ^= 1  # the length
+            (tmp_path / "damaged.rec").write_bytes(data)
+        (tmp_path / "damaged.idx").write_text(path.with_suffix(".idx").read_text())
+        with RecordReader(tmp_path / "damaged.rec") as reader:
+            assert np.flatnonzero(reader.peek_all(np.arange(50))[1] < 0).tolist() == [7, 9]
+
+
 @given(st.lists(magics, max_size=8))
 @example([MAGIC * 3, b"", MAGIC + b"x", b"abc" + MAGIC, b"abcd" + MAGIC])
 @settings(max_examples=100, deadline=None)
@@ -257,6 +294,7 @@ def test_any_records_round_trip(scratch, records):
         for key, record in enumerate(records):
             head, length = reader.peek(key)
             assert length == len(record) and record.startswith(head) and len(head) >= min(28, length)
+        at_once(reader, np.arange(len(records)))
         reader.check_index()
         assert reader.unlisted == 0
     assert path.stat().st_size % 4 == 0
