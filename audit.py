@@ -37,20 +37,24 @@ from auditing.findings import (
     TEST,
     UNUSABLE,
     WRONG,
+    Limits,
     PairFinding,
+    find_faceless,
     find_merges,
     find_splits,
     judge_crops,
     limits,
     person_limit,
 )
-from auditing.measures import SIGNS, WIDTH, measure, reject_curve
+from auditing.measures import LEAST_SCORE, SIGNS, WIDTH, measure, reject_curve
+from cropping.faces import embedded_weights
 from cropping.photos import decode_crop
 from embedding import Embedder, open_embedder
 from formats import crop_sets, selection, tables
 from formats.embeddings import EmbeddingStore
 from options import parse
 from processes import Shard
+from retinaface import RetinaFace
 from utils import InputError
 from verification.features import verify
 from verification.metrics import curve, operating_point
@@ -78,6 +82,13 @@ class Findings:
         self.kinds[index], self.reasons[index], self.action[index], self.to[index] = kind, reason, action, to
 
 
+def open_detector(options: config.Audit) -> RetinaFace | None:
+    """What looks for a face in each crop; None with --no-faces."""
+    if not options.faces:
+        return None
+    return RetinaFace(device=utils.own_device(options.device), score_threshold=LEAST_SCORE)
+
+
 def embed(
     options: config.Audit, crops: crop_sets.Crops, fingerprint: str, embedder: Embedder
 ) -> tuple[Any, Any] | None:
@@ -87,15 +98,17 @@ def embed(
     """
     shard = Shard.parse(options.shard)
     key = {"data": fingerprint, "model": embedder.fingerprint, "measures": [THUMB, *SIGNS], "shifts": options.shifts}
+    key["faces"] = embedded_weights() if options.faces else None
     folder = options.out / "embeddings"
     features = EmbeddingStore(folder / "features", key, len(crops), embedder.dim)
     measures = EmbeddingStore(folder / "measures", key, len(crops), WIDTH, "float16")
     mine = shard.index, shard.count
     todo = sorted({*features.missing(*mine), *measures.missing(*mine)})
+    detector = open_detector(options) if todo else None
     with utils.progress(sum(len(features.numbers(chunk)) for chunk in todo), "embed", unit="crop") as bar:
         for chunk in todo:
             numbers = features.numbers(chunk)
-            rows, signs = _embed_chunk(crops, numbers, embedder, options.shifts)
+            rows, signs = _embed_chunk(crops, numbers, embedder, options.shifts, detector)
             measures.save(chunk, signs)
             features.save(chunk, rows)
             bar.update(len(numbers))
@@ -109,7 +122,7 @@ def embed(
 
 
 def _embed_chunk(
-    crops: crop_sets.Crops, numbers: range, embedder: Embedder, shifts: bool
+    crops: crop_sets.Crops, numbers: range, embedder: Embedder, shifts: bool, detector: RetinaFace | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """A crop that cannot be decoded has a feature of zeros and measures of NaN."""
     rows, signs = np.zeros((len(numbers), embedder.dim), np.float32), np.full((len(numbers), WIDTH), np.nan, np.float32)
@@ -121,7 +134,7 @@ def _embed_chunk(
         except (ValueError, InputError):
             continue
     if good:
-        rows[good], signs[good] = measure(embedder, np.stack(pictures), shifts=shifts)
+        rows[good], signs[good] = measure(embedder, np.stack(pictures), shifts=shifts, detector=detector)
     return rows, signs
 
 
@@ -132,6 +145,15 @@ def _complaint(crops: crop_sets.Crops) -> str:
     except (ValueError, InputError) as error:
         return f"{crops.describe(0)}: {error}"
     return f"{crops.describe(0)}: the model gives no finite feature"
+
+
+def mark_faceless(found: Findings, face: np.ndarray, centres: Centres, other: np.ndarray, bounds: Limits) -> None:
+    """Call crops without a face unusable."""
+    lacking, limit = find_faceless(face, centres, other, bounds)
+    for index in np.flatnonzero(lacking).tolist():
+        if found.kinds[index] != UNUSABLE:
+            share = f"{1 - bounds.false_alarms:g} of the sure crops have {limit:.2f} and more"
+            found.set(index, UNUSABLE, f"no face: the detector gives {face[index]:.2f}, {share}", "drop")
 
 
 def mark_duplicates(found: Findings, measures: np.ndarray, own: np.ndarray) -> list[Duplicate]:
@@ -315,7 +337,11 @@ def quality(options: config.Audit, embedder: Embedder) -> list[Any]:
     pairs = open_set(options.quality_on, options.out / "cache", device=utils.choose_device(options.device))
     result = verify(embedder, pairs, cache_dir=options.out / "cache")
     windows = range(0, len(pairs.crops), 512)
-    parts = [measure(embedder, pairs.crops[start : start + 512], shifts=options.shifts) for start in windows]
+    detector = open_detector(options)
+    parts = [
+        measure(embedder, pairs.crops[start : start + 512], shifts=options.shifts, detector=detector)
+        for start in windows
+    ]
     features, measures = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     signs = {"norm": np.linalg.norm(features, axis=1)}
     signs |= dict(zip(SIGNS, measures[:, THUMB * THUMB :].T, strict=True))
@@ -362,6 +388,7 @@ def audit(options: config.Audit) -> None:
     )
     bounds = limits(features, found.labels, centres, other, near_cosine, options.error_rate, options.false_alarms)
     found.kinds, found.score, found.reasons = judge_crops(found.labels, centres, other, nearest, bounds, found.names)
+    mark_faceless(found, measures[:, THUMB * THUMB + SIGNS.index("face")], centres, other, bounds)
     duplicates = mark_duplicates(found, measures, centres.own) if options.duplicates else []
     found.pairs += find_merges(features, found.labels, centres, near_centre, near_cosine, bounds, found.names)
     found.pairs += find_splits(features, found.labels, centres, bounds, found.names)

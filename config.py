@@ -745,6 +745,7 @@ class Audit(Model):
         at_most=0.2,
     )
     duplicates: bool = option(True, "look for the same photo twice", group="findings")
+    faces: bool = option(True, "look for a face in each crop, by the detector of stage 2", group="findings")
     shifts: bool = option(False, "quality by the crop moved by 4 pixels, too: three times the work", group="findings")
     quality_on: Path | None = option(
         None, "verification set that says whether the signs of quality mean anything", group="findings", metavar="PATH"

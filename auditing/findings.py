@@ -11,6 +11,8 @@ No constant decides; every threshold comes from the set's own distributions and 
   null). Above it a crop shows another *person* of the set where `other` is beyond what sure crops have by chance, and a
   *stranger* otherwise. Where more than half of the crops seem not to show their identity, either the set has no
   identities or the model cannot tell them apart, and no crop is judged.
+* *No face.* The detector's score is below what all sure crops but the false alarm rate have, and the model does not
+  know the crop either: it is near neither to its own identity nor to another.
 * *Two labels, one person.* By chance the angle to the nearest other centre of an identity, the least of many, follows
   an extreme value distribution (Weibull, as angles end at 0; its logarithm is Gumbel's), fitted to the half of the
   identities that is farthest from all others, where hardly one has a second label; two identities are one person from
@@ -38,6 +40,7 @@ KEEP, WRONG, STRANGER, UNUSABLE, DUPLICATE = "", "wrong person", "stranger", "un
 MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the test set"
 
 MOST_WRONG = 0.5  # share of crops that seem not to show their identity beyond which none is judged
+SEEN = 0.5  # score of a face that a detector is rather sure of
 FEW = 3  # crops below which an identity has no majority
 LEAST = 20  # identities below which nothing is said of how alike two of them are by chance
 SPLIT_ROUNDS = 10
@@ -241,6 +244,20 @@ def judge_crops(
             reasons.append(few.strip())
     score[no_direction] = np.inf
     return kinds, score, reasons
+
+
+def find_faceless(face: np.ndarray, found: Centres, other: np.ndarray, bounds: Limits) -> tuple[np.ndarray, float]:
+    """Which crops show no face, bool [crops], and the limit of `face`, the detector's scores float [crops].
+
+    A detector that finds no face in half of the sure crops says nothing about such pictures: no crop, and a limit of 0.
+    """
+    known = found.own >= bounds.stranger_limit
+    sure = face[found.trusted & known & (found.own > other)]
+    sure = sure[np.isfinite(sure)]
+    if not len(sure) or np.median(sure) < SEEN:
+        return np.zeros(len(face), bool), 0.0
+    limit = _quantile(sure, bounds.false_alarms, 0.0)
+    return (face < limit) & ~known & ~(other >= bounds.other_limit), limit
 
 
 def find_merges(

@@ -1,10 +1,12 @@
-"""Each crop on its own: its picture in small, and signs of quality that need no second network.
+"""Each crop on its own: its picture in small, and signs of quality that need no second embedding network.
 
 Signs of quality, larger is better: `norm` (length of the feature: networks trained with a margin give blurred and
-occluded faces short ones), `mirror` (cosine of the features of crop and mirror image), `shift` (mean cosine to the
-features of the crop moved by 4 pixels, where asked for), `sharpness` (logarithm of the Laplacian's variance), `filled`
-(share of the crop that is not one flat colour at its border). Whether they mean anything for a model is measured:
-`reject_curve` says how the errors of a verification set fall as the worst pairs by that sign are left out.
+occluded faces short ones), `face` (the detector's score of the face in the middle, 0 where it sees none), `landmarks`
+(minus the mean distance in pixels of that face's landmarks from where alignment puts them), `mirror` (cosine of the
+features of crop and mirror image), `shift` (mean cosine to the features of the crop moved by 4 pixels, where asked
+for), `sharpness` (logarithm of the Laplacian's variance), `filled` (share of the crop that is not one flat colour at
+its border). Whether they mean anything for a model is measured: `reject_curve` says how the errors of a verification
+set fall as the worst pairs by that sign are left out.
 """
 
 from dataclasses import dataclass
@@ -13,30 +15,58 @@ import cv2
 import numpy as np
 
 from auditing.duplicates import THUMB, thumbnail
+from config import CROP_SIZE
+from cropping.align import TEMPLATE, box_overlap
 from embedding import Embedder
+from retinaface import RetinaFace
 
-SIGNS = ("mirror", "shift", "sharpness", "filled")
+SIGNS = ("face", "landmarks", "mirror", "shift", "sharpness", "filled")
 WIDTH = THUMB * THUMB + len(SIGNS)  # columns of the store of measures
 SHIFT = 4  # pixels
 
+# Least score of a face that is looked at. In 400 crops of public sets 99 % of the best ones have 0.93 and more; parts
+# of faces and noise have 0.12 and less.
+LEAST_SCORE = 0.02
+# The detector's box in an aligned crop, medians on LFW, and the overlap from which on a face is the one in the middle.
+_BOX, _OVERLAP = (14.9, 8.9, 96.9, 118.9), 0.3
 
-def measure(embedder: Embedder, crops: np.ndarray, *, shifts: bool) -> tuple[np.ndarray, np.ndarray]:
+
+def measure(
+    embedder: Embedder, crops: np.ndarray, *, shifts: bool, detector: RetinaFace | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Features float32 [n, D], as the embedder gives them, and measures float32 [n, WIDTH], of uint8 RGB crops.
 
-    The measures are the small picture's 256 grey values and `SIGNS`; `shift` is NaN unless `shifts`.
+    The measures are the small picture's 256 grey values and `SIGNS`; `shift` is NaN unless `shifts`, `face` and
+    `landmarks` without a `detector`.
     """
     plain = embedder.with_preprocessing(mirror=False)
     feature, mirrored = plain.features(crops), plain.features(crops[:, :, ::-1])
-    signs = [cosine_rows(feature, mirrored)]
+    unknown = np.full(len(crops), np.nan, np.float32)
+    signs = [*((unknown, unknown) if detector is None else look(detector, crops)), cosine_rows(feature, mirrored)]
     if shifts:
         moved = [np.roll(crops, step, axis) for axis in (1, 2) for step in (SHIFT, -SHIFT)]
         signs.append(np.mean([cosine_rows(feature, plain.features(other)) for other in moved], axis=0))
     else:
-        signs.append(np.full(len(crops), np.nan, np.float32))
+        signs.append(unknown)
     signs += [np.array([sharpness(crop) for crop in crops]), np.array([filled(crop) for crop in crops])]
     pictures = np.stack([thumbnail(crop) for crop in crops]) if len(crops) else np.zeros((0, THUMB * THUMB))
     features = feature + mirrored if embedder.preprocessing.mirror else feature
     return features, np.concatenate([pictures, np.stack(signs, axis=1)], axis=1).astype(np.float32)
+
+
+def look(detector: RetinaFace, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`face` and `landmarks`, float32 [n] each, of uint8 RGB crops; without a face 0 and minus the crop's side.
+
+    The detector's own limit is to be `LEAST_SCORE`.
+    """
+    face, landmarks = np.zeros(len(crops), np.float32), np.full(len(crops), -CROP_SIZE, np.float32)
+    for index, found in enumerate(detector.detect([np.ascontiguousarray(crop[..., ::-1]) for crop in crops])):
+        near = box_overlap(found.boxes, _BOX) >= _OVERLAP
+        if near.any():
+            best = int(np.argmax(np.where(near, found.scores, -1)))
+            face[index] = found.scores[best]
+            landmarks[index] = -np.linalg.norm(found.landmarks[best] - TEMPLATE, axis=1).mean()
+    return face, landmarks
 
 
 def cosine_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:

