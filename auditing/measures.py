@@ -9,6 +9,7 @@ its border). Whether they mean anything for a model is measured: `reject_curve` 
 set fall as the worst pairs by that sign are left out.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cv2
@@ -39,10 +40,12 @@ def measure(
     The measures are the small picture's 256 grey values and `SIGNS`; `shift` is NaN unless `shifts`, `face` and
     `landmarks` without a `detector`.
     """
-    plain = embedder.with_preprocessing(mirror=False)
-    feature, mirrored = plain.features(crops), plain.features(crops[:, :, ::-1])
     unknown = np.full(len(crops), np.nan, np.float32)
-    signs = [*((unknown, unknown) if detector is None else look(detector, crops)), cosine_rows(feature, mirrored)]
+    with ThreadPoolExecutor(1) as beside:  # much of the detector's work is the CPU's, also where there is a GPU
+        seen = None if detector is None else beside.submit(look, detector, crops)
+        plain = embedder.with_preprocessing(mirror=False)
+        feature, mirrored = plain.features(crops), plain.features(crops[:, :, ::-1])
+    signs = [*((unknown, unknown) if seen is None else seen.result()), cosine_rows(feature, mirrored)]
     if shifts:
         moved = [np.roll(crops, step, axis) for axis in (1, 2) for step in (SHIFT, -SHIFT)]
         signs.append(np.mean([cosine_rows(feature, plain.features(other)) for other in moved], axis=0))
