@@ -149,11 +149,9 @@ def _complaint(crops: crop_sets.Crops) -> str:
 
 def mark_faceless(found: Findings, face: np.ndarray, centres: Centres, other: np.ndarray, bounds: Limits) -> None:
     """Call crops without a face unusable."""
-    lacking, limit = find_faceless(face, centres, other, bounds)
-    for index in np.flatnonzero(lacking).tolist():
+    for index in np.flatnonzero(find_faceless(face, centres, other, bounds)).tolist():
         if found.kinds[index] != UNUSABLE:
-            share = f"{1 - bounds.false_alarms:g} of the sure crops have {limit:.2f} and more"
-            found.set(index, UNUSABLE, f"no face: the detector gives {face[index]:.2f}, {share}", "drop")
+            found.set(index, UNUSABLE, f"no face: the detector gives {face[index]:.2f}", "drop")
 
 
 def mark_duplicates(found: Findings, measures: np.ndarray, own: np.ndarray) -> list[Duplicate]:

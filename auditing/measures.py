@@ -25,9 +25,7 @@ SIGNS = ("face", "landmarks", "mirror", "shift", "sharpness", "filled")
 WIDTH = THUMB * THUMB + len(SIGNS)  # columns of the store of measures
 SHIFT = 4  # pixels
 
-# Least score of a face that is looked at. In 400 crops of public sets 99 % of the best ones have 0.93 and more; parts
-# of faces and noise have 0.12 and less.
-LEAST_SCORE = 0.02
+LEAST_SCORE = 0.02  # of a face that is looked at
 # The detector's box in an aligned crop, medians on LFW, and the overlap from which on a face is the one in the middle.
 _BOX, _OVERLAP = (14.9, 8.9, 96.9, 118.9), 0.3
 
