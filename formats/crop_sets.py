@@ -86,6 +86,8 @@ class CropSet:
         if len(self.reader) == 0:
             raise InputError(f"{self.path}: holds no records")
         layout = self._from_header() or self._from_images(Keys(self.reader.keys))
+        if not len(layout.keys):
+            raise InputError(f"{self.path}: holds no images, only records of the size of identity records")
         self._keys = layout.keys
         self.numbers, self.labels = _from_zero(layout.labels)
         self._as_in_file = self.labels is layout.labels

@@ -425,8 +425,12 @@ class RecordReader:
         """
         head = 8 + HEADER.size + 4
         at = self._offsets[positions]
-        stops = np.append(self._offsets[1:], self.size) if self._stops is None else self._stops
-        room = np.minimum(stops[positions], self.size) - at
+        if self._stops is None:
+            last = len(self._offsets) - 1
+            stops = np.where(positions < last, self._offsets[np.minimum(positions + 1, last)], self.size)
+        else:
+            stops = self._stops[positions]
+        room = np.minimum(stops, self.size) - at
         frames = np.zeros((len(at), head), np.uint8)
         plain = (at % 4 == 0) & (room >= head)
         todo = np.flatnonzero(plain)

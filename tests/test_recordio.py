@@ -678,6 +678,16 @@ def test_more_records_than_float32_can_count(std, monkeypatch):
     assert crops.labels.tolist() == open_crops_exact(path)
 
 
+def test_large_sets_of_nothing_but_identity_records_are_one_line(std, tmp_path, monkeypatch):
+    monkeypatch.setattr(crop_sets, "FLOAT32_EXACT", 8)
+    header = pack(RecordHeader(2, [9, 12], 0, 0), b"")
+    write_records(
+        tmp_path / "train.rec", [header, *[pack(RecordHeader(2, [1, 2], key, 0), b"") for key in range(1, 12)]]
+    )
+    with pytest.raises(InputError, match=r"train\.rec: holds no images"):
+        open_crops(tmp_path)
+
+
 def open_crops_exact(path):
     with RecordReader(path) as reader:
         return [int(unpack(reader.read(key))[0].label[0]) for key in range(1, 41)]
