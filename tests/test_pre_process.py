@@ -218,15 +218,15 @@ def test_detections_are_tied_to_their_photos(painted, tmp_path):
 def test_reasons_with_semicolons_are_counted_once(painted, tmp_path, monkeypatch, capsys):
     for name in "abc":
         save(tmp_path / "photos" / "p" / f"{name}.png", paint(60, 60, [(5, 5, 40)]))
-    plain = faces.read_photo
+    plain = faces.read_reduced
 
-    def read(data, **settings):
+    def read(data, choose, **settings):
         if data == (tmp_path / "photos" / "p" / "b.png").read_bytes():
             raise photos.PhotoError("unreadable", "one thing; another; a third")
-        return plain(data, **settings)
+        return plain(data, choose, **settings)
 
     save(tmp_path / "photos" / "p" / "b.png", paint(61, 60, [(5, 5, 40)]))
-    monkeypatch.setattr(faces, "read_photo", read)
+    monkeypatch.setattr(faces, "read_reduced", read)
     assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["reasons"] == {NO_CROP: {"unreadable": 1}}
