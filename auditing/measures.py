@@ -18,6 +18,7 @@ import numpy as np
 from auditing.duplicates import THUMB, thumbnail
 from config import CROP_SIZE
 from cropping.align import TEMPLATE, box_overlap
+from cropping.faces import BOX_IN_CROP
 from embedding import Embedder
 from retinaface import RetinaFace
 
@@ -26,8 +27,7 @@ WIDTH = THUMB * THUMB + len(SIGNS)  # columns of the store of measures
 SHIFT = 4  # pixels
 
 LEAST_SCORE = 0.02  # of a face that is looked at
-# The detector's box in an aligned crop, medians on LFW, and the overlap from which on a face is the one in the middle.
-_BOX, _OVERLAP = (14.9, 8.9, 96.9, 118.9), 0.3
+_OVERLAP = 0.3  # with where the detector's boxes lie in aligned crops; from here on a face is the one in the middle
 
 
 def measure(
@@ -62,7 +62,7 @@ def look(detector: RetinaFace, crops: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """
     face, landmarks = np.zeros(len(crops), np.float32), np.full(len(crops), -CROP_SIZE, np.float32)
     for index, found in enumerate(detector.detect([np.ascontiguousarray(crop[..., ::-1]) for crop in crops])):
-        near = box_overlap(found.boxes, _BOX) >= _OVERLAP
+        near = box_overlap(found.boxes, BOX_IN_CROP) >= _OVERLAP
         if near.any():
             best = int(np.argmax(np.where(near, found.scores, -1)))
             face[index] = found.scores[best]

@@ -46,6 +46,7 @@ WINDOW_PIXELS = 32_000_000
 # (55.9, 63.9), width 82, height 110, and 95 for the side of the square of the same area).
 _BOX_CENTRE = np.array([55.9, 63.9])
 _BOX_SIDE = 95.0
+BOX_IN_CROP = (_BOX_CENTRE + np.array([[-41, -55], [41, 55]])).reshape(4)  # xyxy
 
 # A second look at a photo without a face: the surroundings of the box, twice its size, enlarged or reduced to
 # `_BOX_VIEW` pixels (so that the face has about 160), or the whole photo in `_PHOTO_VIEW` pixels; upright first, then
@@ -292,7 +293,10 @@ class _Decoded:
 
     def crop(self, landmarks: np.ndarray, size: int) -> Crop:
         """The aligned crop of a face, `landmarks` [5, 2] in pixels of the whole photo; as `align_face`."""
-        view, scale = self.view, float(np.hypot(*estimate_similarity(landmarks)[:, 0])) * size / CROP_SIZE
+        view = self.view
+        if view.factor == 1:
+            return align_face(view.bgr, landmarks, size)
+        scale = float(np.hypot(*estimate_similarity(landmarks)[:, 0])) * size / CROP_SIZE
         # The crop must not be made larger than the view shows the face; one of no size is refused by `align_face`.
         enough = next((factor for factor in REDUCTIONS if scale * factor <= 1), 1)
         if enough < view.factor:

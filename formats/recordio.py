@@ -420,8 +420,8 @@ class RecordReader:
     def peek_all(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first bytes, uint8 [n, 28], and lengths, int64 [n], of many records, by `positions` in `keys`.
 
-        Much cheaper than to `peek` at one after the other if they are in the order of the file, which is then read in
-        large pieces. The length is -1 where only `peek` can tell what the record is, or what is wrong with it.
+        Much cheaper than to `peek` at one after the other where they lie close together: the file is read in large
+        pieces. The length is -1 where only `peek` can tell what the record is, or what is wrong with it.
         """
         head = 8 + HEADER.size + 4
         at = self._offsets[positions]
@@ -434,13 +434,16 @@ class RecordReader:
         frames = np.zeros((len(at), head), np.uint8)
         plain = (at % 4 == 0) & (room >= head)
         todo = np.flatnonzero(plain)
-        while len(todo):
-            begin = int(at[todo[0]])
-            near = (at[todo] >= begin) & (at[todo] + head <= begin + _WINDOW)
-            count = len(todo) if near.all() else int(near.argmin())
-            now, todo = todo[:count], todo[count:]
-            window = np.frombuffer(self._fetch(begin, int(at[now].max()) + head - begin), np.uint8)
+        todo = todo[np.argsort(at[todo], kind="stable")]
+        ends = at[todo] + head
+        first = 0
+        while first < len(todo):
+            begin = int(ends[first]) - head
+            stop = int(np.searchsorted(ends, max(begin + _WINDOW, begin + head), side="right"))
+            now = todo[first:stop]
+            window = np.frombuffer(self._fetch(begin, int(ends[stop - 1]) - begin), np.uint8)
             frames[now] = window[(at[now] - begin)[:, None] + np.arange(head)]
+            first = stop
         magic, field = np.ascontiguousarray(frames[:, :8]).view("<u4").T.astype(np.int64)
         # A flag of a record in parts makes the length larger than any room.
         plain &= (magic == MAGIC_NUMBER) & (8 + field + (-field & 3) <= room)
