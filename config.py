@@ -356,6 +356,13 @@ class Synthesize(Device):
     first: int = option(
         0, "number of the first person; other ranges are other people", group="data", metavar="N", at_least=0
     )
+    looks: int = option(
+        1,
+        "haircuts, beards and ages in which a person is shown, in turn from photo to photo",
+        group="data",
+        metavar="N",
+        at_least=1,
+    )
     seed: int = option(0, "another seed gives another mankind", group="data", at_least=0)
     size: int = option(256, "pixels of a photo's side", group="data", metavar="PX", at_least=64, at_most=2048)
     layout: str = option(

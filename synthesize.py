@@ -53,6 +53,7 @@ def main() -> None:
         off=tuple(name for name in ABLATIONS if not getattr(options, name)),
         folds=options.folds,
         pairs=options.pairs,
+        looks=options.looks,
     )
     if plan.layout == "lfw":
         dataset.pairs_text(plan)  # impossible numbers are refused before the work, not after it

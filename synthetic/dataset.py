@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -37,7 +37,7 @@ from megaface import facescrub
 from processes import Shard
 from synthetic import kernels
 from synthetic.head import data_folder
-from synthetic.parameters import Identity, PhotoParameters, draw_identity, draw_photo
+from synthetic.parameters import Identity, PhotoParameters, draw_identity, draw_look, draw_photo
 from synthetic.photo import encode
 from synthetic.render import Renderer, Truth
 from utils import InputError
@@ -68,6 +68,7 @@ class Plan:
     off: tuple[str, ...]
     folds: int
     pairs: int
+    looks: int = 1
 
     def name(self, identity: int) -> str:
         """The identity's name in this layout (FaceScrub's have a blank, LFW's an underscore)."""
@@ -180,11 +181,9 @@ class Maker:
         off = frozenset(plan.off)
         identity = draw_identity(plan.seed, number, self.renderer.head, off)
         rows, encoded, crops = [f"{json.dumps(_plain(identity.record()))}\n"], [], []
+        looks = [draw_look(identity, look, off) for look in range(min(plan.looks, plan.images))]
         for start in range(0, plan.images, PIECE):
-            piece = range(start, min(start + PIECE, plan.images))
-            photos = [draw_photo(identity, k, self.renderer.head, off, plan.poses) for k in piece]
-            images, truths = self.renderer.photograph(identity, photos, plan.size, off)
-            for image, truth, photo in zip(images, truths, photos, strict=True):
+            for photo, image, truth in self._photographed(looks, range(start, min(start + PIECE, plan.images))):
                 rows.append(_row(plan, identity, photo, truth))
                 if plan.crops:
                     crops.append(encode(align_face(np.ascontiguousarray(image), truth.landmarks), CROP_QUALITY))
@@ -194,6 +193,19 @@ class Maker:
             self._write(number, encoded)
         self.people.save_identity(chunk, "".join(rows), crops)
         return plan.images
+
+    def _photographed(self, looks: list[Identity], piece: range) -> list[tuple[PhotoParameters, np.ndarray, Truth]]:
+        """Photos with these numbers, in their order; number k shows look k modulo the number of looks."""
+        plan, off, head = self.people.plan, frozenset(self.people.plan.off), self.renderer.head
+        made = []
+        for number, look in enumerate(looks):
+            photos = [draw_photo(look, k, head, off, plan.poses) for k in piece if k % len(looks) == number]
+            if number:
+                changed = {"number": number, "years": look.who["years"], "hair": look.hair, "beard": look.beard}
+                photos = [replace(photo, look=changed) for photo in photos]
+            if photos:
+                made += zip(photos, *self.renderer.photograph(look, photos, plan.size, off), strict=True)
+        return sorted(made, key=lambda one: one[0].image)
 
     def _write(self, number: int, encoded: list[bytes]) -> None:
         plan, out = self.people.plan, self.people.out

@@ -6,11 +6,14 @@ what the camera does. The rule that keeps labels honest: nothing that `draw_phot
 except through what a person would do (a beard is not drawn on a photo, glasses are), so colour, light and background
 tell nothing of who it is.
 
-Random numbers: one generator from (seed, identity), one from (seed, identity, image). An image is thus the same
-whatever else is drawn, in whatever order, on however many machines.
+A person may have several looks (`draw_look`), as photos of many years show one: another haircut, another beard, other
+years; between them only the face says who it is.
+
+Random numbers: one generator from (seed, identity), one from (seed, identity, image), one from (seed, identity, look).
+An image is thus the same whatever else is drawn, in whatever order, on however many machines.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +133,7 @@ class PhotoParameters:
     clothes: dict[str, Any]
     skin_shine: float
     camera: dict[str, Any]
+    look: dict[str, Any] | None = None  # what a further look of the person changes: number, years, hair, beard
 
     def record(self) -> dict[str, Any]:
         """Plain values for the table of truth."""
@@ -144,6 +148,11 @@ def identity_generator(seed: int, identity: int) -> np.random.Generator:
 def photo_generator(seed: int, identity: int, image: int) -> np.random.Generator:
     """The generator of one photo."""
     return np.random.default_rng([seed, identity, image + 1])
+
+
+def look_generator(seed: int, identity: int, look: int) -> np.random.Generator:
+    """The generator of a person's further look, from 1."""
+    return np.random.default_rng([seed, identity, look, 1 << 22])
 
 
 def _choice(rng: np.random.Generator, names: tuple[str, ...] | list[str], weights: Any = None) -> str:
@@ -363,10 +372,40 @@ def draw_identity(seed: int, number: int, head: HeadModel, off: frozenset[str] =
         beard=beard,
         marks=int(rng.random() < 0.12),
     )
-    if "hair" in off:
-        identity.hair = {**hair, "style": "bald"}
-        identity.beard = {**beard, "style": "none", "shadow": 0.0}
-    return identity
+    return _shaven(identity) if "hair" in off else identity
+
+
+def _shaven(identity: Identity) -> Identity:
+    """Without hair and beard."""
+    hair, beard = {**identity.hair, "style": "bald"}, {**identity.beard, "style": "none", "shadow": 0.0}
+    return replace(identity, hair=hair, beard=beard)
+
+
+LOOK_YEARS = 7.0  # standard deviation between the years of a person's looks
+DYED_LOOK = 0.15  # share of looks whose hair has another colour than it grows in
+
+
+def draw_look(identity: Identity, look: int, off: frozenset[str] = frozenset()) -> Identity:
+    """The same person at another time: haircut, facial hair, years and what follows from them are drawn anew.
+
+    Look 0 is the identity as it is. Bones, features, skin, eyes and brows stay; hair (and brows with it) has the colour
+    that it had, or is dyed.
+    """
+    if look == 0:
+        return identity
+    rng = look_generator(identity.seed, identity.number, look)
+    years = float(np.clip(identity.who["years"] + rng.normal(0, LOOK_YEARS), 18, 80))
+    hair = _hair(rng, identity.who, years)
+    if rng.random() >= DYED_LOOK:
+        hair |= {name: identity.hair[name] for name in ("colour", "root", "tip")}
+    found = replace(
+        identity,
+        who={**identity.who, "years": years},
+        wrinkles=float(np.clip(identity.wrinkles + (years - identity.who["years"]) / 50, 0.02, 1.1)),
+        hair=hair,
+        beard=_facial_hair(rng, identity.who, years, hair),
+    )
+    return _shaven(found) if "hair" in off else found
 
 
 SMILE = {"mouthSmileLeft": 0.8, "mouthSmileRight": 0.8, "cheekSquintLeft": 0.4, "cheekSquintRight": 0.4}

@@ -603,6 +603,40 @@ def test_identity_is_fixed_and_photos_vary(renderer):
     assert not np.array_equal(left, right)
 
 
+def test_looks_change_hair_and_years_and_leave_the_face(renderer):
+    people = [parameters.draw_identity(0, k, renderer.head) for k in range(30)]
+    assert all(parameters.draw_look(person, 0) is person for person in people)
+    looks = [parameters.draw_look(person, 1) for person in people]
+    assert looks == [parameters.draw_look(person, 1) for person in people]
+    assert looks != [parameters.draw_look(person, 2) for person in people]
+    changed = {"who", "wrinkles", "hair", "beard"}
+    for person, look in zip(people, looks, strict=True):
+        before, after = person.record(), look.record()
+        assert {name for name in before if before[name] != after[name]} <= changed
+        assert {name for name in person.who if person.who[name] != look.who[name]} == {"years"}
+        assert 18 <= look.who["years"] <= 80
+    assert sum(a.hair["style"] != b.hair["style"] for a, b in zip(people, looks, strict=True)) > 15
+    assert 18 <= sum(a.hair["root"] == b.hair["root"] for a, b in zip(people, looks, strict=True)) < 30
+    bald = parameters.draw_look(people[0], 1, frozenset({"hair"}))
+    assert bald.hair["style"] == "bald" and bald.beard["style"] == "none"
+
+
+def test_a_set_shows_looks_in_turn(tmp_path):
+    """Photos of the first look are those of a set without others, byte by byte."""
+    common = ["--identities", "1", "--size", "96", "--workers", "0", "--device", "cpu"]
+    sets = {looks: tmp_path / str(looks) for looks in (1, 3, 9)}
+    for looks, out in sets.items():
+        words = [*common, "--images", "5", "--looks", str(looks), "--out", str(out)]
+        done = subprocess.run([sys.executable, "synthesize.py", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    files = {looks: [path.read_bytes() for path in sorted(out.rglob("*.jpg"))] for looks, out in sets.items()}
+    assert [a == b for a, b in zip(files[1], files[3], strict=True)] == [True, False, False, True, False]
+    assert [a == b for a, b in zip(files[3], files[9], strict=True)] == [True, True, True, False, False]
+    shown = [json.loads(row["parameters"])["look"] for row in table_of(sets[3])]
+    assert [look and look["number"] for look in shown] == [None, 1, 2, None, 1]
+    assert shown[1] == shown[4] and shown[1]["hair"] != shown[2]["hair"]
+
+
 def test_ingredients_can_be_left_out(renderer):
     off = frozenset(parameters.ABLATIONS)
     for number in range(6):
