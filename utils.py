@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -410,6 +411,20 @@ def own_device(name: str) -> "torch.device":
     number = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
     several = device.type == "cuda" and device.index is None and number.isdecimal() and int(number) > 0
     return torch.device("cuda", int(number) % torch.cuda.device_count()) if several else device
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees for its next request; with another C library nothing happens.
+
+    It hands large blocks back to the system, so that each activation of each batch lies in new pages, which the system
+    has to clear first. With `mfn` on one core that took a third of a training step of 64 crops, and a seventh of the
+    time to embed 16. The process stays as large as it was at its largest.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_trim_threshold, -1)  # never
+        mallopt(m_mmap_max, 0)
 
 
 def emulates_bfloat16(device: "torch.device") -> bool:

@@ -197,7 +197,7 @@ class Maker:
     def _photographed(self, looks: list[Identity], piece: range) -> list[tuple[PhotoParameters, np.ndarray, Truth]]:
         """Photos with these numbers, in their order; number k shows look k modulo the number of looks."""
         plan, off, head = self.people.plan, frozenset(self.people.plan.off), self.renderer.head
-        made = []
+        made: list[tuple[PhotoParameters, np.ndarray, Truth]] = []
         for number, look in enumerate(looks):
             photos = [draw_photo(look, k, head, off, plan.poses) for k in piece if k % len(looks) == number]
             if number:

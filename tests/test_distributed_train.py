@@ -1,7 +1,6 @@
 """Several processes train as one: same loss, same weights, same checkpoint."""
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -422,23 +421,3 @@ def test_a_process_that_sees_one_gpu_takes_it(monkeypatch):
         distributed._device_of("auto", 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert distributed._device_of("auto", 3) == torch.device("cuda:3")
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_memory_of_one_step_is_used_again_by_the_next():
-    code = (
-        "import resource, sys, torch\n"
-        "from training import distributed\n"
-        "def fresh_pages():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    torch.ones(25_000_000).sum()\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "fresh_pages()\n"
-        "handed_back = fresh_pages()\n"
-        "distributed.prepare_device(torch.device('cpu'))\n"
-        "fresh_pages()\n"
-        "print(handed_back, fresh_pages())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    handed_back, kept = map(int, done.stdout.split())
-    assert kept < 1000 and kept < handed_back / 2

@@ -1,5 +1,6 @@
 """What every script shares: errors as one line, files whole or not at all, weights that hold no code."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -15,8 +16,9 @@ from helpers.training import ROOT
 from torch import nn
 
 import utils
+from embedding import Embedder
 from formats.embeddings import EmbeddingStore
-from training import monitor
+from training import distributed, monitor
 from utils import InputError
 
 
@@ -348,3 +350,33 @@ def test_processors_that_emulate_bfloat16():
     if platform.machine() == "x86_64":
         assert utils.emulates_bfloat16(torch.device("cpu")) == ("avx512bw" not in flags)
     assert not utils.emulates_bfloat16(torch.device("cuda"))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_used_again():
+    code = (
+        "import resource, torch\n"
+        "import utils\n"
+        "def fresh_pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(25_000_000).sum()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "fresh_pages()\n"
+        "handed_back = sum(fresh_pages() for _ in range(12))\n"
+        "utils.keep_freed_memory()\n"
+        "print(handed_back, sum(fresh_pages() for _ in range(12)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    handed_back, kept = map(int, done.stdout.split())
+    assert kept < handed_back / 2  # a few blocks are laid anew until the heap has settled
+
+
+def test_training_and_embedding_on_a_cpu_keep_memory_and_on_a_gpu_leave_it(monkeypatch):
+    kept = []
+    monkeypatch.setattr(utils, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for begin in (distributed.prepare_device, lambda device: Embedder.from_network(nn.Identity(), device)):
+        for name, expected in (("cuda", 0), ("cpu", 1)):
+            kept.clear()
+            begin(torch.device(name))
+            assert len(kept) == expected

@@ -12,7 +12,6 @@ and what reaches a rank's features is its share of that gradient.
 """
 
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import os
@@ -233,21 +232,7 @@ def prepare_device(device: torch.device) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if device.type == "cpu":
-        keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next request; with another C library nothing happens.
-
-    It hands large blocks back to the system, so that each activation of each step lies in new pages, which the system
-    has to clear first: with `mfn` and 64 crops that took a third of a step's time. The process stays as large as it
-    was at its largest.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        mallopt(m_trim_threshold, -1)  # never
-        mallopt(m_mmap_max, 0)
+        utils.keep_freed_memory()
 
 
 def check_compiler(device: torch.device) -> None:
