@@ -203,6 +203,21 @@ class Train(Device):
         metavar="EPOCHS",
         at_least=0,
     )
+    small_epochs: float = option(
+        0.0,
+        "epochs, from the first on, of which the network sees the crops shrunk to --small-side",
+        group="optimiser",
+        metavar="EPOCHS",
+        at_least=0,
+    )
+    small_side: int = option(
+        64,
+        "side of those crops; at 64 a step takes a third of the time",
+        group="optimiser",
+        metavar="PX",
+        at_least=32,
+        below=CROP_SIZE,
+    )
     optimizer: str = option(
         "sgd",
         "sgd: with --momentum; adamw: for transformers, with rates near 1e-3 and --weight-decay near 0.1",

@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from config import CROP_SIZE
 from cropping import photos
@@ -401,12 +402,16 @@ def loading(
             end_workers(batches)
 
 
-def to_inputs(images: Tensor, feeding: Feeding = RELEASED, *, channels_last: bool = True) -> Tensor:
-    """uint8 RGB [N, 112, 112, 3] to a network's input float32 [N, 3, 112, 112], in memory as asked for.
+def to_inputs(
+    images: Tensor, feeding: Feeding = RELEASED, *, channels_last: bool = True, side: int = CROP_SIZE
+) -> Tensor:
+    """uint8 RGB [N, 112, 112, 3] to a network's input float32 [N, 3, side, side], in memory as asked for.
 
     Convolutions take the layout of their input: one in channels-last would give the whole network that layout.
     """
     inputs = Preprocessing.of(feeding)(images)
+    if side != CROP_SIZE:
+        inputs = functional.interpolate(inputs, (side, side), mode="bilinear", antialias=True)
     return inputs if channels_last else inputs.contiguous()
 
 

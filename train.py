@@ -34,10 +34,11 @@ from torch import Tensor, nn
 import data_gen
 import models
 import utils
-from config import Train
+from config import CROP_SIZE, Train
 from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
 from formats.selection import select
+from networks.catalogue import NETWORKS
 from options import parse
 from training import checkpoints, distributed, finetune, monitor, reporting, storage, validation
 from training.augment import Augmentation
@@ -64,6 +65,10 @@ def check_options(options: Train, world: World) -> None:
         raise InputError(f"--batch-size {options.batch_size}: batch norm needs more than one crop in each part of it")
     if options.sync_bn and options.compile:
         raise InputError("--sync-bn: synchronised batch norm breaks what --compile compiles into pieces; leave one out")
+    if options.small_epochs and NETWORKS[options.network].family == "vit":
+        raise InputError(
+            f"--small-epochs: {options.network} has a token for each place of a crop of {CROP_SIZE} pixels"
+        )
     if options.decode == "gpu" and world.device.type != "cuda":
         raise InputError(f"--decode gpu: the network runs on {world.device}")
     if options.decode == "gpu" and not Augmentation.named(options.augment).only_mirror_and_colours:
@@ -228,7 +233,7 @@ def ready_to_train(state: State, freezing: finetune.Freezing, options: Train, wo
     """The network in training mode as far as it is not frozen now, behind data parallelism and compilation."""
     freezing.apply(state.step)
     model = distributed.data_parallel(state.network, world)
-    return torch.compile(model) if options.compile else model
+    return torch.compile(model, dynamic=False) if options.compile else model
 
 
 def gradient_norm(state: State, world: World) -> Tensor:
@@ -507,7 +512,8 @@ def train(options: Train, world: World, log: monitor.RunLog) -> int:
                     raise InputError(batch.error)
                 images, labels, skipped = data_gen.to_device(batch, dataset, world.device)
                 reporting.note_skipped([*batch.skipped.tolist(), *skipped], run, state)
-                inputs = data_gen.to_inputs(images, feeding, channels_last=options.channels_last)
+                layout, side = options.channels_last, schedule.side(step)
+                inputs = data_gen.to_inputs(images, feeding, channels_last=layout, side=side)
                 if reporter.board and part == 0 and schedule.starts_epoch(step):
                     reporter.board.crops(step, data_gen.to_pixels(inputs[:SAMPLE_CROPS], feeding))
                 last = part == options.accumulate - 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from networks.catalogue import ADAFACE, Feeding, Stages
 from networks.iresnet import CHANNELS
-from networks.layers import convolution, count, in_float32, kaiming, row_count, run_blocks
+from networks.layers import convolution, count, full_map, in_float32, kaiming, row_count, run_blocks
 
 
 class SqueezeExcitation(nn.Module):
@@ -107,4 +107,4 @@ class AdaFaceIR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised BGR [N, 3, 112, 112] -> feature [N, embedding_size]."""
         x = run_blocks(self.body, self.input_layer(x), self.recompute and self.training)
-        return in_float32(self.output_layer, x)
+        return in_float32(self.output_layer, full_map(x))

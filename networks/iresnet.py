@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from networks.catalogue import INSIGHTFACE, Feeding, Stages
-from networks.layers import convolution, count, in_float32, row_count, run_blocks
+from networks.layers import convolution, count, full_map, in_float32, row_count, run_blocks
 
 CHANNELS = (64, 128, 256, 512)
 
@@ -76,4 +76,4 @@ class IResNet(nn.Module):
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = run_blocks(stage, x, self.recompute and self.training)
-        return in_float32(lambda rows: self.features(self.fc(rows)), self.bn2(x).flatten(1))
+        return in_float32(lambda rows: self.features(self.fc(rows)), full_map(self.bn2(x)).flatten(1))

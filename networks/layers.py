@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+LAST_SIDE = 7  # of the last map, for crops of 112 pixels
 
 
 class StridedDepthwise(nn.Conv2d):
@@ -63,6 +66,11 @@ def kaiming(network: nn.Module) -> None:
 def _no_bias(module: nn.Conv2d | nn.Linear) -> None:
     if module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def full_map(x: Tensor) -> Tensor:
+    """The last map [N, C, H, W] at the side that the layers after it are made for, as smaller crops do not give it."""
+    return x if x.shape[-1] == LAST_SIDE else functional.interpolate(x, (LAST_SIDE, LAST_SIDE), mode="bilinear")
 
 
 def row_count(state: Mapping[str, Any], key: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from networks.catalogue import INSIGHTFACE, Feeding, Stages
-from networks.layers import convolution, in_float32, kaiming, row_count, run_blocks
+from networks.layers import convolution, full_map, in_float32, kaiming, row_count, run_blocks
 
 _ROWS = (3, 5, 7)  # which entries of `layers` are rows of bottlenecks; the others are one block each
 
@@ -92,7 +92,7 @@ class InsightFaceMobile(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised RGB [N, 3, 112, 112] -> feature [N, embedding_size]."""
         x = run_blocks(self._blocks(), x, self.recompute and self.training)
-        return in_float32(self.features, self.conv_sep(x))
+        return in_float32(self.features, full_map(self.conv_sep(x)))
 
     def _blocks(self) -> Iterator[nn.Module]:
         for index, module in enumerate(self.layers):

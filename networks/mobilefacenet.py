@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from networks.catalogue import RELEASED, Feeding, Stages
-from networks.layers import convolution, in_float32, row_count, run_blocks, xavier
+from networks.layers import convolution, full_map, in_float32, row_count, run_blocks, xavier
 
 # Rows of Table 1 of the paper: expansion, output channels, repeats, stride of the first.
 _STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -52,7 +52,7 @@ class MobileFaceNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised RGB [N, 3, 112, 112] -> feature [N, embedding_size]."""
         x = run_blocks(self.blocks, self.stem(x), self.recompute and self.training)
-        return in_float32(self.project, self.global_depthwise(self.expand(x))).flatten(1)
+        return in_float32(self.project, self.global_depthwise(full_map(self.expand(x)))).flatten(1)
 
 
 class InvertedResidual(nn.Module):

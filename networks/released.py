@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from networks.catalogue import RELEASED, Feeding, Stages
-from networks.layers import count, in_float32, row_count, run_blocks, xavier
+from networks.layers import count, full_map, in_float32, row_count, run_blocks, xavier
 
 
 class SqueezeExcitation(nn.Module):
@@ -108,7 +108,7 @@ class SELResNet(nn.Module):
         x = self.maxpool(self.prelu(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = run_blocks(stage, x, self.recompute and self.training)
-        x = self.dropout(self.bn2(x))
+        x = self.dropout(full_map(self.bn2(x)))
         return in_float32(lambda rows: self.bn3(self.fc(rows)), x.flatten(1))
 
 

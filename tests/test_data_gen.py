@@ -602,6 +602,16 @@ def test_normalise_is_torchvisions(photo):
     torch.testing.assert_close(pictures, images.permute(0, 3, 1, 2) / 255, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_smaller_inputs_are_pils(photo, channels_last):
+    inputs = data_gen.to_inputs(torch.from_numpy(photo[None].copy()), channels_last=channels_last, side=64)
+    assert inputs.shape == (1, 3, 64, 64)
+    assert inputs.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    expected = np.asarray(Image.fromarray(photo).resize((64, 64), Image.Resampling.BILINEAR))
+    found = 255 * data_gen.to_pixels(inputs)[0].permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).max() < 1  # PIL rounds after each of its two passes
+
+
 def test_workers_end_with_the_block_even_if_something_still_refers_to_the_batches(tmp_path):
     """A program that ends with such workers never ends: they ignore the SIGTERM that multiprocessing sends them."""
     record_set(tmp_path / "crops", identities=2, each=4)

@@ -219,6 +219,7 @@ def test_without_sync_bn_statistics_are_averaged_over_ranks(crops, tmp_path):
 def test_two_processes_killed_and_resumed_end_with_the_same_bits_on_torchrun(tmp_path):
     """The commands of the README, with a real network."""
     recipe = {"batch_size": 8, "epochs": 2, "save_every": 2, "augment": "strong", "margin_warmup": 1.0}
+    recipe |= {"small_epochs": 1.5}  # killed before the crops grow
     crops = record_set(tmp_path / "crops", identities=6, each=4)
     unbroken = tmp_path / "unbroken"
     line = options(crops, unbroken, **recipe)

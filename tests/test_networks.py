@@ -358,6 +358,20 @@ def test_every_family_does_what_is_asked_of_it(name, crops, tmp_path):
             export.write_backbone(read, tmp_path)
 
 
+@pytest.mark.parametrize("name", [name for name in SMALLEST if NETWORKS[name].family != "vit"])
+def test_smaller_crops_train_the_same_layers(name):
+    """As --small-epochs does; then the network goes on with whole crops."""
+    network = small(name, 24)
+    trained = {key for key, value in network.named_parameters() if value.requires_grad}
+    for side in (32, 81, 112):
+        network.zero_grad()
+        features = network(torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(side)))
+        assert features.shape == (4, 24)
+        features[0].square().sum().backward()
+        given = {key for key, value in network.named_parameters() if value.grad is not None and value.grad.any()}
+        assert given == trained
+
+
 def manual():
     return (Path(models.__file__).parent / "docs" / "networks.md").read_text()
 

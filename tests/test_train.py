@@ -117,6 +117,12 @@ def test_cosine_and_poly_fall_to_zero():
     assert Schedule(settings(schedule="poly", epochs=8), 10).learning_rate(95) == 0
 
 
+def test_crops_are_small_for_as_long_as_asked():
+    assert [Schedule(settings(), 10).side(step) for step in (0, 399)] == [112, 112]
+    schedule = Schedule(settings(small_epochs=1.5, small_side=80), 10)
+    assert [schedule.side(step) for step in (0, 14, 15, 399)] == [80, 80, 112, 112]
+
+
 def test_milestones_may_be_anywhere():
     rate = rates(milestones=[0.5, 1.5], epochs=2, lr=1.0)
     assert rate == pytest.approx([1.0] * 5 + [0.1] * 10 + [0.01] * 5)
@@ -157,6 +163,7 @@ def test_intervals_that_mean_nothing(text):
         ({"lr": 0}, "--lr 0.0: must be above 0"),
         ({"lr": "nan"}, "--lr nan: must be above 0"),
         ({"scale": -1}, "--scale -1.0: must be above 0"),
+        ({"small_epochs": 1, "network": "vit_t"}, "--small-epochs: vit_t has a token for each place of a crop"),
         ({"warmup": 2, "epochs": 2}, "--warmup 2 leaves nothing of --epochs 2"),
         ({"weight_decay": -1}, "--weight-decay -1.0: must be at least 0"),
         ({"margin": [0.1, 0.2]}, "--margin: arcface takes one number, such as 0.6, not 0.1 0.2"),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from config import Train
+from config import CROP_SIZE, Train
 from training.losses import LOSSES, Margin
 from utils import InputError
 
@@ -43,6 +43,11 @@ class Schedule:
         if options.schedule == "cosine":
             return options.lr * 0.5 * (1 + math.cos(math.pi * done))
         return options.lr * (1 - done) ** 2
+
+    def side(self, step: int) -> int:
+        """The side of the crops that the network sees in a step: `--small-side` for `--small-epochs`, then all of it."""
+        options = self.options
+        return options.small_side if step < options.small_epochs * self.steps_per_epoch else CROP_SIZE
 
     def margin(self, step: int) -> Margin:
         """The margin of a step: grows linearly from nothing over `--margin-warmup` epochs."""
