@@ -31,6 +31,7 @@ __all__ = [
     "feeding_of",
     "name_of",
     "network_from_state",
+    "takes_side",
 ]
 
 # How the released family is fed: RGB in [0, 1].
@@ -77,6 +78,17 @@ def build_network(
             raise ValueError(f"{name} has no {key.replace('_', ' ')}; the transformers do")
     drawn = dict(entry.training) | {key: value for key, value in given.items() if value is not None}
     return FAMILIES[entry.family](**settings, **drawn, embedding_size=embedding_size, recompute=recompute)
+
+
+def takes_side(name: str, side: int) -> bool:
+    """Whether a network of `NETWORKS` can be fed with crops of `side` pixels; tried without any arithmetic."""
+    with torch.device("meta"):
+        network = build_network(name).eval()
+        try:
+            network(torch.empty(1, 3, side, side))
+        except RuntimeError:
+            return False
+    return True
 
 
 def feeding_of(network: nn.Module) -> Feeding:

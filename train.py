@@ -38,7 +38,6 @@ from config import CROP_SIZE, Train
 from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
 from formats.selection import select
-from networks.catalogue import NETWORKS
 from options import parse
 from training import checkpoints, distributed, finetune, monitor, reporting, storage, validation
 from training.augment import Augmentation
@@ -65,10 +64,8 @@ def check_options(options: Train, world: World) -> None:
         raise InputError(f"--batch-size {options.batch_size}: batch norm needs more than one crop in each part of it")
     if options.sync_bn and options.compile:
         raise InputError("--sync-bn: synchronised batch norm breaks what --compile compiles into pieces; leave one out")
-    if options.small_epochs and NETWORKS[options.network].family == "vit":
-        raise InputError(
-            f"--small-epochs: {options.network} has a token for each place of a crop of {CROP_SIZE} pixels"
-        )
+    if options.small_epochs and not models.takes_side(options.network, options.small_side):
+        raise InputError(f"--small-epochs: {options.network} takes crops of {CROP_SIZE} pixels only")
     if options.decode == "gpu" and world.device.type != "cuda":
         raise InputError(f"--decode gpu: the network runs on {world.device}")
     if options.decode == "gpu" and not Augmentation.named(options.augment).only_mirror_and_colours:

@@ -13,6 +13,7 @@ Alternatives, each in a process of its own, one after the other, `--rounds` time
   channels-last  train.py's step (its head, fused SGD, loader) in float32 and channels-last
   amp            the same with bfloat16 autocast
   compile        channels-last with torch.compile
+  small          compile, of crops shrunk to 64 pixels: train.py --compile --small-epochs
   ours           channels-last, bfloat16 autocast and torch.compile: train.py --amp --compile
 
 The reference keeps 86 MB a crop for the backward pass of r101, ours 44: batches of 1024 need --reference-batch 512 on
@@ -60,11 +61,12 @@ from formats import crop_sets
 from training import distributed
 from training.augment import Augmentation
 
-SETTINGS = {  # channels-last, autocast, compile
-    "channels-last": (True, False, False),
-    "amp": (True, True, False),
-    "compile": (True, False, True),
-    "ours": (True, True, True),
+SETTINGS = {  # channels-last, autocast, compile, side of the crops
+    "channels-last": (True, False, False, 112),
+    "amp": (True, True, False, 112),
+    "compile": (True, False, True, 112),
+    "small": (True, False, True, 64),
+    "ours": (True, True, True, 112),
 }
 PARTS = ("data", "backbone", "head", "optimiser")
 
@@ -158,7 +160,7 @@ class Reference:
 
 class Ours:
     def __init__(self, options, device):
-        self.channels_last, self.amp, compiled = SETTINGS[options.child]
+        self.channels_last, self.amp, compiled, self.side = SETTINGS[options.child]
         self.device = device
         distributed.prepare_device(device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -192,7 +194,7 @@ class Ours:
         batch = batch._replace(labels=spread(batch.labels, self.identities, step))
         images, labels, _ = data_gen.to_device(batch, self.dataset, self.device)
         feeding = models.feeding_of(self.network)
-        return data_gen.to_inputs(images, feeding, channels_last=self.channels_last), labels
+        return data_gen.to_inputs(images, feeding, channels_last=self.channels_last, side=self.side), labels
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -319,10 +321,10 @@ def product_rate(device, dtype):
     return 2 * size**3 / min(seconds)
 
 
-def forward_flop(options, network):
+def forward_flop(options, network, side=112):
     """Floating-point operations of the backbone's forward pass of one crop (2 per multiply-add)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        models.build_network(network, embedding_size=options.embedding_size).eval()(torch.empty(1, 3, 112, 112))
+        models.build_network(network, embedding_size=options.embedding_size).eval()(torch.empty(1, 3, side, side))
     return counter.get_total_flops()
 
 
@@ -346,6 +348,7 @@ def child(options, device):
 
 
 def show(results, rates, flop):
+    """`flop`: of the forward pass of a crop, by the side of the crop."""
     bf16, f32 = rates
     print(f"{'':15}{'batch':>6}{'crops/s':>9}{'/CPU s':>8}" + "".join(f"{part:>11}" for part in PARTS), end="")
     print(f"{'memory':>10}{'of bf16':>9}{'of f32':>8}")
@@ -356,7 +359,8 @@ def show(results, rates, flop):
             print(f"{name:15} {rounds[-1]['failed']}")
             continue
         figures = middle[name] = {key: statistics.median(figures[key] for figures in good) for key in good[0]}
-        rate = 3 * flop * figures["batch"] / (figures["backbone"] / 1e3)
+        side = SETTINGS[name][3] if name in SETTINGS else 112
+        rate = 3 * flop[side] * figures["batch"] / (figures["backbone"] / 1e3)
         print(f"{name:15}{figures['batch']:6.0f}{figures['crops/s']:9.1f}{figures['crops/CPU s']:8.1f}", end="")
         print("".join(f"{figures[part]:8.1f} ms" for part in PARTS), end="")
         print(f"{figures['memory'] / 2**30:7.2f} GB{rate / bf16:9.1%}{rate / f32:8.1%}")
@@ -416,8 +420,9 @@ def main():
                 print(f"{network} {name} ...", file=sys.stderr, flush=True)
                 results[network][name].append(run_child(name, network))
     for network in options.network:
-        flop = forward_flop(options, network)
-        print(f"\n{network}, {flop / 1e9:.2f} GFLOP forward per crop")
+        sides = {setting[3] for name, setting in SETTINGS.items() if name in options.alternatives} | {112}
+        flop = {side: forward_flop(options, network, side) for side in sides}
+        print(f"\n{network}, {flop[112] / 1e9:.2f} GFLOP forward per crop")
         show(results[network], rates, flop)
 
 

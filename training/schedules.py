@@ -45,7 +45,7 @@ class Schedule:
         return options.lr * (1 - done) ** 2
 
     def side(self, step: int) -> int:
-        """The side of the crops that the network sees in a step: `--small-side` for `--small-epochs`, then all of it."""
+        """The side of the crops that the network sees in a step: `--small-side` for `--small-epochs`, then whole."""
         options = self.options
         return options.small_side if step < options.small_epochs * self.steps_per_epoch else CROP_SIZE
 
