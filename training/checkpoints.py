@@ -27,8 +27,8 @@ FREE_OPTIONS = frozenset(
 )
 CHANGEABLE_OPTIONS = frozenset(
     "augment margin margin_warmup scale focal_gamma filter epochs lr schedule milestones warmup small_epochs "
-    "small_side momentum weight_decay grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn drop_path "
-    "token_mask teacher_weight teacher_online freeze freeze_epochs head_lr".split()
+    "small_side momentum weight_decay grad_clip accumulate amp channels_last compile checkpoint_activations sync_bn "
+    "drop_path token_mask teacher_weight teacher_online freeze freeze_epochs head_lr".split()
 )
 
 # What SGD and AdamW keep for a parameter, by its name in a checkpoint.
