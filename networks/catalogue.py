@@ -58,7 +58,8 @@ NETWORKS: dict[str, Entry] = {
     "r50": Entry("released", {"depths": (3, 4, 6, 3)}),
     "r101": Entry("released", {"depths": (3, 4, 23, 3)}),
     "r152": Entry("released", {"depths": (3, 8, 36, 3)}),
-    "mfn": Entry("mobilefacenet"),
+    "mfn": Entry("mobilefacenet", {"stem": 64}),
+    "mfn_half": Entry("mobilefacenet", {"stem": 32}),  # half the channels, a quarter of the arithmetic
     # insightface, recognition/arcface_torch/backbones/iresnet.py; there without the i.
     "ir18": Entry("iresnet", {"depths": (2, 2, 2, 2)}),
     "ir34": Entry("iresnet", {"depths": (3, 4, 6, 3)}),

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from networks.catalogue import RELEASED, Feeding, Stages
 from networks.layers import convolution, full_map, in_float32, row_count, run_blocks, xavier
 
-# Rows of Table 1 of the paper: expansion, output channels, repeats, stride of the first.
-_STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
+# Rows of Table 1 of the paper: expansion, output channels by those of the stem, repeats, stride of the first.
+_STAGES = ((2, 1, 5, 2), (4, 2, 1, 2), (2, 2, 6, 1), (4, 2, 1, 2), (2, 2, 2, 1))
 
 
 class MobileFaceNet(nn.Module):
@@ -17,7 +17,8 @@ class MobileFaceNet(nn.Module):
 
     Inverted residuals with per-channel PReLU, and a global depthwise convolution in place of average pooling, so that
     the centre of the face may weigh more than its corners. The paper's embedding has 128 dimensions and the network
-    then 0.99 M parameters; larger sizes change only the last layer.
+    then 0.99 M parameters; larger sizes change only the last layer. `stem` is the number of channels of the first
+    layer, and all others in proportion (MobileNetV2's width multiplier): the paper's is 64.
     """
 
     feeding: ClassVar[Feeding] = RELEASED
@@ -27,19 +28,20 @@ class MobileFaceNet(nn.Module):
         tuple(f"blocks.{index}" for index in range(12, 15)),
     )
 
-    def __init__(self, embedding_size: int = 512, recompute: bool = False) -> None:
+    def __init__(self, stem: int = 64, embedding_size: int = 512, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        self.stem = nn.Sequential(_ConvBN(3, 64, 3, stride=2), _ConvBN(64, 64, 3, groups=64))
-        blocks, channels = [], 64
-        for expansion, out_channels, repeats, stride in _STAGES:
+        self.stem = nn.Sequential(_ConvBN(3, stem, 3, stride=2), _ConvBN(stem, stem, 3, groups=stem))
+        blocks, channels, last = [], stem, 8 * stem
+        for expansion, widening, repeats, stride in _STAGES:
+            out_channels = widening * stem
             for index in range(repeats):
                 blocks.append(InvertedResidual(channels, out_channels, stride if index == 0 else 1, expansion))
                 channels = out_channels
         self.blocks = nn.Sequential(*blocks)
-        self.expand = _ConvBN(channels, 512, 1)
-        self.global_depthwise = _ConvBN(512, 512, 7, groups=512, padding=0, activation=False)
-        self.project = _ConvBN(512, embedding_size, 1, activation=False)
+        self.expand = _ConvBN(channels, last, 1)
+        self.global_depthwise = _ConvBN(last, last, 7, groups=last, padding=0, activation=False)
+        self.project = _ConvBN(last, embedding_size, 1, activation=False)
         xavier(self)
 
     @classmethod
@@ -47,7 +49,10 @@ class MobileFaceNet(nn.Module):
         """See networks/__init__.py."""
         if "global_depthwise.0.weight" not in state:
             return None
-        return {"embedding_size": row_count(state, "project.0.weight")}
+        return {
+            "stem": row_count(state, "stem.0.0.weight"),
+            "embedding_size": row_count(state, "project.0.weight"),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised RGB [N, 3, 112, 112] -> feature [N, embedding_size]."""

@@ -46,13 +46,13 @@ class Tunable(SmallNetwork):
     feeding = RELEASED
     stages = (("0", "1", "2"), ("5",))
 
-    def __init__(self, embedding_size, recompute=False):
+    def __init__(self, embedding_size, recompute=False, stem=64):
         super().__init__(embedding_size)
         self[3] = nn.Dropout(0.0)  # what is dropped depends on the rank
 
     @classmethod
     def settings_of(cls, state):
-        return {"embedding_size": len(state["6.bias"])} if "6.bias" in state else None
+        return {"embedding_size": len(state["6.bias"]), "stem": 64} if "6.bias" in state else None
 
 
 @pytest.fixture(autouse=True)
