@@ -595,8 +595,8 @@ def test_warnings_come_once_and_say_what_to_do():
 def test_steps_that_take_several_times_as_long_are_worth_a_line():
     pace = monitor.Pace()
 
-    def note(seconds, steps=20):
-        return pace.note(monitor.Reading(0, [1.0] * steps, [0.0] * steps, seconds * steps, 0.3 * steps, {}))
+    def note(seconds, steps=20, side=112):
+        return pace.note(monitor.Reading(0, [1.0] * steps, [0.0] * steps, seconds * steps, 0.3 * steps, {}), side)
 
     assert [note(seconds) for seconds in (9.0, 1.0, 1.1, 0.9, 1.0)] == [
         None
@@ -606,6 +606,10 @@ def test_steps_that_take_several_times_as_long_are_worth_a_line():
     assert text.startswith("a step takes 4 s, 4.0 times what it did (1 s); of these 0.3 s are waiting for data, and ")
     assert note(5.0) is None and note(2.0) is None
     assert note(1.0) == "a step takes 1 s again"
+    assert note(4.0).startswith("a step takes 4 s")
+    # Smaller crops are faster, whole ones as slow as they are; neither is worth a word.
+    assert [note(seconds, side=64) for seconds in (0.3,) * 6] == [None] * 6
+    assert [note(seconds) for seconds in (1.0,) * 6] == [None] * 6
     assert note(4.0).startswith("a step takes 4 s")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
+from config import CROP_SIZE
 from training import checkpoints, storage
 from training.losses import LOSSES
 from training.run import Run, State
@@ -153,9 +154,16 @@ class Pace:
 
     usual: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # seconds per step of the last readings
     slow: bool = False
+    side: int = CROP_SIZE  # of the crops of those steps
 
-    def note(self, reading: Reading) -> str | None:
-        """A line when the steps have become slow, and one when they are as fast as before again."""
+    def note(self, reading: Reading, side: int = CROP_SIZE) -> str | None:
+        """A line when the steps have become slow, and one when they are as fast as before again.
+
+        Crops of another side (`--small-epochs`) take another time: what is usual for them is found out anew.
+        """
+        if side != self.side:
+            self.usual.clear()
+            self.side, self.slow = side, False
         steps = len(reading.losses)
         seconds = reading.seconds / steps
         if len(self.usual) < PACE_KNOWN:

@@ -60,7 +60,7 @@ class Reporter:
         self.watch.margin_cost = self.state.head.cost_of_margin(feature_norm)
         for text in self.watch.warnings(reading, feature_norm, rate / options.lr):
             self.run.log(f"warning: {text}")
-        if note := self.pace.note(reading):
+        if note := self.pace.note(reading, schedule.side(step)):
             self.run.log(f"note: {note}")
         values = {
             "train/loss": shown.loss / shown.steps,
