@@ -64,6 +64,8 @@ def check_options(options: Train, world: World) -> None:
         raise InputError(f"--batch-size {options.batch_size}: batch norm needs more than one crop in each part of it")
     if options.sync_bn and options.compile:
         raise InputError("--sync-bn: synchronised batch norm breaks what --compile compiles into pieces; leave one out")
+    if options.small_epochs >= options.epochs:
+        raise InputError(f"--small-epochs {options.small_epochs:g} leaves no whole crops to --epochs {options.epochs}")
     if options.small_epochs and not models.takes_side(options.network, options.small_side):
         raise InputError(f"--small-epochs: {options.network} takes crops of {CROP_SIZE} pixels only")
     if options.decode == "gpu" and world.device.type != "cuda":

@@ -164,6 +164,7 @@ def test_intervals_that_mean_nothing(text):
         ({"lr": "nan"}, "--lr nan: must be above 0"),
         ({"scale": -1}, "--scale -1.0: must be above 0"),
         ({"small_epochs": 1, "network": "vit_t"}, "--small-epochs: vit_t takes crops of 112 pixels only"),
+        ({"small_epochs": 2, "epochs": 2}, "--small-epochs 2 leaves no whole crops to --epochs 2"),
         ({"warmup": 2, "epochs": 2}, "--warmup 2 leaves nothing of --epochs 2"),
         ({"weight_decay": -1}, "--weight-decay -1.0: must be at least 0"),
         ({"margin": [0.1, 0.2]}, "--margin: arcface takes one number, such as 0.6, not 0.1 0.2"),
