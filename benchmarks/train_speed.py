@@ -321,7 +321,7 @@ def product_rate(device, dtype):
     return 2 * size**3 / min(seconds)
 
 
-def forward_flop(options, network, side=112):
+def forward_flop(options, network, side):
     """Floating-point operations of the backbone's forward pass of one crop (2 per multiply-add)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         models.build_network(network, embedding_size=options.embedding_size).eval()(torch.empty(1, 3, side, side))
