@@ -24,8 +24,8 @@ from benchmarks.inject_faults import InjectFaults, make
 from utils import InputError
 
 RECIPE = (
-    "--network mfn --embedding-size 256 --augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.1 "
-    "--warmup 1 --margin 0.4 --margin-warmup 3 --scale 32 --val-every 4"
+    "--network mfn --embedding-size 256 --augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.02 "
+    "--warmup 1 --margin 0.3 --margin-warmup 3 --scale 32 --val-every 4"
 ).split()
 WAYS: dict[str, list[str]] = {
     "plain": [],

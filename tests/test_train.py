@@ -616,9 +616,13 @@ def test_steps_that_take_several_times_as_long_are_worth_a_line():
 
 def test_a_small_set_with_the_settings_of_a_large_one_is_worth_a_line():
     advice = monitor.advice_for_few_identities
-    text = advice(a_run(identities=494, scale=64))
+    text = advice(a_run(identities=494, scale=64, batch_size=256, lr=0.1))
     assert text.startswith("494 identities, and a margin and a scale for tens of thousands")
-    assert "--margin 0.4 --scale 32 --margin-warmup 4 --warmup 1 --schedule cosine --augment strong" in text
+    assert text.endswith("--margin 0.3 --scale 32 --margin-warmup 4 --warmup 1 --schedule cosine --augment strong")
+    # The published rate is for 256 crops a step.
+    assert advice(a_run(scale=64, batch_size=64, lr=0.1)).endswith(" --lr 0.025")
+    assert "--lr" not in advice(a_run(scale=64, batch_size=64, lr=0.05))
+    assert "--lr" not in advice(a_run(scale=64, batch_size=64, lr=0.1, optimizer="adamw"))
     assert "--margin" not in advice(a_run(scale=64, loss="cosface")).split("--scale")[0]
     assert advice(a_run(identities=5000, scale=64)) is None
     # What it advises is not complained of, nor is who knows of the warm-up.

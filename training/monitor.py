@@ -34,7 +34,8 @@ from verification.metrics import VerificationResult, curve
 PATIENCE = 1000
 # Below this many identities margin and scale of the published recipe, made for 85 thousand, mostly teach nothing.
 FEW_IDENTITIES = 5000
-LARGE_COST = 20.0  # scale times what the margin takes: 36 for the published recipe, 12 for the one advised
+LARGE_COST = 20.0  # scale times what the margin takes: 36 for the published recipe, 9 for the one advised
+USUAL_RATE = 0.1 / 256  # per crop of a step, as the published recipe has it; four times that is slower on few people
 # Readings after which the time of a step is known, and how many times as long it has to take to be worth a line.
 PACE_KNOWN, SLOWDOWN = 5, 3.0
 # How many times its first level the mean feature norm may reach before it is called an explosion.
@@ -195,11 +196,13 @@ def advice_for_few_identities(run: Run) -> str | None:
     cost = options.scale * LOSSES[options.loss]().cost(run.schedule.full_margin)
     if identities >= FEW_IDENTITIES or cost < LARGE_COST or options.margin_warmup > 0:
         return None
-    margin = "--margin 0.4 " if options.loss == "arcface" else ""
+    margin = "--margin 0.3 " if options.loss == "arcface" else ""
     strong = "" if options.augment == "strong" else " --augment strong"
+    usual = USUAL_RATE * options.batch_size
+    rate = f" --lr {usual:.2g}" if options.optimizer == "sgd" and options.lr > 2 * usual else ""
     return (
         f"{identities} identities, and a margin and a scale for tens of thousands: on few, the loss often stays where "
-        f"it begins. What fits: {margin}--scale 32 --margin-warmup 4 --warmup 1 --schedule cosine{strong}"
+        f"it begins. What fits: {margin}--scale 32 --margin-warmup 4 --warmup 1 --schedule cosine{strong}{rate}"
     )
 
 
