@@ -20,10 +20,7 @@ from embedding import load_embedder
 from verification import features
 from verification.sets import open_set
 
-RECIPE = (
-    "--network mfn_half --embedding-size 128 --augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.02 "
-    "--warmup 1 --margin 0.3 --margin-warmup 3 --scale 32 --val-every 4"
-).split()
+RECIPE = ["--network", "mfn_half", "--embedding-size", "128", *trials.SMALL_SET]
 
 
 @utils.command

@@ -23,10 +23,7 @@ from benchmarks import trials
 from benchmarks.inject_faults import InjectFaults, make
 from utils import InputError
 
-RECIPE = (
-    "--network mfn --embedding-size 256 --augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.02 "
-    "--warmup 1 --margin 0.3 --margin-warmup 3 --scale 32 --val-every 4"
-).split()
+RECIPE = ["--network", "mfn", "--embedding-size", "256", *trials.SMALL_SET]
 WAYS: dict[str, list[str]] = {
     "plain": [],
     "filter": ["--filter", "0.4"],

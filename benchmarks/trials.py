@@ -14,6 +14,10 @@ import utils
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_SET = (  # what recipes/small_set.sh does, in fewer epochs
+    "--augment strong --batch-size 64 --epochs 8 --schedule cosine --lr 0.02 --warmup 1 --margin 0.3 --margin-warmup 3 "
+    "--scale 32 --val-every 4"
+).split()
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:

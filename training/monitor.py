@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from config import CROP_SIZE
+from config import CROP_SIZE, Train
 from training import checkpoints, storage
 from training.losses import LOSSES
 from training.run import Run, State
@@ -35,7 +35,7 @@ PATIENCE = 1000
 # Below this many identities margin and scale of the published recipe, made for 85 thousand, mostly teach nothing.
 FEW_IDENTITIES = 5000
 LARGE_COST = 20.0  # scale times what the margin takes: 36 for the published recipe, 9 for the one advised
-USUAL_RATE = 0.1 / 256  # per crop of a step, as the published recipe has it; four times that is slower on few people
+USUAL_RATE = Train.lr / Train.batch_size  # per crop of a step; four times the published one is slower on few people
 # Readings after which the time of a step is known, and how many times as long it has to take to be worth a line.
 PACE_KNOWN, SLOWDOWN = 5, 3.0
 # How many times its first level the mean feature norm may reach before it is called an explosion.
