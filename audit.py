@@ -16,7 +16,7 @@ The network may be the one that was trained on the very set: train, audit, train
 import passive_threads  # noqa: F401  # isort: skip
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import config
 import utils
 from auditing import report
 from auditing.against import people_of, same_photo
-from auditing.centres import Centres, nearest_other, robust_centres, unit_rows
+from auditing.centres import Centres, Rows, nearest_other, unit_rows
 from auditing.duplicates import THUMB, Duplicate, find_duplicates
 from auditing.findings import (
     DUPLICATE,
@@ -39,14 +39,15 @@ from auditing.findings import (
     WRONG,
     Limits,
     PairFinding,
+    compare,
     find_faceless,
     find_merges,
     find_splits,
     judge_crops,
-    limits,
     person_limit,
 )
 from auditing.measures import LEAST_SCORE, SIGNS, WIDTH, measure, reject_curve
+from auditing.space import Placed, choose, whitened
 from cropping.faces import embedded_weights
 from cropping.photos import decode_crop
 from embedding import Embedder, open_embedder
@@ -186,18 +187,21 @@ def mark_duplicates(found: Findings, measures: np.ndarray, own: np.ndarray) -> l
 def look_for_people(
     options: config.Audit,
     found: Findings,
-    features: np.ndarray,
+    features: Rows,
     centres: Centres,
-    embedder: Embedder,
+    embed_crops: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[list[dict[str, Any]], dict[str, list[report.Picture]]]:
-    """Compare the people of each set of --against with all identities; findings go into `found`."""
+    """Compare the people of each set of --against with all identities; findings go into `found`.
+
+    `embed_crops`: uint8 RGB crops to rows that compare with `features`.
+    """
     summaries, evidence = [], {}
     known_limits: dict[int, tuple[float, int]] = {}
     device = utils.own_device(options.device)
     none = np.full(1, -1, np.int64)
     for path in options.against:
         people, hits, most = 0, 0, 0.0
-        for person in people_of(path, embedder.features, options.out / "cache", device):
+        for person in people_of(path, embed_crops, options.out / "cache", device):
             people += 1
             size = min(len(person.embeddings), 8)
             if size not in known_limits:
@@ -379,22 +383,30 @@ def audit(options: config.Audit) -> None:
     if not np.isfinite(measures[:, 0]).any():
         raise InputError(f"{crops.name}: not one of {len(crops)} crops is usable; the first: {_complaint(crops)}")
     found = Findings(crops)
-    centres = robust_centres(features, found.labels, crops.identities)
-    nearest, other = nearest_other(features, found.labels, centres.centres, device)
-    near_centre, near_cosine = nearest_other(
-        centres.centres, np.arange(crops.identities), centres.centres, device, what="identities compared"
-    )
-    bounds = limits(features, found.labels, centres, other, near_cosine, options.error_rate, options.false_alarms)
-    found.kinds, found.score, found.reasons = judge_crops(found.labels, centres, other, nearest, bounds, found.names)
-    mark_faceless(found, measures[:, THUMB * THUMB + SIGNS.index("face")], centres, other, bounds)
-    duplicates = mark_duplicates(found, measures, centres.own) if options.duplicates else []
-    found.pairs += find_merges(features, found.labels, centres, near_centre, near_cosine, bounds, found.names)
-    found.pairs += find_splits(features, found.labels, centres, bounds, found.names)
-    against, evidence = look_for_people(options, found, features, centres, embedder)
-    decide(decisions, found, nearest, duplicates)
     norms = np.concatenate(
         [np.linalg.norm(features[start : start + 65536], axis=1) for start in range(0, len(features), 65536)]
     )
+    rates = options.error_rate, options.false_alarms
+    embed_crops: Callable[[np.ndarray], np.ndarray] = embedder.features
+    tried: dict[str, int] = {}
+    space = None
+    if options.space == "auto":
+        space, tried = choose(features, found.labels, crops.identities, *rates, device)
+    elif options.space == "whitened":
+        space = whitened(features, found.labels, crops.identities)
+    if space is not None:
+        features, embed_crops = Placed(features, space), space.after(embedder.features)
+    compared = compare(features, found.labels, crops.identities, *rates, device)
+    centres, nearest, other, bounds = compared.centres, compared.nearest, compared.other, compared.bounds
+    found.kinds, found.score, found.reasons = judge_crops(found.labels, centres, other, nearest, bounds, found.names)
+    mark_faceless(found, measures[:, THUMB * THUMB + SIGNS.index("face")], centres, other, bounds)
+    duplicates = mark_duplicates(found, measures, centres.own) if options.duplicates else []
+    found.pairs += find_merges(
+        features, found.labels, centres, compared.near_centre, compared.near_cosine, bounds, found.names
+    )
+    found.pairs += find_splits(features, found.labels, centres, bounds, found.names)
+    against, evidence = look_for_people(options, found, features, centres, embed_crops)
+    decide(decisions, found, nearest, duplicates)
     write_tables(options.out, found, centres.own, other, nearest, norms, measures[:, THUMB * THUMB :])
     counts = {kind: found.kinds.count(kind) for kind in (WRONG, STRANGER, UNUSABLE)}
     counts[DUPLICATE] = len(duplicates)
@@ -416,12 +428,15 @@ def audit(options: config.Audit) -> None:
         if bounds.judges
         else "That is more than half: this model cannot tell these identities apart, and no single crop is judged."
     )
+    if space is not None:
+        summary += " Compared whitened within people."
     summary = " ".join([summary, *bounds.notes()])
     report.write_page(options.out / "audit.html", f"Audit of {crops.name}", summary, counts, sections, fingerprint[:16])
     record = {
         "data": {"name": crops.name, "path": str(options.data), "crops": len(crops), "identities": crops.identities,
                  "fingerprint": fingerprint},
         "model": embedder.describe(),
+        "space": {"used": "plain" if space is None else "whitened", "findings_in_a_sample": tried},
         # An infinite limit is one that nothing reaches: too few crops or identities to say anything.
         "limits": {name: None if value == np.inf else value for name, value in vars(bounds).items()},
         "counts": counts,

@@ -766,6 +766,12 @@ class Audit(Model):
         above=0,
         at_most=0.2,
     )
+    space: str = option(
+        "auto",
+        "compare the embeddings as they are (plain), whitened within people, or by what finds more in this set",
+        group="findings",
+        choices=("auto", "plain", "whitened"),
+    )
     duplicates: bool = option(True, "look for the same photo twice", group="findings")
     faces: bool = option(True, "look for a face in each crop, by the detector of stage 2", group="findings")
     shifts: bool = option(False, "quality by the crop moved by 4 pixels, too: three times the work", group="findings")

@@ -5,6 +5,10 @@ median cosine to the others), keeps the crops that are nearer to it than to be e
 those, a few times over. Wrong crops are of many different people, so the majority's middle wins. Identities of one or
 two crops have no majority; their crops are all trusted and the findings say so.
 
+A crop also fits its identity if one of its photos shows the same face in the same way: a profile, or a child, is far
+from the centre and yet no stranger. So how well a crop fits is its cosine to the centre and, with half that weight, to
+the nearest other crop of the identity.
+
 The nearest other centre of every crop is exact: blocked matrix products in half precision find candidates, and where
 the bound of their rounding leaves a doubt, the product is made again in float32. On a CPU without fast half precision
 the products are in float32 from the start. Memory: one block of products, the centres, and what is mapped.
@@ -12,6 +16,7 @@ the products are in float32 from the start. Memory: one block of products, the c
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +25,7 @@ import utils
 
 MEDOID = 128  # crops of an identity that are compared with each other; more are represented by as many of them
 ROUNDS = 3  # of choosing crops and averaging them; the choice rarely changes after the second
+NEAREST = 1 / 3  # weight of the nearest crop; from a fifth to a half as much is found (docs/audit.md)
 BLOCK_CROPS, BLOCK_CENTRES = 4096, 16384  # one product: 256 MB in float32
 
 # Unit vectors rounded to a format with this unit roundoff u: each product is off by at most about 2 u times the sum of
@@ -28,18 +34,30 @@ _ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _CANDIDATES = 8  # kept per crop and block in half precision
 
 
+class Rows(Protocol):
+    """Embeddings [n, D], as they are, mapped, or computed where they are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
 @dataclass
 class Centres:
     """Centres float32 [identities, D] of length 1 (zero where no crop could be used), and what they are made of.
 
     `trusted` bool [crops]; `own` float32 [crops]: cosine to the identity's centre, made without the crop itself where
-    it is trusted; NaN where nothing is left then. `agreement` float32 [identities]: mean cosine of trusted crops to it.
+    it is trusted; NaN where nothing is left then. `fit` float32 [crops]: the same, with the cosine to the identity's
+    nearest other crop (of `MEDOID` where there are more) weighed in.
     """
 
     centres: np.ndarray
     trusted: np.ndarray
     own: np.ndarray
-    agreement: np.ndarray
+    fit: np.ndarray
 
 
 def groups(labels: np.ndarray, identities: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -61,7 +79,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return unit
 
 
-def stranger_cosine(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0, pairs: int = 20_000) -> float:
+def stranger_cosine(embeddings: Rows, labels: np.ndarray, seed: int = 0, pairs: int = 20_000) -> float:
     """The median cosine of crops of two identities, from random pairs."""
     random = np.random.default_rng(seed)
     first, second = random.integers(0, len(labels), (2, pairs))
@@ -72,14 +90,14 @@ def stranger_cosine(embeddings: np.ndarray, labels: np.ndarray, seed: int = 0, p
     return float(np.median(np.einsum("nd,nd->n", first, second)))
 
 
-def robust_centres(embeddings: np.ndarray, labels: np.ndarray, identities: int) -> Centres:
+def robust_centres(embeddings: Rows, labels: np.ndarray, identities: int) -> Centres:
     """Centres of all identities. `embeddings` [crops, D] may be mapped and of any length; one identity
     is read at once."""
     dim = embeddings.shape[1]
     centres = np.zeros((identities, dim), np.float32)
     trusted = np.zeros(len(labels), bool)
     own = np.full(len(labels), np.nan, np.float32)
-    agreement = np.full(identities, np.nan, np.float32)
+    fit = np.full(len(labels), np.nan, np.float32)
     between = stranger_cosine(embeddings, labels)
     with utils.progress(identities, "centres", unit="identity") as bar:
         for label, members in groups(labels, identities):
@@ -96,9 +114,31 @@ def robust_centres(embeddings: np.ndarray, labels: np.ndarray, identities: int) 
                 usable = (lengths > 1e-6) & unit.any(axis=1)
                 dots = np.einsum("nd,nd->n", without, unit)
                 own[members[usable]] = (dots[usable] / lengths[usable]).clip(-1, 1)
-                agreement[label] = float((unit[chosen] @ centres[label]).mean())
+                fit[members] = fitting(own[members], nearest_of(unit, unit))
             bar.update()
-    return Centres(centres, trusted, own, agreement)
+    return Centres(centres, trusted, own, fit)
+
+
+def fitting(to_centre: np.ndarray, to_nearest: np.ndarray) -> np.ndarray:
+    """How well crops fit an identity, float [n], by their cosines to its centre and to the nearest of its crops."""
+    return (1 - NEAREST) * to_centre + NEAREST * to_nearest
+
+
+def nearest_of(rows: np.ndarray, crops: np.ndarray) -> np.ndarray:
+    """Cosine of unit rows [n, D] to the nearest of an identity's crops [m, D], or of `MEDOID` of these; float32 [n].
+
+    A crop is not compared with itself where `rows` is `crops`.
+    """
+    some = spread(len(crops))
+    cosines = rows @ crops[some].T
+    if rows is crops:
+        cosines[some, np.arange(len(some))] = -1
+    return cosines.max(axis=1)
+
+
+def spread(count: int) -> np.ndarray:
+    """At most `MEDOID` of so many places, evenly, ascending."""
+    return np.arange(count) if count <= MEDOID else np.linspace(0, count - 1, MEDOID).astype(int)
 
 
 def _trusted(unit: np.ndarray, between: float) -> np.ndarray:
@@ -107,7 +147,7 @@ def _trusted(unit: np.ndarray, between: float) -> np.ndarray:
     if usable.sum() <= 2:
         return usable
     places = np.flatnonzero(usable)
-    some = places if len(places) <= MEDOID else places[np.linspace(0, len(places) - 1, MEDOID).astype(int)]
+    some = places[spread(len(places))]
     cosines = unit[some] @ unit[some].T
     np.fill_diagonal(cosines, -1)
     # The upper third: with a third of wrong crops the median still is of right ones, and poses differ.
@@ -129,7 +169,7 @@ def _trusted(unit: np.ndarray, between: float) -> np.ndarray:
 
 
 def nearest_other(
-    embeddings: np.ndarray,
+    embeddings: Rows,
     own_label: np.ndarray,
     centres: np.ndarray,
     device: torch.device | str = "cpu",

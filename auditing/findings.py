@@ -2,12 +2,12 @@
 
 No constant decides; every threshold comes from the set's own distributions and a rate of error that is asked for.
 
-* *Crops.* The score of a crop is `other` - `own`. The `own` cosines of all crops are a mixture of right crops and of
-  crops that have nothing to do with their identity, and what the latter have is known: the cosines to random other
-  centres. Its share follows from the lower half of that distribution, where right crops are rare; what is left over is
-  the distribution of right crops. With the `other` cosines of crops that surely are right it says how many right crops
-  lie above any score, so the score from which a finding counts is the lowest one at which no more than the error rate
-  of the findings are right crops (a false discovery rate, as in Efron, "Large-scale inference", 2010, with an empirical
+* *Crops.* The score of a crop is `other` - `fit`. The `fit` of all crops is a mixture of right crops and of crops that
+  have nothing to do with their identity, and what the latter have is known: how crops fit random other identities. Its
+  share follows from the lower half of that distribution, where right crops are rare; what is left over is the
+  distribution of right crops. With the `other` cosines of crops that surely are right it says how many right crops lie
+  above any score, so the score from which a finding counts is the lowest one at which no more than the error rate of
+  the findings are right crops (a false discovery rate, as in Efron, "Large-scale inference", 2010, with an empirical
   null). Above it a crop shows another *person* of the set where `other` is beyond what sure crops have by chance, and a
   *stranger* otherwise. Where more than half of the crops seem not to show their identity, either the set has no
   identities or the model cannot tell them apart, and no crop is judged.
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from auditing.centres import Centres, groups, nearest_other, unit_rows
+from auditing.centres import Centres, Rows, fitting, groups, nearest_of, nearest_other, robust_centres, unit_rows
 
 KEEP, WRONG, STRANGER, UNUSABLE, DUPLICATE = "", "wrong person", "stranger", "unusable", "duplicate"
 MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the test set"
@@ -53,7 +53,7 @@ SPLIT_PARTS = 2, 0.2  # least crops, and least share, of the smaller part
 class Limits:
     """Thresholds on cosines (`score_limit`: on their difference), and what the set is estimated to be."""
 
-    score_limit: float  # least other - own of a finding; above 2: none
+    score_limit: float  # least other - fit of a finding; above 2: none
     other_limit: float  # of `other`: from here on it is that person
     stranger_limit: float  # a random other identity's centre is nearer than this with the false alarm rate
     merge_limit: float
@@ -80,6 +80,27 @@ class Limits:
         return found
 
 
+@dataclass
+class Compared:
+    """Everything that a set's embeddings say by themselves.
+
+    `nearest` int64, `other` float32 [crops]: the nearest other centre of each crop; `near_centre`, `near_cosine`
+    [identities]: that of each centre.
+    """
+
+    centres: Centres
+    nearest: np.ndarray
+    other: np.ndarray
+    near_centre: np.ndarray
+    near_cosine: np.ndarray
+    bounds: Limits
+
+    @property
+    def called(self) -> int:
+        """Crops that do not show their identity, at the error rate that was asked for."""
+        return int((self.other - self.centres.fit >= self.bounds.score_limit).sum())
+
+
 @dataclass(frozen=True)
 class PairFinding:
     """A finding about one identity or two: `first` and `second` are labels, or a label and a person's name."""
@@ -97,7 +118,7 @@ def _quantile(values: np.ndarray, share: float, otherwise: float) -> float:
     return float(np.quantile(values, share)) if len(values) else otherwise
 
 
-def random_other(embeddings: np.ndarray, labels: np.ndarray, centres: np.ndarray, seed: int, count: int) -> np.ndarray:
+def random_other(embeddings: Rows, labels: np.ndarray, centres: np.ndarray, seed: int, count: int) -> np.ndarray:
     """Cosines of random crops and the centres of random other identities, float32."""
     random = np.random.default_rng(seed)
     crops = np.sort(random.integers(0, len(labels), count))
@@ -106,7 +127,28 @@ def random_other(embeddings: np.ndarray, labels: np.ndarray, centres: np.ndarray
     return _pair_cosines(embeddings, crops[keep], centres, others[keep])
 
 
-def _pair_cosines(first: np.ndarray, rows: np.ndarray, second: np.ndarray, others: np.ndarray) -> np.ndarray:
+def random_fit(embeddings: Rows, labels: np.ndarray, centres: np.ndarray, seed: int, count: int = 25_000) -> np.ndarray:
+    """How well some `count` random crops fit random other identities, float32.
+
+    Identities are drawn by their crops, and all but one of these are met, as a crop meets those of its own.
+    """
+    random = np.random.default_rng(seed)
+    sizes = np.bincount(labels, minlength=len(centres))
+    order = random.permutation(np.flatnonzero((sizes > 1) & centres.any(axis=1)))
+    some = order[: int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1]
+    each = count / max(1, int(sizes[some].sum()))
+    wanted = set(some.tolist())
+    found = [np.zeros(0, np.float32)]
+    for label, members in groups(labels, len(centres)):
+        if label in wanted:
+            crops = np.sort(random.integers(0, len(labels), int(np.ceil(each * len(members)))))
+            rows = unit_rows(embeddings[crops[labels[crops] != label]])
+            others = unit_rows(embeddings[np.sort(random.permutation(members)[1:])])
+            found.append(fitting(rows @ centres[label], nearest_of(rows, others)))
+    return np.concatenate(found)
+
+
+def _pair_cosines(first: Rows, rows: np.ndarray, second: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Cosines float32 [n] of rows of `first`, of any length, and of `second`, of length 1; some megabytes at a time."""
     parts = [
         np.einsum("nd,nd->n", unit_rows(first[rows[start:stop]]), second[others[start:stop]])
@@ -115,8 +157,26 @@ def _pair_cosines(first: np.ndarray, rows: np.ndarray, second: np.ndarray, other
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
+def compare(
+    embeddings: Rows,
+    labels: np.ndarray,
+    identities: int,
+    error_rate: float,
+    false_alarms: float,
+    device: torch.device | str = "cpu",
+) -> Compared:
+    """Centres, their and all crops' nearest other centres, and the thresholds that follow."""
+    centres = robust_centres(embeddings, labels, identities)
+    nearest, other = nearest_other(embeddings, labels, centres.centres, device)
+    near_centre, near_cosine = nearest_other(
+        centres.centres, np.arange(identities), centres.centres, device, what="identities compared"
+    )
+    bounds = limits(embeddings, labels, centres, other, near_cosine, error_rate, false_alarms)
+    return Compared(centres, nearest, other, near_centre, near_cosine, bounds)
+
+
 def limits(
-    embeddings: np.ndarray,
+    embeddings: Rows,
     labels: np.ndarray,
     found: Centres,
     other: np.ndarray,
@@ -133,7 +193,9 @@ def limits(
     strangers = random_other(embeddings, labels, found.centres, seed, 200_000)
     stranger_limit = _quantile(strangers, 1 - false_alarms, 1.0)
     sure = found.trusted & (found.own >= stranger_limit) & (found.own > other)
-    score_limit, wrong_share = score_threshold(found.own, other, strangers, other[sure], error_rate)
+    score_limit, wrong_share = score_threshold(
+        found.fit, other, random_fit(embeddings, labels, found.centres, seed), other[sure], error_rate
+    )
     other_limit = _quantile(other[sure], 1 - false_alarms, 1.0)
     if wrong_share > MOST_WRONG:
         score_limit = other_limit = np.inf
@@ -156,16 +218,16 @@ def limits(
 
 
 def score_threshold(
-    own: np.ndarray, other: np.ndarray, strangers: np.ndarray, other_of_right: np.ndarray, error_rate: float
+    fit: np.ndarray, other: np.ndarray, strangers: np.ndarray, other_of_right: np.ndarray, error_rate: float
 ) -> tuple[float, float]:
     """The least score of a finding, and the share of crops that do not show their identity; see the module's text."""
-    known = np.isfinite(own) & np.isfinite(other)
+    known = np.isfinite(fit) & np.isfinite(other)
     if not known.any() or not len(strangers) or not len(other_of_right):
         return np.inf, 0.0
-    own, score = own[known], (other - own)[known]
-    wrong = min(1.0, 2 * float((own < np.median(strangers)).mean()))
+    fit, score = fit[known], (other - fit)[known]
+    wrong = min(1.0, 2 * float((fit < np.median(strangers)).mean()))
     edges = np.linspace(-1, 1, 401)
-    mixture, null = (np.histogram(values, edges)[0] / len(values) for values in (own, strangers))
+    mixture, null = (np.histogram(values, edges)[0] / len(values) for values in (fit, strangers))
     # Cumulated, what is left only grows; its greatest minorant that does is free of the noise of single bins.
     left = np.minimum.accumulate(np.cumsum(mixture - wrong * null)[::-1])[::-1]
     right = np.diff(left.clip(0), prepend=0)
@@ -220,7 +282,7 @@ def judge_crops(
     sizes = np.bincount(labels, minlength=len(found.centres))[labels]
     # Where there is no centre of the identity without the crop, another must be near on its own account.
     alone = ~np.isfinite(own)
-    score = np.where(alone, other - bounds.other_limit, other - own).astype(np.float64)
+    score = np.where(alone, other - bounds.other_limit, other - found.fit).astype(np.float64)
     finding = np.where(alone, other >= bounds.other_limit, score >= bounds.score_limit)
     wrong = finding & (other >= bounds.other_limit)
     stranger = finding & ~wrong & (sizes >= FEW)
@@ -255,7 +317,7 @@ def find_faceless(face: np.ndarray, found: Centres, other: np.ndarray, bounds: L
 
 
 def find_merges(
-    embeddings: np.ndarray,
+    embeddings: Rows,
     labels: np.ndarray,
     found: Centres,
     nearest: np.ndarray,
@@ -289,7 +351,7 @@ def find_merges(
 
 
 def find_splits(
-    embeddings: np.ndarray, labels: np.ndarray, found: Centres, bounds: Limits, names: Sequence[str]
+    embeddings: Rows, labels: np.ndarray, found: Centres, bounds: Limits, names: Sequence[str]
 ) -> list[PairFinding]:
     """Identities whose crops fall into two parts, each near to itself and no nearer to the other than strangers are.
 
@@ -346,7 +408,7 @@ def _cohesion(unit: np.ndarray) -> float:
 
 
 def person_limit(
-    embeddings: np.ndarray,
+    embeddings: Rows,
     labels: np.ndarray,
     found: Centres,
     crops: int,

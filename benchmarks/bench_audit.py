@@ -3,9 +3,9 @@
     python benchmarks/bench_audit.py                                     # a million crops of 85,164 people
     python benchmarks/bench_audit.py --crops 50000 --identities 5000     # a minute
 
-Counted: robust centres, the nearest other centre of each crop and of each centre, thresholds, findings about crops and
-identities, from mapped features. The alternative in the same run is the float32 product alone, block by block, with its
-row maxima. Duplicates are counted apart, since nothing plain compares with them. Results go to
+Counted: the choice of a space, robust centres, the nearest other centre of each crop and of each centre, thresholds,
+findings about crops and identities, from mapped features. The alternative in the same run is the float32 product alone,
+block by block, with its row maxima. Duplicates are counted apart, since nothing plain compares with them. Results go to
 `benchmarks/results/audit.json`.
 """
 
@@ -22,8 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from auditing.centres import BLOCK_CENTRES, BLOCK_CROPS, nearest_other, robust_centres, unit_rows
-from auditing.findings import find_merges, find_splits, judge_crops, limits
+from auditing.centres import BLOCK_CENTRES, BLOCK_CROPS, unit_rows
+from auditing.findings import compare, find_merges, find_splits, judge_crops
+from auditing.space import Placed, choose
 from options import option, parse
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,15 +62,16 @@ def invent(options: BenchAudit, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def audit(features: np.ndarray, labels: np.ndarray, identities: int, device: str) -> dict[str, int]:
     """Everything that depends on the number of crops times the number of identities, and what follows from it."""
-    found = robust_centres(features, labels, identities)
-    nearest, other = nearest_other(features, labels, found.centres, device)
-    near, cosine = nearest_other(found.centres, np.arange(identities), found.centres, device)
-    bounds = limits(features, labels, found, other, cosine, 0.05, 0.01)
+    space, _ = choose(features, labels, identities, 0.05, 0.01, device)
+    rows = features if space is None else Placed(features, space)
+    compared = compare(rows, labels, identities, 0.05, 0.01, device)
+    found, bounds = compared.centres, compared.bounds
     names = [str(label) for label in range(identities)]
-    kinds, _, _ = judge_crops(labels, found, other, nearest, bounds, names)
+    kinds, _, _ = judge_crops(labels, found, compared.other, compared.nearest, bounds, names)
+    near = compared.near_centre, compared.near_cosine
     merges, splits = (
-        find_merges(features, labels, found, near, cosine, bounds, names),
-        find_splits(features, labels, found, bounds, names),
+        find_merges(rows, labels, found, *near, bounds, names),
+        find_splits(rows, labels, found, bounds, names),
     )
     return {"crops": sum(map(bool, kinds)), "merges": len(merges), "splits": len(splits)}
 

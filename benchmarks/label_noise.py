@@ -5,8 +5,9 @@
 
 Trains on the set as it is and with 10 % and 30 % of its labels exchanged (inject_faults.py), everything else alike:
 plain; with --filter 0.4; with --sub-centres 3; and plain without what audit.py finds by means of the network that the
-plain training gave (--exclude, --relabel). audit_recall.py says how much it found. Options of
-train.py after -- replace those of the recipe. Killed, the same command goes on. Writes label_noise.json.
+plain training gave (--exclude; --error-rate 0.3, since a wrong label costs more than a crop). audit_recall.py says how
+much it found. Options of train.py after -- replace those of the recipe. Killed, the same command goes on. Writes
+label_noise.json.
 """
 
 import argparse
@@ -35,11 +36,12 @@ WAYS: dict[str, list[str]] = {
 def audit(data: Path, checkpoint: Path, out: Path) -> list[str]:
     """Audit a set by a network, once; the options of train.py that follow from it."""
     if not (out / "recall.json").exists():
-        line = ["--data", data, "--checkpoint", checkpoint, "--out", out, "--no-duplicates"]
-        for command in (["audit.py", *line], ["benchmarks/audit_recall.py", "--faulty", data, "--audit", out]):
+        found = ["audit.py", "--data", data, "--checkpoint", checkpoint, "--out", out]
+        found += ["--no-duplicates", "--error-rate", "0.3"]
+        for command in (found, ["benchmarks/audit_recall.py", "--faulty", data, "--audit", out]):
             if subprocess.run([sys.executable, *map(str, command)], cwd=trials.ROOT, check=False).returncode:
                 raise InputError(f"{out}: the audit failed; the same command goes on from there")
-    return ["--exclude", str(out / "audit.tsv"), "--relabel"]
+    return ["--exclude", str(out / "audit.tsv")]
 
 
 @utils.command

@@ -15,8 +15,8 @@ from helpers.training import jpegs
 
 import audit
 import utils
-from auditing import duplicates, report
-from auditing.centres import Centres, nearest_other, robust_centres, unit_rows
+from auditing import duplicates, report, space
+from auditing.centres import NEAREST, Centres, nearest_other, robust_centres, unit_rows
 from auditing.findings import (
     KEEP,
     STRANGER,
@@ -24,15 +24,17 @@ from auditing.findings import (
     WRONG,
     Limits,
     chance_threshold,
+    compare,
     find_faceless,
     find_merges,
     find_splits,
     judge_crops,
-    limits,
     person_limit,
+    random_fit,
     score_threshold,
 )
 from auditing.measures import LEAST_SCORE, filled, look, reject_curve, sharpness
+from auditing.space import Placed
 from cropping.align import TEMPLATE, align_face
 from formats import crop_sets, selection
 from retinaface import RetinaFace
@@ -58,13 +60,11 @@ def exchanged(truth, share, seed=1):
 
 def judged(features, labels, error_rate=0.05):
     identities = int(labels.max()) + 1
-    found = robust_centres(features, labels, identities)
-    nearest, other = nearest_other(features, labels, found.centres)
-    near, cosine = nearest_other(found.centres, np.arange(identities), found.centres)
-    bounds = limits(features, labels, found, other, cosine, error_rate, 0.01)
+    made = compare(features, labels, identities, error_rate, 0.01)
     names = list(map(str, range(identities)))
-    kinds, score, reasons = judge_crops(labels, found, other, nearest, bounds, names)
-    return found, nearest, other, bounds, np.array(kinds), score, reasons, (near, cosine), names
+    kinds, score, reasons = judge_crops(labels, made.centres, made.other, made.nearest, made.bounds, names)
+    near = made.near_centre, made.near_cosine
+    return made.centres, made.nearest, made.other, made.bounds, np.array(kinds), score, reasons, near, names
 
 
 # --- centres and neighbours ------------------------------------------------------------------------------------------
@@ -93,6 +93,46 @@ def test_own_leaves_the_crop_itself_out():
             continue
         centre = unit_rows(features[mine].sum(axis=0)[None])[0]
         assert found.own[index] == pytest.approx(float(features[index] @ centre), abs=1e-5)
+
+
+def test_how_a_crop_fits_is_its_centre_and_its_nearest_other_crop(monkeypatch):
+    features, truth = people(20, least=2, most=9)
+    found = robust_centres(features, truth, 20)
+    for index in np.flatnonzero(np.isfinite(found.own)):
+        others = (truth == truth[index]) & (np.arange(len(truth)) != index)
+        expected = (1 - NEAREST) * found.own[index] + NEAREST * (features[others] @ features[index]).max()
+        assert found.fit[index] == pytest.approx(float(expected), abs=1e-5)
+    assert (np.isnan(found.own) == np.isnan(found.fit)).all()
+    monkeypatch.setattr("auditing.centres.MEDOID", 3)  # of large identities as many, and never the crop itself
+    some = robust_centres(features, truth, 20).fit
+    assert (some[np.isfinite(some)] <= 1 - 1e-4).all() and np.isnan(some).sum() == np.isnan(found.fit).sum()
+
+
+def test_somebody_else_s_photos_fit_as_the_null_says():
+    features, truth = people(spread=1.3)
+    labels = exchanged(truth, 0.3)
+    found = robust_centres(features, labels, 300)
+    null = random_fit(features, labels, found.centres, 0)
+    wrong = found.fit[(labels != truth) & np.isfinite(found.fit)]
+    assert len(null) > 20_000
+    for quantile in (0.1, 0.5, 0.9):
+        assert np.quantile(wrong, quantile) == pytest.approx(np.quantile(null, quantile), abs=0.03)
+
+
+def test_a_pair_of_rare_photos_is_no_pair_of_strangers():
+    """A childhood photo is as far from the centre as a stranger, but not alone: only the stranger is called."""
+    features, truth = people(200, spread=0.9, least=8)
+    random = np.random.default_rng(5)
+    rare = np.array([np.flatnonzero(truth == label)[:2] for label in range(0, 200, 2)])
+    away = unit_rows(random.standard_normal((100, 64)))
+    for pair, direction in zip(rare, away, strict=True):
+        features[pair] = unit_rows(direction + 0.15 * features[pair] + 0.02 * random.standard_normal((2, 64)))
+    labels = exchanged(truth, 0.1)
+    labels[rare.ravel()] = truth[rare.ravel()]
+    found = robust_centres(features, labels, 200)
+    wrong = labels != truth
+    assert np.median(found.own[rare]) < np.median(found.own[wrong]) + 0.2
+    assert np.median(found.fit[rare]) > np.median(found.fit[wrong]) + 0.25
 
 
 def test_an_identity_of_one_and_features_without_direction():
@@ -124,6 +164,83 @@ def test_the_nearest_other_is_exact_in_any_blocks(half, blocks, monkeypatch):
 def test_without_another_identity_there_is_no_nearest():
     label, cosine = nearest_other(np.eye(2, dtype=np.float32), np.zeros(2, np.int64), np.eye(2, dtype=np.float32)[:1])
     assert label.tolist() == [-1, -1] and np.isnan(cosine).all()
+
+
+# --- whitened within people -----------------------------------------------------------------------------------------
+
+
+def uneven(identities=300, dim=64, spread=1.4, seed=0):
+    """As `people`, but a person's photos differ along few directions, e^4 times as much along one as along another."""
+    random = np.random.default_rng(seed)
+    middles = unit_rows(random.standard_normal((identities, dim)))
+    truth = np.repeat(np.arange(identities), random.integers(3, 20, identities))
+    scale = np.exp(np.linspace(-2, 2, dim))
+    away = random.standard_normal((len(truth), dim)) * scale / np.linalg.norm(scale)
+    turn = np.linalg.qr(random.standard_normal((dim, dim)))[0]
+    return (middles[truth] + spread * away) @ turn * random.uniform(1, 30, (len(truth), 1)), truth
+
+
+def test_whitened_people_vary_alike_in_all_directions(monkeypatch):
+    features, truth = uneven(spread=0.5)
+    monkeypatch.setattr(space, "ADDED", 0.0)
+    placed = Placed(features, space.whitened(features, truth, 300))
+    assert len(placed) == len(features) and placed.shape == features.shape
+    trusted = robust_centres(placed, truth, 300).trusted
+    scatter, freedom = space._scatter(placed[trusted], truth[trusted], 300, np.ones(trusted.sum(), bool))
+    spectrum = np.linalg.eigvalsh(scatter / freedom)
+    plain, freedom = space._scatter(unit_rows(features), truth, 300, np.ones(len(truth), bool))
+    before = np.linalg.eigvalsh(plain / freedom)
+    assert spectrum[-1] / spectrum[0] < 3 and before[-1] / before[0] > 300
+    assert spectrum[-1] == pytest.approx(1, abs=0.1)  # less the share of dimensions in the degrees of freedom
+    for index in (slice(3, 9), np.array([5, 2]), truth == 7):
+        np.testing.assert_allclose(placed[index], placed[:][index], atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+def test_whitening_finds_more_wrong_labels_among_people_who_vary_unevenly(share):
+    features, truth = uneven()
+    labels = exchanged(truth, share)
+    recalls = []
+    for rows in (features, Placed(features, space.whitened(features, labels, 300))):
+        _, _, _, bounds, kinds, *_ = judged(rows, labels)
+        called, wrong = np.isin(kinds, (WRONG, STRANGER)), labels != truth
+        assert bounds.wrong_share == pytest.approx(share, abs=0.03)
+        recalls.append((wrong & called).sum() / wrong.sum())
+    assert (wrong & called).sum() / called.sum() > 0.92
+    assert recalls[1] > max(0.95, recalls[0] + 0.02)
+
+
+def test_the_space_is_the_one_that_finds_more():
+    features, truth = uneven()
+    chosen, tried = space.choose(features, exchanged(truth, 0.1), 300, 0.05, 0.01)
+    assert chosen is not None and tried["whitened"] > tried["plain"]
+    random = np.random.default_rng(0)  # what people differ in lies where their photos differ: whitening hides it
+    middles = random.standard_normal((300, 64)) * np.exp(np.linspace(2, -2, 64))
+    features = middles[truth] + 0.6 * random.standard_normal((len(truth), 64)) * np.exp(np.linspace(2, -2, 64))
+    chosen, tried = space.choose(features, exchanged(truth, 0.1), 300, 0.05, 0.01)
+    assert chosen is None and tried["whitened"] <= tried["plain"] + 2 * tried["plain"] ** 0.5
+
+
+def test_a_sample_of_identities_is_enough_to_whiten(monkeypatch):
+    features, truth = uneven(600, spread=0.5)
+    whole = space.whitened(features, truth, 600)(features)
+    monkeypatch.setattr(space, "SAMPLE", len(truth) // 2)
+    part = space.whitened(features, truth, 600)(features)
+    assert not np.array_equal(whole, part)
+    assert np.einsum("nd,nd->n", unit_rows(whole), unit_rows(part)).min() > 0.9
+
+
+def test_what_cannot_be_whitened_stays_as_it_is():
+    features, truth = uneven(space.LEAST - 1)
+    few = space.whitened(features, truth, space.LEAST - 1)
+    np.testing.assert_array_equal(few(features), unit_rows(features))
+    features, _ = uneven(40)
+    alone = space.whitened(features[:40], np.arange(40), 40)  # nobody has two crops
+    np.testing.assert_array_equal(alone(features), unit_rows(features))
+    broken = np.concatenate([features, np.zeros((1, 64)), np.full((1, 64), np.nan)])
+    truth = np.append(uneven(40)[1], [0, 1])
+    placed = space.whitened(broken, truth, 40)(broken)
+    assert np.isfinite(placed).all() and not placed[-2:].any() and placed[:-2].any(axis=1).all()
 
 
 # --- findings --------------------------------------------------------------------------------------------------------
