@@ -7,7 +7,9 @@ two crops have no majority; their crops are all trusted and the findings say so.
 
 A crop also fits its identity if one of its photos shows the same face in the same way: a profile, or a child, is far
 from the centre and yet no stranger. So how well a crop fits is its cosine to the centre and, with half that weight, to
-the nearest other crop of the identity.
+the nearest other crop of the identity. A centre of m crops is off by what m photos share by chance, which brings all
+cosines to it down. So for small m the fit is drawn towards the set's median, by sqrt(m / (m + 1)): the correlation of
+such a mean with what it estimates if two photos of a person have a cosine of a half.
 
 The nearest other centre of every crop is exact: blocked matrix products in half precision find candidates, and where
 the bound of their rounding leaves a doubt, the product is made again in float32. On a CPU without fast half precision
@@ -51,13 +53,15 @@ class Centres:
 
     `trusted` bool [crops]; `own` float32 [crops]: cosine to the identity's centre, made without the crop itself where
     it is trusted; NaN where nothing is left then. `fit` float32 [crops]: the same, with the cosine to the identity's
-    nearest other crop (of `MEDOID` where there are more) weighed in.
+    nearest other crop (of `MEDOID` where there are more) weighed in, drawn towards `typical`, the median of all, where
+    few other crops are trusted.
     """
 
     centres: np.ndarray
     trusted: np.ndarray
     own: np.ndarray
     fit: np.ndarray
+    typical: float
 
 
 def groups(labels: np.ndarray, identities: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -98,6 +102,7 @@ def robust_centres(embeddings: Rows, labels: np.ndarray, identities: int) -> Cen
     trusted = np.zeros(len(labels), bool)
     own = np.full(len(labels), np.nan, np.float32)
     fit = np.full(len(labels), np.nan, np.float32)
+    others = np.zeros(len(labels), np.int64)
     between = stranger_cosine(embeddings, labels)
     with utils.progress(identities, "centres", unit="identity") as bar:
         for label, members in groups(labels, identities):
@@ -115,13 +120,21 @@ def robust_centres(embeddings: Rows, labels: np.ndarray, identities: int) -> Cen
                 dots = np.einsum("nd,nd->n", without, unit)
                 own[members[usable]] = (dots[usable] / lengths[usable]).clip(-1, 1)
                 fit[members] = fitting(own[members], nearest_of(unit, unit))
+                others[members] = chosen.sum() - chosen
             bar.update()
-    return Centres(centres, trusted, own, fit)
+    typical = float(np.median(fit[np.isfinite(fit)])) if np.isfinite(fit).any() else 0.0
+    return Centres(centres, trusted, own, drawn(fit, others, typical), typical)
 
 
 def fitting(to_centre: np.ndarray, to_nearest: np.ndarray) -> np.ndarray:
     """How well crops fit an identity, float [n], by their cosines to its centre and to the nearest of its crops."""
     return (1 - NEAREST) * to_centre + NEAREST * to_nearest
+
+
+def drawn(fit: np.ndarray, others: np.ndarray | int, typical: float) -> np.ndarray:
+    """Fits float [n] drawn towards the typical one where `others`, the trusted other crops, are few."""
+    others = np.asarray(others, np.float32)
+    return typical + (fit - np.float32(typical)) * np.sqrt(others / (others + 1))
 
 
 def nearest_of(rows: np.ndarray, crops: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from auditing.centres import Centres, Rows, fitting, groups, nearest_of, nearest_other, robust_centres, unit_rows
+from auditing.centres import Centres, Rows, drawn, fitting, groups, nearest_of, nearest_other, robust_centres, unit_rows
 
 KEEP, WRONG, STRANGER, UNUSABLE, DUPLICATE = "", "wrong person", "stranger", "unusable", "duplicate"
 MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the test set"
@@ -127,12 +127,13 @@ def random_other(embeddings: Rows, labels: np.ndarray, centres: np.ndarray, seed
     return _pair_cosines(embeddings, crops[keep], centres, others[keep])
 
 
-def random_fit(embeddings: Rows, labels: np.ndarray, centres: np.ndarray, seed: int, count: int = 25_000) -> np.ndarray:
+def random_fit(embeddings: Rows, labels: np.ndarray, made: Centres, seed: int, count: int = 25_000) -> np.ndarray:
     """How well some `count` random crops fit random other identities, float32.
 
     Identities are drawn by their crops, and all but one of these are met, as a crop meets those of its own.
     """
     random = np.random.default_rng(seed)
+    centres = made.centres
     sizes = np.bincount(labels, minlength=len(centres))
     order = random.permutation(np.flatnonzero((sizes > 1) & centres.any(axis=1)))
     some = order[: int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1]
@@ -143,8 +144,9 @@ def random_fit(embeddings: Rows, labels: np.ndarray, centres: np.ndarray, seed: 
         if label in wanted:
             crops = np.sort(random.integers(0, len(labels), int(np.ceil(each * len(members)))))
             rows = unit_rows(embeddings[crops[labels[crops] != label]])
-            others = unit_rows(embeddings[np.sort(random.permutation(members)[1:])])
-            found.append(fitting(rows @ centres[label], nearest_of(rows, others)))
+            others = np.sort(random.permutation(members)[1:])
+            fit = fitting(rows @ centres[label], nearest_of(rows, unit_rows(embeddings[others])))
+            found.append(drawn(fit, made.trusted[others].sum(), made.typical))
     return np.concatenate(found)
 
 
@@ -194,7 +196,7 @@ def limits(
     stranger_limit = _quantile(strangers, 1 - false_alarms, 1.0)
     sure = found.trusted & (found.own >= stranger_limit) & (found.own > other)
     score_limit, wrong_share = score_threshold(
-        found.fit, other, random_fit(embeddings, labels, found.centres, seed), other[sure], error_rate
+        found.fit, other, random_fit(embeddings, labels, found, seed), other[sure], error_rate
     )
     other_limit = _quantile(other[sure], 1 - false_alarms, 1.0)
     if wrong_share > MOST_WRONG:

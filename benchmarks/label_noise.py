@@ -5,9 +5,9 @@
 
 Trains on the set as it is and with 10 % and 30 % of its labels exchanged (inject_faults.py), everything else alike:
 plain; with --filter 0.4; with --sub-centres 3; and plain without what audit.py finds by means of the network that the
-plain training gave (--exclude; --error-rate 0.3, since a wrong label costs more than a crop). audit_recall.py says how
-much it found. Options of train.py after -- replace those of the recipe. Killed, the same command goes on. Writes
-label_noise.json.
+plain training gave (--exclude; --error-rate 0.3, since a wrong label costs more than a crop); and once more, the audit
+by means of the network that this gave. audit_recall.py says how much each audit found. Options of train.py after --
+replace those of the recipe. Killed, the same command goes on. Writes label_noise.json.
 """
 
 import argparse
@@ -30,6 +30,7 @@ WAYS: dict[str, list[str]] = {
     "filter": ["--filter", "0.4"],
     "sub-centres": ["--sub-centres", "3"],
     "audited": [],
+    "audited again": [],
 }
 
 
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--val", type=Path, nargs="+", required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.3], metavar="SHARE")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="audited needs plain before it")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="audited needs plain before it, audited again both"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of the training")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
@@ -64,20 +67,20 @@ def main() -> None:
         if share > 0:
             data = options.out / f"noise-{share:g}"
             make(InjectFaults(data=options.data, out=data, exchange=share, seed=options.seed))
-        plain = None
+        network = None
         for way in options.ways:
             own = ["--data", str(data), *WAYS[way]]
             extra: dict[str, Any] = {}
-            if way == "audited":
-                if share == 0 or plain is None:
+            if way.startswith("audited"):
+                if share == 0 or network is None:
                     continue
-                folder = options.out / f"audit-{share:g}"
-                own += audit(data, plain / "embedding.pt", folder)
+                folder = options.out / f"{way.replace('audited', 'audit').replace(' ', '-')}-{share:g}"
+                own += audit(data, network / "embedding.pt", folder)
                 extra = {"audit": json.loads((folder / "recall.json").read_bytes())["wrong label"]}
             name = f"{share:.0%} exchanged, {way}"
             [row] = trials.run({name: own}, common, options.out, options.processes)
-            if way == "plain":
-                plain = trials.folder(options.out, name)
+            if way == "plain" or way.startswith("audited"):
+                network = trials.folder(options.out, name)
             rows.append(row | {"share": share} | extra)
             trials.write(options.out / "label_noise.json", __doc__.splitlines()[0], common, rows)
     print(trials.table(rows))

@@ -100,7 +100,9 @@ def test_how_a_crop_fits_is_its_centre_and_its_nearest_other_crop(monkeypatch):
     found = robust_centres(features, truth, 20)
     for index in np.flatnonzero(np.isfinite(found.own)):
         others = (truth == truth[index]) & (np.arange(len(truth)) != index)
-        expected = (1 - NEAREST) * found.own[index] + NEAREST * (features[others] @ features[index]).max()
+        plain = (1 - NEAREST) * found.own[index] + NEAREST * (features[others] @ features[index]).max()
+        weight = (found.trusted[others].sum() / (found.trusted[others].sum() + 1)) ** 0.5
+        expected = weight * plain + (1 - weight) * found.typical
         assert found.fit[index] == pytest.approx(float(expected), abs=1e-5)
     assert (np.isnan(found.own) == np.isnan(found.fit)).all()
     monkeypatch.setattr("auditing.centres.MEDOID", 3)  # of large identities as many, and never the crop itself
@@ -112,7 +114,7 @@ def test_somebody_else_s_photos_fit_as_the_null_says():
     features, truth = people(spread=1.3)
     labels = exchanged(truth, 0.3)
     found = robust_centres(features, labels, 300)
-    null = random_fit(features, labels, found.centres, 0)
+    null = random_fit(features, labels, found, 0)
     wrong = found.fit[(labels != truth) & np.isfinite(found.fit)]
     assert len(null) > 20_000
     for quantile in (0.1, 0.5, 0.9):
@@ -430,7 +432,13 @@ def test_a_face_is_told_from_other_pictures():
 def test_crops_without_a_face_are_those_that_nobody_knows():
     random = np.random.default_rng(0)
     count = 2000
-    found = Centres(np.zeros((4, 8), np.float32), np.ones(count, bool), np.full(count, 0.6, np.float32), np.zeros(4))
+    found = Centres(
+        np.zeros((4, 8), np.float32),
+        np.ones(count, bool),
+        np.full(count, 0.6, np.float32),
+        np.full(count, 0.6, np.float32),
+        0.6,
+    )
     other, face = np.full(count, 0.1), 1 - 0.1 * random.random(count)
     bounds = Limits(0.0, 0.4, 0.3, 1.0, 0.0, 0.1, 0.05, 0.01)
     found.own[:20], face[:10] = 0.1, 0.01  # the first ten show nobody and no face, the next ten a stranger

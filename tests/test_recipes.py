@@ -21,6 +21,7 @@ STAGES = {
     "align_megaface.py": config.AlignMegaface,
     "export_centres.py": config.ExportCentres,
     "train.py": config.Train,
+    "audit.py": config.Audit,
 }
 # In place of python and torchrun: notes the words, and what Slurm says to the process.
 STAND_IN = """#!/usr/bin/env bash
@@ -67,6 +68,7 @@ def options_of(words):
     ("recipe", "words"),
     [
         ("small_set", ["my crops", "my run"]),
+        ("noisy_set", ["my crops", "my run"]),
         ("ms1mv3_r50", ["crops", "run", "8"]),
         ("ms1mv3_r50", ["crops", "run"]),
         ("webface42m_16gpus", ["crops", "run", "node1"]),
@@ -79,7 +81,8 @@ def test_recipes_are_commands_that_the_stages_take(shell, recipe, words):
     more = [] if words == ["crops", "run"] and recipe == "ms1mv3_r50" else ["--val", "a b.bin", "c.bin"]
     code, errors, calls = shell("bash", path, *words, *more)
     assert code == 0, errors
-    chosen = options_of(calls[-1][0])
+    trainings = [words for words, _ in calls if "train.py" in words]
+    chosen = options_of(trainings[-1])
     assert str(chosen.data) == words[0] and str(chosen.out) == words[1] and chosen.resume
     assert [str(path) for path in chosen.val] == more[1:]
     schedules.Schedule(chosen, 10)
@@ -90,8 +93,20 @@ def test_recipes_are_commands_that_the_stages_take(shell, recipe, words):
     assert code != 0 and "usage: recipes/" in errors and not calls
 
 
+def test_a_noisy_set_is_trained_on_without_what_the_audit_before_found(shell):
+    code, errors, calls = shell("bash", ROOT / "recipes" / "noisy_set.sh", "crops", "run", "--seed", "3")
+    assert code == 0, errors
+    stages = [options_of(words) for words, _ in calls]
+    trainings, audits = stages[::2], stages[1::2]
+    assert [str(each.out) for each in trainings] == ["run/first", "run/second", "run"]
+    assert [each.seed for each in trainings] == [3, 3, 3]
+    assert [each.checkpoint for each in audits] == [str(each.out / "embedding.pt") for each in trainings]
+    assert [each.exclude for each in trainings] == [None, *(each.out / "audit.tsv" for each in audits[:2])]
+    assert audits[0].error_rate > audits[2].error_rate
+
+
 def test_every_recipe_is_tried():
-    tried = {"small_set", "ms1mv3_r50", "webface42m_16gpus", "synthetic_people", "finetune"}
+    tried = {"small_set", "noisy_set", "ms1mv3_r50", "webface42m_16gpus", "synthetic_people", "finetune"}
     assert {path.stem for path in (ROOT / "recipes").glob("*.sh")} == tried
 
 
