@@ -73,6 +73,11 @@ def groups(labels: np.ndarray, identities: int) -> Iterator[tuple[int, np.ndarra
             yield label, order[bounds[label] : bounds[label + 1]]
 
 
+def first_with(order: np.ndarray, sizes: np.ndarray, crops: int) -> np.ndarray:
+    """The first identities of `order` that have at least so many crops together; all of them if there are fewer."""
+    return order[: int(np.searchsorted(np.cumsum(sizes[order]), crops)) + 1]
+
+
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """float32 rows of length 1; zero where a row is zero or not finite."""
     rows = np.asarray(rows, np.float32)

@@ -34,7 +34,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from auditing.centres import Centres, Rows, drawn, fitting, groups, nearest_of, nearest_other, robust_centres, unit_rows
+from auditing.centres import (
+    Centres,
+    Rows,
+    drawn,
+    first_with,
+    fitting,
+    groups,
+    nearest_of,
+    nearest_other,
+    robust_centres,
+    unit_rows,
+)
 
 KEEP, WRONG, STRANGER, UNUSABLE, DUPLICATE = "", "wrong person", "stranger", "unusable", "duplicate"
 MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the test set"
@@ -136,7 +147,7 @@ def random_fit(embeddings: Rows, labels: np.ndarray, made: Centres, seed: int, c
     centres = made.centres
     sizes = np.bincount(labels, minlength=len(centres))
     order = random.permutation(np.flatnonzero((sizes > 1) & centres.any(axis=1)))
-    some = order[: int(np.searchsorted(np.cumsum(sizes[order]), count)) + 1]
+    some = first_with(order, sizes, count)
     each = count / max(1, int(sizes[some].sum()))
     wanted = set(some.tolist())
     found = [np.zeros(0, np.float32)]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from auditing.centres import Rows, robust_centres, unit_rows
+from auditing.centres import Rows, first_with, robust_centres, unit_rows
 from auditing.findings import compare
 
 SAMPLE = 100_000  # crops, of whole identities, that the covariance comes from: 200 MB of 512 dimensions
@@ -72,9 +72,13 @@ class Placed:
 
 def whitened(embeddings: Rows, labels: np.ndarray, identities: int) -> Space:
     """The space of a set of embeddings [crops, D] and their labels."""
-    dim = embeddings.shape[1]
+    return _fit(*_sample(embeddings, labels, identities))
+
+
+def _fit(rows: np.ndarray, labels: np.ndarray, identities: int) -> Space:
+    """The space of unit embeddings in memory."""
+    dim = rows.shape[1]
     space = Space(np.zeros(dim, np.float32), np.eye(dim, dtype=np.float32))
-    rows, labels, identities = _sample(embeddings, labels, identities)
     usable = rows.any(axis=1)
     if len(np.unique(labels[usable])) < LEAST:
         return space
@@ -100,7 +104,7 @@ def choose(
 ) -> tuple[Space | None, dict[str, int]]:
     """The space to compare in, None for that of the embeddings themselves, and the findings in either, of a sample."""
     rows, labels, identities = _sample(embeddings, labels, identities)
-    space = whitened(rows, labels, identities)
+    space = _fit(rows, labels, identities)
     plain, other = (
         compare(each, labels, identities, error_rate, false_alarms, device).called for each in (rows, space(rows))
     )
@@ -110,8 +114,7 @@ def choose(
 def _sample(embeddings: Rows, labels: np.ndarray, identities: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
     """Unit embeddings of about `SAMPLE` crops of random identities, with labels from 0 on."""
     order = np.random.default_rng(seed).permutation(identities)
-    counts = np.bincount(labels, minlength=identities)
-    some = order[: int(np.searchsorted(np.cumsum(counts[order]), SAMPLE)) + 1]
+    some = first_with(order, np.bincount(labels, minlength=identities), SAMPLE)
     place = np.full(identities, -1, np.int64)
     place[some] = np.arange(len(some))
     crops = np.flatnonzero(place[labels] >= 0)
