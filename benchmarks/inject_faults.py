@@ -13,7 +13,6 @@ and scattered over the others; a duplicate is a crop again, re-encoded, resized 
 another one.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +76,8 @@ def exchanged(labels: np.ndarray, count: int, random: np.random.Generator) -> np
 
     Raises InputError if that is impossible, because one identity has more than half of the crops that are drawn.
     """
+    if count > len(labels):
+        raise InputError(f"{count} crops to exchange, but only {len(labels)} whose identity stays")
     drawn = np.sort(random.choice(len(labels), count, replace=False))
     true = labels[drawn]
     if len(drawn) and 2 * np.bincount(true).max() > len(drawn):
@@ -173,12 +174,13 @@ def write(options: InjectFaults, entries: list[Entry], sources: list[crop_sets.C
             truth = new.get(entry.truth, NOBODY)
             lines.append(f"{key}\t{new[entry.label]}\t{truth}\t{', '.join(entry.faults)}\t{entry.source}/{entry.index}")
             bar.update()
-    known = names[0]
-    tables.write_identities(
-        options.out / "identities.tsv",
-        [known[label] if label < len(known) else f"added-{label}" for label in used],
-    )
-    utils.write_bytes(options.out / "truth.tsv", ("\n".join(lines) + "\n").encode())
+        # Before the block ends, and with it the set is there.
+        known = names[0]
+        tables.write_identities(
+            options.out / "identities.tsv",
+            [known[label] if label < len(known) else f"added-{label}" for label in used],
+        )
+        utils.write_bytes(options.out / "truth.tsv", ("\n".join(lines) + "\n").encode())
 
 
 def make(options: InjectFaults) -> None:
@@ -188,13 +190,9 @@ def make(options: InjectFaults) -> None:
         sources.append(crop_sets.open_training_set(options.test_people))
     wanted = {name: value for name, value in vars(options).items() if name not in ("data", "test_people", "out")}
     recipe = wanted | {"sources": [crop_sets.fingerprint(crops) for crops in sources]}
-    record = options.out / "faults.json"
-    if (options.out / "truth.tsv").exists():  # written last
-        if not record.exists() or json.loads(record.read_bytes()) != recipe:
-            raise InputError(f"{options.out}: holds another set; give another --out")
-        return
     entries = plan(options, sources[0].labels, sources[1].labels if len(sources) > 1 else None)
-    utils.write_json(record, recipe)
+    if crop_sets.claim(options.out, "faults.json", recipe):
+        return
     write(options, entries, sources)
     counts = {name: sum(name in fault for entry in entries for fault in entry.faults) for name in
               ("exchanged", "stranger", "split", "merged", "duplicate", "test")}  # fmt: skip

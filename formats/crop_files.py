@@ -10,6 +10,7 @@ import mmap
 import os
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ _CHECKED = 64  # photos of a list that are looked for when it is opened
 _INDEX = "shard-index-1"
 _WORTH_KEEPING = 64 << 20  # bytes of a shard whose index is kept
 _QUIET = 1 << 30  # bytes of shards that are indexed before a progress bar would be of use
+_QUIET_FILES = 500_000  # files whose sizes are asked for before one would
+_STATS, _TOGETHER = 8, 65_536  # threads that ask for sizes, and for how many at a time
 
 
 def number_labels(texts: Sequence[str]) -> tuple[np.ndarray, list[str], str]:
@@ -72,6 +75,29 @@ class PackedNames:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
+
+
+def file_sizes(folder: Path, files: PackedNames) -> np.ndarray:
+    """Bytes of each file, int64 [n], -1 for one that is not there; by several threads, since file servers are slow."""
+
+    def size(index: int) -> int:
+        try:
+            return (folder / files[index]).stat().st_size
+        except OSError:
+            return -1
+
+    sizes = np.empty(len(files), np.int64)
+    quiet = len(files) < _QUIET_FILES
+    with (
+        contextlib.nullcontext() if quiet else utils.progress(len(files), f"sizes in {folder}", unit="file") as bar,
+        ThreadPoolExecutor(_STATS) as threads,  # none is left when the loader forks
+    ):
+        for start in range(0, len(files), _TOGETHER):
+            part = range(start, min(start + _TOGETHER, len(files)))
+            sizes[part.start : part.stop] = list(threads.map(size, part, chunksize=256))
+            if bar is not None:
+                bar.update(len(part))
+    return sizes
 
 
 class FolderCrops:
@@ -150,6 +176,10 @@ class FolderCrops:
         """The encoded bytes of a crop and its label."""
         return utils.read_bytes(self.root / self.files[index], _MOST), int(self.labels[index])
 
+    def sizes(self) -> np.ndarray:
+        """See `crop_sets.Crops`."""
+        return file_sizes(self.root, self.files)
+
     def describe(self, index: int) -> str:
         """How to find this crop again."""
         return str(self.root / self.files[index])
@@ -186,6 +216,10 @@ class ListCrops:
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded bytes of a crop and its label."""
         return utils.read_bytes(self.path.parent / self.files[index], _MOST), int(self.labels[index])
+
+    def sizes(self) -> np.ndarray:
+        """See `crop_sets.Crops`."""
+        return file_sizes(self.path.parent, self.files)
 
     def describe(self, index: int) -> str:
         """How to find this crop again."""
@@ -311,6 +345,10 @@ class ShardCrops:
             raise InputError(f"{self.describe(index)}: the file became shorter while it was read")
         return data, int(self.labels[index])
 
+    def sizes(self) -> np.ndarray:
+        """See `crop_sets.Crops`."""
+        return self._length
+
     def describe(self, index: int) -> str:
         """How to find this crop again: shard, member and offset."""
         path, offset = self.paths[int(self._shard[index])], int(self._offset[index])
@@ -343,6 +381,10 @@ class LooseCrops:
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded bytes of a crop, and 0."""
         return utils.read_bytes(self.root / self.files[index], _MOST), 0
+
+    def sizes(self) -> np.ndarray:
+        """See `crop_sets.Crops`."""
+        return file_sizes(self.root, self.files)
 
     def describe(self, index: int) -> str:
         """How to find this crop again."""

@@ -6,16 +6,17 @@ record is checked before the first step. `CropWriter` writes the layout that mxn
 """
 
 import hashlib
+import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
 import utils
-from formats import archives, webdataset
+from formats import archives, parquet, webdataset
 from formats.crop_files import FolderCrops, ListCrops, LooseCrops, ShardCrops, renumbering
 from formats.recordio import FLOAT32_EXACT, HEADER, MAGIC, QUIET_SCAN, Keys, RecordHeader, RecordReader, frame, pack
 from formats.tables import read_identities
@@ -119,6 +120,10 @@ class CropSet:
         if self._ids_are_keys and id != key:
             self._fail(key, f"the record found there has id {id}: the .idx points to the wrong record")
         return record[start:], label
+
+    def sizes(self) -> np.ndarray:
+        """See `Crops`; here of the whole records, as the .idx has them."""
+        return self.reader.sizes(np.searchsorted(self.reader.keys, self.keys))
 
     @property
     def identity_names(self) -> list[str]:
@@ -397,6 +402,25 @@ def _crop_record(label: float | list[float], key: int, payload: bytes) -> bytes:
     return pack(RecordHeader(flag, np.array(numbers, np.float32), key), payload)
 
 
+def claim(folder: Path, record: str, recipe: dict[str, Any]) -> bool:
+    """Whether a folder holds the set that `recipe` (JSON) makes; else it is noted there that it is going to.
+
+    `record` is the name of that note. Raises `InputError` if the folder holds another set: none is overwritten.
+    """
+    recipe = json.loads(json.dumps(recipe))
+    if (folder / "train.rec").exists():
+        try:
+            same = utils.read_json(folder / record) == recipe
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise InputError(f"{folder}: holds another set of crops; give another folder")
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    utils.write_json(folder / record, recipe)
+    return False
+
+
 def write_crops(out_dir: str | Path, items: Iterable[tuple[bytes, int]], height: int = 112, width: int = 112) -> int:
     """Write (encoded crop, label) pairs, grouped by ascending label, with `CropWriter`; returns the number of crops."""
     count = 0
@@ -427,6 +451,9 @@ class Crops(Protocol):
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded crop and its label. `InputError` or OSError if it cannot be had."""
+
+    def sizes(self) -> np.ndarray:
+        """Bytes that each crop takes where it lies, int64 [n]; -1 if it is not there. Nothing is read for it."""
 
     def describe(self, index: int) -> str:
         """Where a crop lies, so that it can be found again: file, and in a file of many key and offset."""
@@ -461,6 +488,10 @@ class ChunkedCrops:
     def read(self, index: int) -> tuple[bytes, int]:
         part, position = self._place(index)
         return part.read(position)[0], int(self.labels[index])
+
+    def sizes(self) -> np.ndarray:
+        """See `Crops`."""
+        return np.concatenate([part.sizes() for part in self._parts])
 
     def describe(self, index: int) -> str:
         part, position = self._place(index)
@@ -539,6 +570,8 @@ def _kind_of(path: Path) -> str:
 
 
 def _unpack_first(path: Path) -> str:
+    if parquet.is_parquet(path):
+        return f"{path}: Parquet cannot be read in any order; python extract.py {path} --out data/raw makes folders"
     return (
         f"{path}: an archive cannot be read in any order; python extract.py {path} --out data/raw makes folders of its "
         f"photos, and if it holds RecordIO: {archives.unpack_command(path)}"
@@ -569,12 +602,14 @@ def check(crops: Crops, *, labelled: bool = True) -> None:
 
 
 def fingerprint(crops: Crops, *, skip_unreadable: bool = False) -> str:
-    """A hash by which a restart recognises its data: labels and evenly spread samples of the bytes.
+    """A hash by which a restart recognises its data: labels and sizes of all crops, bytes of evenly spread ones.
 
-    It costs the same for any size of set (256 crops are read), so it does not notice every change of a pixel. Raises
+    256 crops are read, whatever the size of the set. Another photo in the place of one hardly ever has its size; one
+    that does, as a changed pixel in a file that is not compressed, is not noticed unless it is among those read. Raises
     the error of an unreadable crop unless these are to be skipped.
     """
     digest = hashlib.sha256(np.ascontiguousarray(crops.labels, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(crops.sizes(), dtype="<i8").tobytes())
     for index in np.linspace(0, len(crops) - 1, 256).astype(np.int64).tolist():
         try:
             digest.update(crops.read(index)[0])

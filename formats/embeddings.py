@@ -44,12 +44,15 @@ class EmbeddingStore:
 
     def _open_or_begin(self) -> None:
         path = self.folder / KEY
+        other: Exception | None = None
         try:
             found = utils.read_json(path)
         except FileNotFoundError:
             found = None
         except ValueError as error:
-            raise InputError(f"{path}: not a record of embeddings; remove it or give another folder") from error
+            found, other = {}, error
+        if other is not None or not isinstance(found, dict | None):
+            raise InputError(f"{path}: not a record of embeddings; remove it or give another folder") from other
         if found is not None and found != self.key:
             names = [name for name in {**found, **self.key} if found.get(name) != self.key.get(name)]
             changes = ", ".join(f"{name} was {found.get(name)} and is now {self.key.get(name)}" for name in names)
@@ -57,10 +60,11 @@ class EmbeddingStore:
         if found is None and (self.folder / EMBEDDINGS).exists():
             raise InputError(f"{self.folder / EMBEDDINGS}: exists, but no record of what it is; give another folder")
         if found is None or not self._whole():
+            # The key first: with it alone a killed process, or a full disk, leaves what is begun once more.
+            utils.write_json(path, self.key)
+            utils.write_bytes(self.folder / CHECKSUMS, bytes(8 * self.chunks))
             with utils.atomic_path(self.folder / EMBEDDINGS) as temporary:
                 np.lib.format.open_memmap(temporary, "w+", self.dtype, (self.rows, self.dim)).flush()
-            utils.write_bytes(self.folder / CHECKSUMS, bytes(8 * self.chunks))
-            utils.write_json(path, self.key)
 
     def _whole(self) -> bool:
         """Whether both files are there in their full sizes."""

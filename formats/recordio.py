@@ -417,6 +417,18 @@ class RecordReader:
         record = self._read(position, key)
         return record, len(record)
 
+    def sizes(self, positions: np.ndarray) -> np.ndarray:
+        """Bytes from each record's offset to the next one of the .idx or the end of the file, int64 [n].
+
+        `positions` are those in `keys`.
+        """
+        if self._stops is None:
+            last = len(self._offsets) - 1
+            stops = np.where(positions < last, self._offsets[np.minimum(positions + 1, last)], self.size)
+        else:
+            stops = self._stops[positions]
+        return np.minimum(stops, self.size) - self._offsets[positions]
+
     def peek_all(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first bytes, uint8 [n, 28], and lengths, int64 [n], of many records, by `positions` in `keys`.
 
@@ -424,13 +436,7 @@ class RecordReader:
         pieces. The length is -1 where only `peek` can tell what the record is, or what is wrong with it.
         """
         head = 8 + HEADER.size + 4
-        at = self._offsets[positions]
-        if self._stops is None:
-            last = len(self._offsets) - 1
-            stops = np.where(positions < last, self._offsets[np.minimum(positions + 1, last)], self.size)
-        else:
-            stops = self._stops[positions]
-        room = np.minimum(stops, self.size) - at
+        at, room = self._offsets[positions], self.sizes(positions)
         frames = np.zeros((len(at), head), np.uint8)
         plain = (at % 4 == 0) & (room >= head)
         todo = np.flatnonzero(plain)

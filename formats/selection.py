@@ -80,6 +80,10 @@ class SelectedCrops:
         """The encoded bytes of a crop and the label that it has here."""
         return self.crops.read(int(self.indices[index]))[0], int(self.labels[index])
 
+    def sizes(self) -> np.ndarray:
+        """See `crop_sets.Crops`."""
+        return self.crops.sizes()[self.indices]
+
     def describe(self, index: int) -> str:
         """How to find this crop again in the set itself."""
         return self.crops.describe(int(self.indices[index]))
@@ -153,6 +157,11 @@ def select(crops: Crops, fingerprint: str, path: Path, *, relabel: bool) -> tupl
     return kept, hashlib.sha256((fingerprint + chosen.sha256).encode()).hexdigest()
 
 
+def _number(text: str, end: int) -> int | None:
+    """A whole number from 0 to below `end`; None for anything else, however long."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 and int(text) < end else None
+
+
 def _apply_crops(path: Path, keep: np.ndarray, new: np.ndarray, identities: int, relabel: bool) -> np.ndarray:
     """Note what happens to single crops in `keep` and `new`; bool [crops]: moved."""
     moved = np.zeros(len(keep), bool)
@@ -166,9 +175,10 @@ def _apply_crops(path: Path, keep: np.ndarray, new: np.ndarray, identities: int,
         if action == "drop" or (action == "move" and not relabel):
             keep[index] = False
         elif action == "move":
-            if not row["to"].isdecimal() or int(row["to"]) >= identities:
-                raise InputError(f"{path}, line {number}: moves to {row['to']!r}, which is no label of the set")
-            new[index], moved[index] = int(row["to"]), True
+            to = _number(row["to"], identities)
+            if to is None:
+                raise InputError(f"{path}, line {number}: moves to {row['to'][:40]!r}, which is no label of the set")
+            new[index], moved[index] = to, True
     if index != len(keep) - 1:
         raise InputError(f"{path}: not one row for each of {len(keep)} crops")
     return moved
@@ -191,25 +201,30 @@ def _apply_identities(
 ) -> _Parts:
     parts, dropped = _Parts(np.arange(identities)), []
     for number, row in rows(path, IDENTITY_COLUMNS):
-        action, label = row["action"], row["label"]
-        if action not in IDENTITY_ACTIONS or not label.isdecimal() or int(label) >= identities:
-            raise InputError(f"{path}, line {number}: {action!r} of label {label!r} is nothing that can be done")
+        action, label = row["action"], _number(row["label"], identities)
+        if action not in IDENTITY_ACTIONS or label is None:
+            what = f"{action[:40]!r} of label {row['label'][:40]!r}"
+            raise InputError(f"{path}, line {number}: {what} is nothing that can be done")
         if action == "drop":
-            dropped.append(int(label))
+            dropped.append(label)
         elif action == "split":
-            members = np.array([int(index) for index in row["crops"].split() if index.isdecimal()], np.int64)
-            if not len(members) or members.max() >= len(labels) or (labels[members] != int(label)).any():
+            named = [_number(word, len(labels)) for word in row["crops"].split()]
+            members = np.array([index for index in named if index is not None], np.int64)
+            if not len(members) or None in named or (labels[members] != label).any():
                 raise InputError(f"{path}, line {number}: names crops that are not of label {label}")
-            still = members[new[members] == int(label)]  # but for those that are somebody else's
+            still = members[new[members] == label]  # but for those that are somebody else's
             if relabel:
                 new[still] = identities + parts.split
                 parts.split += 1
             else:
                 keep[still] = False
         elif action == "merge" and relabel:
-            if not row["other"].isdecimal() or int(row["other"]) >= identities:
-                raise InputError(f"{path}, line {number}: merges with {row['other']!r}, which is no label of the set")
-            first, second = parts.union[int(label)], parts.union[int(row["other"])]
+            other = _number(row["other"], identities)
+            if other is None:
+                raise InputError(
+                    f"{path}, line {number}: merges with {row['other'][:40]!r}, which is no label of the set"
+                )
+            first, second = parts.union[label], parts.union[other]
             if first != second:
                 parts.union[parts.union == max(first, second)] = min(first, second)
                 parts.merged += 1

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import cv2
@@ -148,6 +149,53 @@ def test_fingerprint_tells_sets_apart(tmp_path, crops):
     same = crop_sets.open_training_set(record_set(tmp_path / "same"))
     other = crop_sets.open_training_set(record_set(tmp_path / "other", seed=1))
     assert crop_sets.fingerprint(crops) == crop_sets.fingerprint(same) != crop_sets.fingerprint(other)
+
+
+def _folder(root, pictures):
+    for index, data in enumerate(pictures):
+        path = root / f"{index // 4:04d}" / f"{index % 4}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def _list(root, pictures):
+    _folder(root, pictures)
+    lines = [f"{index // 4:04d}/{index % 4}.jpg {index // 4}\n" for index in range(len(pictures))]
+    (root / "list.txt").write_text("".join(lines))
+    return root / "list.txt"
+
+
+def _records(root, pictures):
+    crop_sets.write_crops(root, ((data, index // 4) for index, data in enumerate(pictures)))
+    return root
+
+
+def _shard(root, pictures):
+    root.mkdir()
+    with tarfile.open(root / "set.tar", "w") as tar:
+        for index, data in enumerate(pictures):
+            for name, content in ((f"{index:06d}.jpg", data), (f"{index:06d}.cls", b"%d" % (index // 4))):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return root / "set.tar"
+
+
+@pytest.mark.parametrize("write", [_folder, _list, _records, _shard])
+def test_fingerprint_notices_one_other_crop_among_many(tmp_path, write):
+    """It reads 256 crops; the others it knows by their sizes."""
+    pictures = [data for data, _ in jpegs(10, 4)] * 25
+    found = []
+    for name, exchanged in (("as it was", None), ("again", None), ("changed", (501, 502))):
+        if exchanged:
+            first, second = exchanged
+            assert -len(pictures[first]) // 4 != -len(pictures[second]) // 4  # else nobody could tell
+            pictures[first], pictures[second] = pictures[second], pictures[first]
+        crops = crop_sets.open_training_set(write(tmp_path / name, pictures))
+        assert len(crops.sizes()) == len(crops) == 1000
+        found.append(crop_sets.fingerprint(crops))
+    assert found[0] == found[1] != found[2]
 
 
 # --- order and randomness --------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import utils
+from formats import embeddings
 from formats.embeddings import CHECKSUMS, CHUNK, EMBEDDINGS, KEY, EmbeddingStore
 from utils import InputError
 
@@ -86,6 +88,29 @@ def test_embeddings_of_something_else_are_left_alone(tmp_path):
     (tmp_path / KEY).unlink()
     with pytest.raises(InputError, match="exists, but no record of what it is"):
         EmbeddingStore(tmp_path, WHAT, 700, 3)
+
+
+@pytest.mark.parametrize("writer", ["write_json", "write_bytes", "atomic_path"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_store_whose_beginning_broke_off_is_begun_again(tmp_path, monkeypatch, writer, before):
+    """As a full disk or a kill between two of its files leaves it."""
+    whole = getattr(utils, writer)
+
+    def broken(path, *rest):
+        if writer == "atomic_path" and path.name != EMBEDDINGS:  # the others use it, too
+            return whole(path)
+        if not before and writer == "atomic_path":
+            with whole(path) as temporary:
+                temporary.write_bytes(b"half")
+        elif not before:
+            whole(path, *rest)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embeddings.utils, writer, broken)
+        with pytest.raises(OSError, match="No space"):
+            EmbeddingStore(tmp_path, WHAT, 700, 3)
+    np.testing.assert_array_equal(filled(tmp_path).values(), rows_of(range(700)))
 
 
 def slowly(folder):

@@ -31,6 +31,18 @@ def test_labels_are_exchanged_among_each_other(sizes, share, seed):
     np.testing.assert_array_equal(exchanged(labels, count, np.random.default_rng(seed)), given_labels)
 
 
+def test_no_set_is_overwritten(tmp_path):
+    data, other = record_set(tmp_path / "crops", identities=20, each=8), record_set(tmp_path / "other")
+    for out in (data, other):
+        before = (out / "train.rec").read_bytes()
+        with pytest.raises(InputError, match="holds another set of crops"):
+            make(InjectFaults(data=data, out=out, exchange=0.1))
+        assert (out / "train.rec").read_bytes() == before and not (out / "truth.tsv").exists()
+    with pytest.raises(InputError, match="crops to exchange, but only"):
+        make(InjectFaults(data=data, out=tmp_path / "faulty", exchange=0.9, strangers=0.4))
+    assert not (tmp_path / "faulty").exists()
+
+
 def test_one_identity_cannot_be_exchanged_with_itself():
     with pytest.raises(InputError, match="most of them of one identity"):
         exchanged(np.array([0] * 50 + [1]), 51, np.random.default_rng(0))
