@@ -86,7 +86,7 @@ def main() -> None:
             error.append(person.error)
             who.append(person.identity.who | {"melanin": person.identity.melanin})
             if chunk == 0:
-                _sheet(options.out / "people.png", people, person.crops, person.taken)
+                first = person
             for k, embedder in enumerate(embedders):
                 embeddings[k].append(_embed(embedder, person.crops, people.folder / "embeddings"))
                 bar.update(people.images)
@@ -97,7 +97,10 @@ def main() -> None:
               "them. Take more --identities", file=sys.stderr)  # fmt: skip
     results = [_levels(people, model, np.stack(found), np.stack(error)) for model in models]
     groups = [{name: model.group(np.array([test(one) for one in who])) for name, test in GROUPS} for model in models]
-    _draw(options, people, labels, results)
+    # From here on files are replaced; the results come last, so that none stand beside the pictures of others.
+    (options.out / "results.json").unlink(missing_ok=True)
+    _sheet(options.out / "people.png", people, first.crops, first.taken)
+    pictures = ["people.png", *_draw(options, people, labels, results)]
     report = {
         "far": options.far,
         "people": {"identities": people.count, "first": people.first, **people.settings},
@@ -115,11 +118,11 @@ def main() -> None:
         ],
         "environment": utils.environment(),
     }
-    utils.write_json(options.out / "results.json", report)
     text = _text(options, people, labels, results, groups)
     utils.write_text(options.out / "stress.md", text)
+    utils.write_json(options.out / "results.json", report)
     print(text)
-    print(f"{options.out}: results.json, stress.md, curves.png, named.png, detector.png, people.png")
+    print(f"{options.out}: {', '.join(['results.json', 'stress.md', *pictures])}")
 
 
 def _labels(options: config.Stress) -> list[str]:
@@ -195,21 +198,28 @@ def _is_named(name: str) -> bool:
     return isinstance(FACTORS[name].levels[0], str)
 
 
-def _draw(options: config.Stress, people: "StressSet", labels: list[str], results: list[Levels]) -> None:
+def _draw(options: config.Stress, people: "StressSet", labels: list[str], results: list[Levels]) -> list[str]:
+    """Draw what there is to draw, remove pictures of an earlier run besides, and return the names of those drawn."""
+    from synthetic.factors import CUTS
+
     numbered = [name for name in results[0] if not _is_named(name)]
+    seen = [name for name in numbered if name not in CUTS]
     named = [name for name in results[0] if _is_named(name)]
     subject = f"{people.count} people who do not exist, threshold at FAR {options.far:g}"
+    labels = [f" {label}" if label.startswith("_") else label for label in labels]  # else Matplotlib hides them
     if numbered:
         lost = "genuine pairs lost (%)"
         _multiples(options.out / "curves", numbered, labels, results, f"{lost}: {subject}", _curve_of_loss)
-        from synthetic.factors import CUTS
-
-        seen = [name for name in numbered if name not in CUTS]
-        if seen:
-            said = f"faces found by the detector (%), of {people.count} people who do not exist"
-            _multiples(options.out / "detector", seen, ["detector"], results[:1], said, _curve_of_detector)
     if named:
         _points(options.out / "named", named, labels, results, subject)
+    if seen:
+        said = f"faces found by the detector (%), of {people.count} people who do not exist"
+        _multiples(options.out / "detector", seen, ["detector"], results[:1], said, _curve_of_detector)
+    drawn = {"curves": bool(numbered), "named": bool(named), "detector": bool(seen)}
+    for name, there in drawn.items():
+        for suffix in (".png", ".svg") if not there else ():
+            (options.out / name).with_suffix(suffix).unlink(missing_ok=True)
+    return [f"{name}.png" for name, there in drawn.items() if there]
 
 
 def _curve_of_loss(axes: Axes, x: list[float], levels: list[LevelResult], label: str, colour: str) -> None:
@@ -343,7 +353,7 @@ def _said(name: str, result: Levels) -> str:
         return f"none; most at {FACTORS[name].levels[levels.index(worst)]} ({100 * worst.fnmr.value:.0f} %)"
     half, first, last = _half(name, levels), FACTORS[name].levels[0], FACTORS[name].levels[-1]
     if half is None:
-        return f"beyond {last} {unit}".rstrip() + f" ({100 * worst.fnmr.value:.0f} % there)"
+        return f"beyond {last} {unit}".rstrip() + f" ({100 * levels[-1].fnmr.value:.0f} % there)"
     return f"{'at most ' if half == first else ''}{half:.3g} {unit}".rstrip()
 
 
@@ -353,6 +363,7 @@ def _rate(interval: dict[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return [

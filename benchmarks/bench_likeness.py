@@ -47,7 +47,12 @@ def crops_of(path: Path, identities: int, images: int) -> tuple[np.ndarray, np.n
     full = [members for members in wanted.values() if len(members) == images][:identities]
     if len(full) < 2:
         raise utils.InputError(f"{path}: fewer than two identities have {images} crops")
-    crops = [decode_crop(opened.read(index)[0]) for members in full for index in members]
+    crops = []
+    for index in (index for members in full for index in members):
+        try:
+            crops.append(decode_crop(opened.read(index)[0]))
+        except ValueError as error:
+            raise utils.InputError(f"{opened.describe(index)}: {error}") from error
     return np.stack(crops), np.repeat(np.arange(len(full)), images)
 
 
@@ -93,12 +98,18 @@ def main() -> None:
     parser.add_argument("--far", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
+    if not 0 < options.far < 1:
+        parser.error(f"--far {options.far:g}: has to be above 0 and below 1")
+    if options.images < 2:
+        parser.error(f"--images {options.images}: one crop has none to be compared with")
     judge = load_embedder(options.checkpoint, mean=options.mean, std=options.std)
     rows: dict[str, dict[str, float]] = {}
     for name, path in [("real", options.real), *((f"synthetic {path}", path) for path in options.synthetic)]:
         crops, people = crops_of(path, options.identities, options.images)
         for part, shown in (("", crops), (", inner face", inner_face(crops))):
             embeddings = normalise(judge.features(shown))
+            if not np.isfinite(embeddings).all():
+                raise utils.InputError(f"{judge.name}: gives no finite feature other than zero for a crop of {path}")
             rows[name + part] = judged(embeddings, people, options.far)
             if name != "real" and not part:
                 rows[name + ", common look off"] = judged(

@@ -11,7 +11,7 @@ orders are: the rank correlation (Spearman) over the bins of each model, over al
 Size has no counterpart in stress.py as long as no face is smaller than a crop; its bins are listed all the same.
 """
 
-import json
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ FACTORS = {"yaw": "yaw", "blur": "blur", "size": None}  # ours: stress.py's
 
 
 @dataclass
-class StressTruth:
+class StressTruth(config.Feeding):
     """What is compared."""
 
     checkpoint: list[str] = option(REQUIRED, "the models of --stress, in its order", metavar="FILE")
@@ -150,13 +150,19 @@ def curve_of(model: dict[str, Any], name: str | None) -> tuple[list[float], list
 def main() -> None:
     """See the file's docstring."""
     options = parse(StressTruth, __doc__)
-    models = json.loads(options.stress.read_bytes())["models"]
+    try:
+        models = utils.read_json(options.stress)["models"]
+        curves = {other: [curve_of(model, other) for model in models] for other in FACTORS.values()}
+        labels = [str(model["label"]) for model in models]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{options.stress}: not a results.json of stress.py") from error
     if len(models) != len(options.checkpoint):
         raise InputError(
             f"{options.stress}: speaks of {len(models)} models, --checkpoint names {len(options.checkpoint)}"
         )
     device = utils.choose_device("auto")
-    embedders = [open_embedder(config.Model(checkpoint=name), device) for name in options.checkpoint]
+    fed = {field.name: getattr(options, field.name) for field in dataclasses.fields(config.Feeding)}
+    embedders = [open_embedder(config.Model(checkpoint=name, **fed), device) for name in options.checkpoint]
     for embedder, model in zip(embedders, models, strict=True):
         if any(model.get(name) != value for name, value in embedder.describe().items() if "sha256" in name):
             raise InputError(f"{options.stress}: {model['label']} is another model than {embedder.name}")
@@ -166,6 +172,10 @@ def main() -> None:
         max_side=DETECTION_SIDE, device=device, cache_dir=options.out / "cache", name=options.lfw.name,
     )  # fmt: skip
     shown = np.array([index for index, row in enumerate(faces.rows) if row.status == CROP])
+    if len(shown) < options.bins:
+        raise InputError(
+            f"{options.lfw}: {len(shown)} of {len(listed)} photos show a face, too few for {options.bins} bins"
+        )
     crops = np.concatenate([faces.crops[shown[start : start + BLOCK]] for start in range(0, len(shown), BLOCK)])
     landmarks = np.array([faces.rows[index].landmarks for index in shown])
     people = np.unique([str(Path(listed[index]).parent) for index in shown], return_inverse=True)[1]
@@ -179,9 +189,8 @@ def main() -> None:
         units.append(normalise(np.concatenate(parts)).astype(np.float32))
     eyes = np.linalg.norm(landmarks[:, 1] - landmarks[:, 0], axis=1)
     values = {"yaw": yaw(landmarks), "blur": blur(crops), "size": -eyes}  # the largest faces are the easiest
-    record = {name: compare(units, people, values[name], [curve_of(model, other) for model in models], options)
+    record = {name: compare(units, people, values[name], curves[other], options)
               for name, other in FACTORS.items()}  # fmt: skip
-    labels = [model["label"] for model in models]
     utils.write_json(options.out / "results.json", {"far": options.far, "photos": len(crops), "models": labels,
                                                     "factors": record, "environment": utils.environment()})  # fmt: skip
     for name, found in record.items():

@@ -1,14 +1,15 @@
 """The photos of stress.py: people in a reference photo and with one factor moved, kept as crops.
 
 Each person is a file of its own under OUT/people-KEY: the crops (cut where the true landmarks are, so that no detector
-is in play), whether the detector finds the face, and how far its landmarks are off. KEY is a hash of the settings and
-of this room's code: people of another seed, another size or an older renderer are never mistaken for these.
+is in play), whether the detector finds the face, and how far its landmarks are off. KEY is a hash of the settings
+and of the code and packages that make and look at the photos: people of another seed, another size or an older
+renderer are never mistaken for these.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import cv2
 import numpy as np
 import torch
 
+import retinaface
 import utils
+from cropping import align
 from cropping.align import align_face
+from cropping.faces import embedded_weights
 from formats import cached
 from processes import Shard
 from retinaface import RetinaFace
@@ -28,6 +32,9 @@ from synthetic.render import Renderer
 
 CROP_QUALITY = 95  # JPEG, as in stage 2
 DETECT_TOGETHER = 32
+# What decides how the photos look, where they are cut and what the detector says of them.
+CODE = (*Path(__file__).parent.glob("*.py"), Path(align.__file__), *Path(retinaface.__file__).parent.glob("*.py"))
+PACKAGES = ("anny", "warp-lang")
 SEED = 20260101  # of what is random in pictures and cuts: the same for everybody's photo of a level
 
 
@@ -60,7 +67,9 @@ class StressSet:
         self.shots = [Shot()] + [Shot(name, k) for name in names for k in range(len(factors.FACTORS[name].levels))]
         levels = {name: factors.FACTORS[name].levels for name in names}
         # How many people there are is not part of it: more of them are added.
-        self.settings = {"seed": seed, "size": size, "factors": levels, "code": _code()}
+        self.settings = {"seed": seed, "size": size, "factors": levels, "code": utils.code_sha256(*CODE)}
+        self.settings |= {"detector": embedded_weights(), "packages": {name: version(name) for name in PACKAGES}}
+        self.settings["opencv"] = cv2.__version__
         self.key = cached.key_of(self.settings)
         self.folder = out / f"people-{self.key[:12]}"
 
@@ -106,14 +115,6 @@ def _decoded(jpeg: bytes) -> np.ndarray:
     decoded = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
     assert decoded is not None
     return decoded
-
-
-def _code() -> str:
-    """A hash of the code that decides what the photos look like."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 class _Maker:

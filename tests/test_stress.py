@@ -102,6 +102,11 @@ def test_groups_at_one_threshold():
     assert said["identities"] == 30 and said["pairs"] == 435
     assert said["fmr"]["value"] == pytest.approx((cosines >= subjects.threshold).mean())
     assert subjects.group(np.arange(60) < 4) is None
+    # Whoever has no photo but the reference, as women have none with a beard, is no member.
+    taken = subjects.taken.copy()
+    taken[::4, 1:] = False
+    fewer = Subjects(subjects.embeddings, taken, 0.01, replicates=50)
+    assert fewer.group(members)["identities"] == 15 and fewer.group(np.arange(60) % 4 == 0) is None
     who = {"gender": 0.9, "years": 40, "melanin": 0.2, "african": 0.7, "asian": 0.2, "caucasian": 0.1}
     assert [name for name, test in GROUPS if test(who)] == ["men", "36 to 55 years", "medium skin", "mostly african"]
 
@@ -238,6 +243,17 @@ def test_a_small_run_and_what_is_damaged_of_it(run, tmp_path):
     assert run.network.crops == 2 * 5 * 12 + 2  # only the second model's, with mirror images, and its dimension
     labels = [model["label"] for model in json.loads((out / "results.json").read_text())["models"]]
     assert labels == ["a", "b"]
+
+
+def test_pictures_of_an_earlier_run_do_not_stay(run, tmp_path):
+    out = tmp_path / "out"
+    assert run("--checkpoint", "_a|b.onnx", "--factors", "blur")[0] == 0
+    assert {path.name for path in out.glob("*.png")} == {"curves.png", "detector.png", "people.png"}
+    code, said = run("--checkpoint", "_a|b.onnx", "c.onnx", "--factors", "medical mask")
+    assert code == 0 and {path.name for path in out.glob("*.png")} == {"named.png", "people.png"}
+    assert said.out.splitlines()[-1].endswith(": results.json, stress.md, people.png, named.png")
+    assert "| _a\\|b" in (out / "stress.md").read_text()
+    assert "_a|b" in (out / "named.svg").read_text()
 
 
 def test_factors_that_are_none(run):

@@ -116,8 +116,9 @@ class Subjects:
     def group(self, members: Mask) -> dict[str, Any] | None:
         """FMR among the reference photos of a group bool [N], and FNMR over all its photos, at the common threshold.
 
-        None for fewer than five people, of whom nothing can be said.
+        None for fewer than five people with a photo besides that, of whom nothing can be said.
         """
+        members = members & self.taken[:, 1:].any(1)  # of a factor for men there is none of a woman
         if members.sum() < 5:
             return None
         inside = members[self.first] & members[self.second]
