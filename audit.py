@@ -15,6 +15,7 @@ The network may be the one that was trained on the very set: train, audit, train
 
 import passive_threads  # noqa: F401  # isort: skip
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +25,11 @@ import numpy as np
 
 import config
 import utils
+from auditing import decisions as decided
 from auditing import report
 from auditing.against import people_of, same_photo
 from auditing.centres import Centres, Rows, nearest_other, unit_rows
+from auditing.decisions import Decisions, read_decisions
 from auditing.duplicates import THUMB, Duplicate, find_duplicates
 from auditing.findings import (
     DUPLICATE,
@@ -62,6 +65,7 @@ from verification.metrics import curve, operating_point
 from verification.sets import open_set
 
 SHEET = 24  # findings of a kind on a sheet
+CONFIRMED = "confirmed by a person"
 
 
 class Findings:
@@ -81,6 +85,14 @@ class Findings:
 
     def set(self, index: int, kind: str, reason: str, action: str, to: int | None = None) -> None:
         self.kinds[index], self.reasons[index], self.action[index], self.to[index] = kind, reason, action, to
+
+
+def readable(crops: crop_sets.Crops, index: int) -> np.ndarray | None:
+    """A crop as uint8 RGB; None if it cannot be had or decoded."""
+    try:
+        return decode_crop(crops.read(index)[0])
+    except (ValueError, OSError, InputError):
+        return None
 
 
 def open_detector(options: config.Audit) -> RetinaFace | None:
@@ -129,23 +141,31 @@ def _embed_chunk(
     rows, signs = np.zeros((len(numbers), embedder.dim), np.float32), np.full((len(numbers), WIDTH), np.nan, np.float32)
     good, pictures = [], []
     for place, index in enumerate(numbers):
-        try:
-            pictures.append(decode_crop(crops.read(index)[0]))
+        if (picture := readable(crops, index)) is not None:
+            pictures.append(picture)
             good.append(place)
-        except (ValueError, InputError):
-            continue
     if good:
         rows[good], signs[good] = measure(embedder, np.stack(pictures), shifts=shifts, detector=detector)
     return rows, signs
 
 
-def _complaint(crops: crop_sets.Crops) -> str:
-    """What is wrong with the first crop."""
-    try:
-        decode_crop(crops.read(0)[0])
-    except (ValueError, InputError) as error:
-        return f"{crops.describe(0)}: {error}"
-    return f"{crops.describe(0)}: the model gives no finite feature"
+def check_usable(crops: crop_sets.Crops, features: np.ndarray, measures: np.ndarray) -> None:
+    """Raise `InputError` where nothing can be said of any crop: none can be decoded, or the model is broken."""
+    decoded = np.flatnonzero(np.isfinite(measures[:, 0]))
+    if not len(decoded):
+        try:
+            decode_crop(crops.read(0)[0])
+            error: Exception | str = "cannot be decoded"
+        except (ValueError, OSError, InputError) as found:
+            error = found
+        raise InputError(
+            f"{crops.name}: not one of {len(crops)} crops is usable; the first: {crops.describe(0)}: {error}"
+        )
+    for start in range(0, len(decoded), 65536):
+        norms = np.linalg.norm(features[decoded[start : start + 65536]], axis=1)
+        if (norms[np.isfinite(norms)] > 0).any():
+            return
+    raise InputError(f"{crops.name}: the model gives no direction for any of {len(decoded)} crops; it is broken")
 
 
 def mark_faceless(found: Findings, face: np.ndarray, centres: Centres, other: np.ndarray, bounds: Limits) -> None:
@@ -155,8 +175,14 @@ def mark_faceless(found: Findings, face: np.ndarray, centres: Centres, other: np
             found.set(index, UNUSABLE, f"no face: the detector gives {face[index]:.2f}", "drop")
 
 
-def mark_duplicates(found: Findings, measures: np.ndarray, own: np.ndarray) -> list[Duplicate]:
-    """Find the same photo twice; of two crops the one that fits its identity less is dropped."""
+def mark_duplicates(
+    found: Findings, measures: np.ndarray, own: np.ndarray, nearest: np.ndarray
+) -> list[tuple[Duplicate, int]]:
+    """Find the same photo twice; of two crops the one that does not show its identity, or fits it less, is dropped.
+
+    Returns each with the crop that goes. A crop without another one of its identity that is near to somebody else by
+    its own copy alone is not called wrong.
+    """
     read = found.crops.read
     usable = np.flatnonzero(np.isfinite(measures[:, 0]))
     pairs = find_duplicates(
@@ -166,16 +192,17 @@ def mark_duplicates(found: Findings, measures: np.ndarray, own: np.ndarray) -> l
     duplicates = []
     for pair in pairs:
         first, second = int(usable[pair.first]), int(usable[pair.second])
-        duplicates.append(Duplicate(first, second, pair.how, pair.correlation))
-        keep, drop = (
-            (second, first)
-            if np.nan_to_num(own[second], nan=-1) > np.nan_to_num(own[first], nan=-1)
-            else (first, second)
-        )
-        across = found.labels[first] != found.labels[second]
-        if across and found.kinds[first] == WRONG and found.kinds[second] != WRONG:
-            keep, drop = second, first
-        other = f" of {found.names[found.labels[keep]]}" if across else ""
+        for one, copy in ((first, second), (second, first)):
+            if found.kinds[one] == WRONG and nearest[one] == found.labels[copy] and not np.isfinite(own[one]):
+                found.kinds[one], found.reasons[one], found.score[one] = KEEP, "", np.nan
+        wrong = [found.kinds[index] in (WRONG, STRANGER, UNUSABLE) for index in (first, second)]
+        fits = [
+            -2.0 if bad else float(np.nan_to_num(own[index], nan=-1))
+            for index, bad in zip((first, second), wrong, strict=True)
+        ]
+        keep, drop = (second, first) if fits[1] > fits[0] else (first, second)
+        duplicates.append((Duplicate(first, second, pair.how, pair.correlation), drop))
+        other = f" of {found.names[found.labels[keep]]}" if found.labels[first] != found.labels[second] else ""
         if found.kinds[drop] == KEEP:
             found.set(drop, DUPLICATE, f"{pair.how}: {found.crops.describe(keep)}{other}", "drop")
             found.score[drop] = pair.correlation
@@ -199,9 +226,13 @@ def look_for_people(
     known_limits: dict[int, tuple[float, int]] = {}
     device = utils.own_device(options.device)
     none = np.full(1, -1, np.int64)
+    used: dict[str, Path] = {}
     for path in options.against:
         people, hits, most = 0, 0, 0.0
-        for person in people_of(path, embed_crops, options.out / "cache", device):
+        left_out: list[str] = []
+        for person in people_of(path, embed_crops, options.out / "cache", device, left_out):
+            if used.setdefault(person.set_name, path) != path:
+                person.set_name = str(path)  # two sets of one name
             people += 1
             size = min(len(person.embeddings), 8)
             if size not in known_limits:
@@ -215,11 +246,8 @@ def look_for_people(
             members = np.flatnonzero(found.labels == label[0])
             near = members[np.argsort(-(unit_rows(features[members]) @ person.mean), kind="stable")][:4]
             pictures = [person.crop(place) for place in range(min(2, len(person.pictures)))]
-            twins = [
-                index
-                for index in near.tolist()
-                if any(same_photo(picture, decode_crop(found.crops.read(index)[0])) for picture in pictures)
-            ]
+            own = [crop for index in near.tolist() if (crop := readable(found.crops, index)) is not None]
+            twins = [crop for crop in own if any(same_photo(picture, crop) for picture in pictures)]
             same = f"; {len(twins)} of its crops are photos of the set" if twins else ""
             who = f"{person.set_name}: {person.name}"
             finding = PairFinding(
@@ -227,33 +255,72 @@ def look_for_people(
                 f"{found.names[label[0]]} is {who} ({cosine[0]:.3f}, limit {limit:.3f}){same}", tuple(near.tolist()),
             )  # fmt: skip
             found.pairs.append(finding)
-            evidence[report.pair_id(finding)] = [
+            evidence[decided.name_of_pair(finding)] = [
                 (picture, text) for picture, text in zip(pictures, person.pictures, strict=False)
             ]
-        summaries.append({"set": str(path), "people": people, "in_the_training_set": hits})
+        summaries.append(
+            {"set": str(path), "people": people, "in_the_training_set": hits, "pictures_left_out": len(left_out)}
+        )
+        if left_out:
+            print(f"{path}: {len(left_out)} pictures show no face or cannot be read; the first: {left_out[0]}")
     return summaries, evidence
 
 
-def decide(decisions: dict[str, str], found: Findings, nearest: np.ndarray, duplicates: Sequence[Duplicate]) -> None:
+def decide(
+    decisions: Decisions, found: Findings, nearest: np.ndarray, duplicates: Sequence[tuple[Duplicate, int]]
+) -> None:
     """What training does with each finding, a person's decisions honoured; says how many found nothing to decide."""
-    known = {report.crop_id(index) for index, kind in enumerate(found.kinds) if kind != KEEP}
-    known |= {report.pair_id(pair) for pair in found.pairs} | {report.crop_id(pair.second) for pair in duplicates}
-    if gone := len(decisions.keys() - known):
-        print(f"{gone} of {len(decisions)} decisions are about what is not found now")
-    for index, kind in enumerate(found.kinds):
-        if kind in (KEEP, DUPLICATE):
-            rejected = kind == DUPLICATE and decisions.get(report.crop_id(index)) == "reject"
-        else:
-            rejected = decisions.get(report.crop_id(index)) == "reject"
-            to = int(nearest[index]) if kind == WRONG else None
-            found.action[index], found.to[index] = ("move", to) if kind == WRONG else ("drop", None)
-        if rejected:
-            found.action[index], found.to[index] = "keep", None
+    names = {
+        index: decided.name_of_crop(kind, index, int(nearest[index]))
+        for index, kind in enumerate(found.kinds)
+        if kind not in (KEEP, DUPLICATE)
+    }
+    copies = {decided.name_of_duplicate(pair.first + pair.second - drop, drop): drop for pair, drop in duplicates}
+    if gone := decisions.about_nothing([*names.values(), *copies, *map(decided.name_of_pair, found.pairs)]):
+        print(f"{gone} of {len(decisions)} decisions reject what is not found now")
+    for index, name in names.items():
+        if decisions.rejected(name):
             found.reasons[index] += "; rejected by a person"
+        elif found.kinds[index] == WRONG:
+            found.action[index], found.to[index] = "move", int(nearest[index])
+        else:
+            found.action[index] = "drop"
+    dropped = {drop for name, drop in copies.items() if not decisions.rejected(name)}
+    for drop in copies.values():
+        if found.action[drop] == "keep" or found.kinds[drop] == DUPLICATE:
+            found.action[drop] = "drop" if drop in dropped else "keep"
+        if drop not in dropped:
+            found.reasons[drop] += "; rejected by a person"
     usual = {MERGE: "merge", SPLIT: "split", TEST: "drop"}
     for pair in found.pairs:
-        identifier = report.pair_id(pair)
-        found.pair_actions[identifier] = "keep" if decisions.get(identifier) == "reject" else usual[pair.kind]
+        name = decided.name_of_pair(pair)
+        found.pair_actions[name] = "keep" if decisions.rejected(name) else usual[pair.kind]
+    confirm(decisions, found, usual)
+
+
+def confirm(decisions: Decisions, found: Findings, usual: dict[str, str]) -> None:
+    """Act on what a person confirmed as it was then, whether or not it is found now."""
+    known = {decided.subject(decided.name_of_pair(pair)) for pair in found.pairs}
+    for kind, first, *rest in decisions.confirmed:
+        if kind in usual:
+            crops = tuple(rest[0]) if kind == SPLIT else ()
+            if any(found.labels[crop] != first for crop in crops):
+                raise InputError(f"--decisions: crops {rest[0]} of {SPLIT} are not all of label {first}")
+            pair = PairFinding(kind, first, "" if kind == SPLIT else str(rest[0]), np.nan, CONFIRMED, crops)
+            name = decided.name_of_pair(pair)
+            if decided.subject(name) not in known:
+                found.pairs.append(pair)
+                found.pair_actions[name] = usual[kind]
+            continue
+        crop, to = (rest[0], None) if kind == DUPLICATE else (first, rest[0] if rest else None)
+        if (found.kinds[crop], found.to[crop]) != (kind, to):
+            found.set(
+                crop,
+                kind,
+                f"{found.reasons[crop]}; {CONFIRMED}".removeprefix("; "),
+                "drop" if to is None else "move",
+                to,
+            )
 
 
 def write_tables(
@@ -276,7 +343,7 @@ def write_tables(
     for pair in found.pairs:
         number = pair.second if pair.second.isdecimal() else ""
         name = found.names[int(number)] if number else pair.second
-        action = found.pair_actions[report.pair_id(pair)]
+        action = found.pair_actions[decided.name_of_pair(pair)]
         crops = " ".join(map(str, pair.crops))
         rows.append(
             [pair.kind, pair.first, found.names[pair.first], number, name, pair.score, action, crops, pair.reason]
@@ -285,7 +352,7 @@ def write_tables(
 
 
 def sections_of(
-    found: Findings, centres: Centres, nearest: np.ndarray, duplicates: list[Duplicate],
+    found: Findings, centres: Centres, nearest: np.ndarray, duplicates: Sequence[tuple[Duplicate, int]],
     evidence: dict[str, list[report.Picture]],
 ) -> list[tuple[str, list[tuple[str, str, list[report.Picture]]]]]:  # fmt: skip
     """Findings of each kind, the worst first, with the pictures that show them: for sheets and the page."""
@@ -303,14 +370,16 @@ def sections_of(
     sections: list[tuple[str, list[tuple[str, str, list[report.Picture]]]]] = []
     for kind in (WRONG, STRANGER, UNUSABLE):
         inside = [index for index, this in enumerate(found.kinds) if this == kind]
-        inside.sort(key=lambda index: -found.score[index])
+        inside.sort(key=lambda index: -np.nan_to_num(found.score[index], nan=np.inf))  # confirmed ones first
         findings = []
         for index in inside[: report.PER_PAGE + 1]:
             shown = [index, *members(int(found.labels[index]))]
             if kind == WRONG:
                 shown += members(int(nearest[index]), 2)
             reason = f"{found.crops.describe(index)} ({text(index)}): {found.reasons[index]}"
-            findings.append((report.crop_id(index), reason, report.pictures_of(read, shown, text)))
+            to = found.to[index] if found.to[index] is not None else int(nearest[index])
+            name = decided.name_of_crop(kind, index, to)
+            findings.append((name, reason, report.pictures_of(read, shown, text)))
         sections.append((kind, findings + [findings[-1]] * (len(inside) - len(findings)) if findings else []))
     for kind in (MERGE, SPLIT, TEST):
         findings = []
@@ -321,14 +390,19 @@ def sections_of(
                 shown = [*[index for index in members(pair.first, 6) if index not in pair.crops][:3], *pair.crops[:3]]
             else:
                 shown = list(pair.crops[:3])
-            pictures = evidence.get(report.pair_id(pair), []) + report.pictures_of(read, shown, text)
-            findings.append((report.pair_id(pair), pair.reason, pictures))
+            name = decided.name_of_pair(pair)
+            findings.append((name, pair.reason, evidence.get(name, []) + report.pictures_of(read, shown, text)))
         sections.append((kind, findings))
-    twice = [
-        (report.crop_id(pair.second), f"{pair.how} ({pair.correlation:.3f})",
-         report.pictures_of(read, (pair.first, pair.second), text))
-        for pair in duplicates[: report.PER_PAGE]
-    ]  # fmt: skip
+    # Under two labels first: such a photo teaches that one person is two.
+    worst = sorted(
+        duplicates, key=lambda one: (found.labels[one[0].first] == found.labels[one[0].second], -one[0].correlation)
+    )
+    twice: list[tuple[str, str, list[report.Picture]]] = []
+    for twins, drop in worst:
+        kept = twins.first + twins.second - drop
+        pictures = report.pictures_of(read, (kept, drop), text) if len(twice) < report.PER_PAGE else []
+        reason = f"{twins.how} ({twins.correlation:.3f}): {found.crops.describe(drop)}"
+        twice.append((decided.name_of_duplicate(kept, drop), reason, pictures))
     sections.append((DUPLICATE, twice))
     return sections
 
@@ -370,7 +444,9 @@ def audit(options: config.Audit) -> None:
     device = utils.own_device(options.device)
     embedder = open_embedder(options, device)
     fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
-    decisions = report.read_decisions(options.decisions, fingerprint[:16]) if options.decisions is not None else {}
+    decisions = Decisions({})
+    if options.decisions is not None:
+        decisions = read_decisions(options.decisions, fingerprint[:16], len(crops), crops.identities)
     named = [("--against", path) for path in options.against]
     named += [("--quality-on", options.quality_on)] if options.quality_on is not None else []
     for option, path in named:  # not after hours of embedding
@@ -380,8 +456,7 @@ def audit(options: config.Audit) -> None:
     if embedded is None:
         return
     features, measures = embedded
-    if not np.isfinite(measures[:, 0]).any():
-        raise InputError(f"{crops.name}: not one of {len(crops)} crops is usable; the first: {_complaint(crops)}")
+    check_usable(crops, features, measures)
     found = Findings(crops)
     norms = np.concatenate(
         [np.linalg.norm(features[start : start + 65536], axis=1) for start in range(0, len(features), 65536)]
@@ -400,13 +475,19 @@ def audit(options: config.Audit) -> None:
     centres, nearest, other, bounds = compared.centres, compared.nearest, compared.other, compared.bounds
     found.kinds, found.score, found.reasons = judge_crops(found.labels, centres, other, nearest, bounds, found.names)
     mark_faceless(found, measures[:, THUMB * THUMB + SIGNS.index("face")], centres, other, bounds)
-    duplicates = mark_duplicates(found, measures, centres.own) if options.duplicates else []
+    duplicates = mark_duplicates(found, measures, centres.own, nearest) if options.duplicates else []
     found.pairs += find_merges(
         features, found.labels, centres, compared.near_centre, compared.near_cosine, bounds, found.names
     )
     found.pairs += find_splits(features, found.labels, centres, bounds, found.names)
     against, evidence = look_for_people(options, found, features, centres, embed_crops)
     decide(decisions, found, nearest, duplicates)
+    curves = quality(options, embedder) if options.quality_on is not None else []
+    # From here on files are replaced. The record goes first and comes last, so that without it nothing is an audit.
+    (options.out / selection.RECORD).unlink(missing_ok=True)
+    if not curves:
+        for suffix in (".png", ".svg"):
+            (options.out / "quality").with_suffix(suffix).unlink(missing_ok=True)
     write_tables(options.out, found, centres.own, other, nearest, norms, measures[:, THUMB * THUMB :])
     counts = {kind: found.kinds.count(kind) for kind in (WRONG, STRANGER, UNUSABLE)}
     counts[DUPLICATE] = len(duplicates)
@@ -441,7 +522,7 @@ def audit(options: config.Audit) -> None:
         "limits": {name: None if value == np.inf else value for name, value in vars(bounds).items()},
         "counts": counts,
         "against": against,
-        "quality": quality(options, embedder) if options.quality_on is not None else [],
+        "quality": curves,
         "environment": utils.environment(),
     }  # fmt: skip
     utils.write_json(options.out / selection.RECORD, record)
@@ -455,19 +536,38 @@ def apply(options: config.AuditApply) -> None:
     """Write what the audit leaves as a new set."""
     crops = crop_sets.open_training_set(options.data, skip_unreadable=True)
     fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
-    kept, _ = selection.select(crops, fingerprint, options.audit, relabel=options.relabel)
-    lines = []
-    with crop_sets.CropWriter(options.out) as writer, utils.progress(len(kept), "write", unit="crop") as bar:
-        for index in np.argsort(kept.labels, kind="stable").tolist():
-            payload, label = kept.read(index)
-            key = writer.write(payload, label)
-            lines.append(f"{key}\t{label}\t{tables.escape(kept.describe(index))}")
-            bar.update()
-    tables.write_identities(options.out / "identities.tsv", kept.identity_names)
-    utils.write_bytes(
-        options.out / "sources.tsv", ("\n".join(["key\tlabel\tcrop", *lines]) + "\n").encode("utf-8", "surrogateescape")
-    )
+    kept, left = selection.select(crops, fingerprint, options.audit, relabel=options.relabel)
+    if not crop_sets.claim(options.out, "apply.json", {"data": fingerprint, "kept": left}):
+        order = np.argsort(kept.labels, kind="stable").tolist()
+        lines = ["key\tlabel\tcrop"]
+        with crop_sets.CropWriter(options.out) as writer, utils.progress(len(kept), "write", unit="crop") as bar:
+            for index in order:
+                payload, label = kept.read(index)
+                key = writer.write(payload, label)
+                lines.append(f"{key}\t{label}\t{tables.escape(kept.describe(index))}")
+                bar.update()
+            # Before the block ends, and with it the set is there.
+            tables.write_identities(
+                options.out / "identities.tsv", kept.identity_names, np.bincount(kept.labels).tolist()
+            )
+            text = "\n".join(lines) + "\n"
+            utils.write_bytes(options.out / "sources.tsv", text.encode("utf-8", "surrogateescape"))
+            write_faces(options, kept, order, len(crops))
     print(f"{options.out}: {len(kept):,} of {len(crops):,} crops, {kept.identities:,} identities; {kept.notes[-1]}")
+
+
+def write_faces(options: config.AuditApply, kept: selection.SelectedCrops, order: Sequence[int], crops: int) -> None:
+    """The rows of the crops in `order` from the faces.tsv beside the data, if there is one that speaks of its crops."""
+    path = (options.data if options.data.is_dir() else options.data.parent) / "faces.tsv"
+    if not path.is_file():
+        return
+    rows = [row for row in tables.iterate_faces(path) if row.status != tables.NO_CROP]
+    if len(rows) != crops:
+        print(f"note: {path} has {len(rows):,} rows with a crop, the set {crops:,} crops; it was left behind")
+        return
+    names = kept.identity_names
+    new = (dataclasses.replace(rows[kept.indices[index]], identity=names[kept.labels[index]]) for index in order)
+    utils.write_bytes(options.out / "faces.tsv", tables.table_text(new))
 
 
 @utils.command

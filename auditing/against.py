@@ -43,9 +43,17 @@ class Person:
 
 
 def people_of(
-    path: Path, embed: Callable[[np.ndarray], np.ndarray], cache: Path, device: torch.device | str
+    path: Path,
+    embed: Callable[[np.ndarray], np.ndarray],
+    cache: Path,
+    device: torch.device | str,
+    left_out: list[str] | None = None,
 ) -> Iterator[Person]:
-    """The people of a test set; `embed` gives features [n, D] of uint8 RGB crops. Raises InputError naming the set."""
+    """The people of a test set; `embed` gives features [n, D] of uint8 RGB crops. Raises InputError naming the set.
+
+    Pictures without a face, or that cannot be read, are named in `left_out`.
+    """
+    left_out = [] if left_out is None else left_out
     if not path.exists():
         raise InputError(f"--against {path}: no such file or folder")
     if path.is_file() and path.suffix != ".rec":
@@ -54,10 +62,10 @@ def people_of(
         yield from _people(path.stem, pairs.crops, identities, pairs.names, embed)
         return
     if path.is_file() or (path / "train.rec").exists():
-        yield from _people_of_crops(path, embed)
+        yield from _people_of_crops(path, embed, left_out)
         return
     if (path / "meta").is_dir() and (path / FOLDER).is_dir():
-        yield from _people_of_ijb(path, embed)
+        yield from _people_of_ijb(path, embed, left_out)
         return
     files = [file for file in list_photos(path).files if identity_of(file)]
     if len({identity_of(file) for file in files}) == 1 and all(file.count("/") > 1 for file in files):
@@ -73,6 +81,7 @@ def people_of(
         )
     shown = np.array([index for index, row in enumerate(found.rows) if row.status == "crop"], np.int64)
     names = [files[index] for index in shown]
+    left_out += [files[index] for index in np.setdiff1d(np.arange(len(files)), shown).tolist()]
     people, identities = np.unique([identity_of(file) for file in names], return_inverse=True)
     yield from _people(path.name, found.crops[shown], identities, names, embed, list(people))
 
@@ -103,20 +112,31 @@ def _people(
         yield Person(set_name, name, unit[members], [pictures[index] for index in members], crop)
 
 
-def _people_of_crops(path: Path, embed: Callable[[np.ndarray], np.ndarray]) -> Iterator[Person]:
-    crops = crop_sets.open_training_set(path)
+def _people_of_crops(path: Path, embed: Callable[[np.ndarray], np.ndarray], left_out: list[str]) -> Iterator[Person]:
+    try:
+        crops = crop_sets.open_training_set(path, skip_unreadable=True, labelled=False)
+    except InputError as error:
+        raise InputError(f"--against {error}") from error
     names = crops.identity_names
     for label, members in groups(crops.labels, crops.identities):
-        pictures = np.stack([decode_crop(crops.read(int(index))[0]) for index in members])
+        pictures = {}
+        for index in members.tolist():
+            try:
+                pictures[index] = decode_crop(crops.read(index)[0])
+            except (ValueError, OSError, InputError):
+                left_out.append(crops.describe(index))
+        if not pictures:
+            continue
+        shown = list(pictures)
 
-        def crop(picture: int, members: np.ndarray = members) -> np.ndarray:
-            return decode_crop(crops.read(int(members[picture]))[0])
+        def crop(picture: int, shown: list[int] = shown) -> np.ndarray:
+            return decode_crop(crops.read(shown[picture])[0])
 
-        described = [crops.describe(int(index)) for index in members]
-        yield Person(crops.name, names[label], unit_rows(embed(pictures)), described, crop)
+        unit = unit_rows(embed(np.stack(list(pictures.values()))))
+        yield Person(crops.name, names[label], unit, [crops.describe(index) for index in shown], crop)
 
 
-def _people_of_ijb(path: Path, embed: Callable[[np.ndarray], np.ndarray]) -> Iterator[Person]:
+def _people_of_ijb(path: Path, embed: Callable[[np.ndarray], np.ndarray], left_out: list[str]) -> Iterator[Person]:
     """The subjects, each by some images of different media; images that cannot be aligned are left out."""
     lists = read_lists(path)
     subjects: dict[int, str] = {}
@@ -131,7 +151,7 @@ def _people_of_ijb(path: Path, embed: Callable[[np.ndarray], np.ndarray]) -> Ite
         if template in subjects:
             images.setdefault(subjects[template], {})[image] = media, number
     for subject, found in images.items():
-        yield _subject(lists, path / FOLDER, subject, _spread(list(found.values())), embed)
+        yield _subject(lists, path / FOLDER, subject, _spread(list(found.values())), embed, left_out)
 
 
 def _spread(images: list[tuple[int, int]]) -> list[int]:
@@ -144,9 +164,12 @@ def _spread(images: list[tuple[int, int]]) -> list[int]:
 
 
 def _subject(
-    lists: Lists, folder: Path, subject: str, numbers: list[int], embed: Callable[[np.ndarray], np.ndarray]
-) -> Person:
-    crops = [(number, crop) for number in numbers if (crop := cut_image(lists, folder, number)) is not None]
+    lists: Lists, folder: Path, subject: str, numbers: list[int], embed: Callable[[np.ndarray], np.ndarray],
+    left_out: list[str],
+) -> Person:  # fmt: skip
+    cut = [(number, cut_image(lists, folder, number)) for number in numbers]
+    left_out += [lists.images[number] for number, crop in cut if crop is None]
+    crops = [(number, crop) for number, crop in cut if crop is not None]
     unit = unit_rows(embed(np.stack([crop for _, crop in crops]))) if crops else np.zeros((0, 1), np.float32)
     pictures = [lists.images[number] for number, _ in crops]
     return Person(lists.subset, f"subject {subject}", unit, pictures, lambda picture: crops[picture][1])

@@ -13,7 +13,6 @@ from PIL import Image
 
 import plotting
 import utils
-from auditing.findings import PairFinding
 from auditing.measures import RejectCurve
 
 _CELL, _GAP, _TEXT, _MARGIN, _HEAD = 112, 6, 34, 16, 46
@@ -100,7 +99,8 @@ def write_page(
 ) -> None:
     """A page that opens from a disk: sections of findings (id, reason, pictures), each to be confirmed or rejected.
 
-    Its button saves `decisions.tsv`, which `audit.py --decisions` reads; `key` tells this set's decisions from others'.
+    Its button saves `decisions.tsv`, which `audit.py --decisions` reads (see decisions.py for what an id is); `key`
+    tells this set's decisions from others'.
     """
     rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{count:,}</td></tr>" for name, count in counts.items())
     parts = []
@@ -133,37 +133,6 @@ def write_page(
     utils.write_bytes(path, text.encode("utf-8", "replace"))
 
 
-def pair_id(finding: PairFinding) -> str:
-    """By which a decision refers to a finding about identities."""
-    return f"{finding.kind}: {finding.first} {finding.second}"
-
-
-def crop_id(index: int) -> str:
-    """By which a decision refers to a finding about a crop."""
-    return f"crop {index}"
-
-
-def read_decisions(path: Path, key: str) -> dict[str, str]:
-    """Decisions by finding from the page's decisions.tsv; `InputError` naming the line if it is none, or speaks of
-    other crops than those of `key` (see `write_page`): a finding is named by the number of its crop."""
-    try:
-        lines = utils.read_bytes(path).decode("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise utils.InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from error
-    head = lines[0].split("\t") if lines else []
-    if head[:2] != ["finding", "decision"] or len(head) != 3:
-        raise utils.InputError(f"{path}: not saved by an audit's page (its first line must be finding decision KEY)")
-    if head[2] != key:
-        raise utils.InputError(f"{path}: decisions about other crops ({head[2][:40]} instead of {key})")
-    decisions = {}
-    for number, line in enumerate(lines[1:], 2):
-        identifier, _, what = line.rpartition("\t")
-        if what not in ("confirm", "reject") or not identifier:
-            raise utils.InputError(f"{path}, line {number}: expected a finding and confirm or reject")
-        decisions[identifier] = what
-    return decisions
-
-
 def pictures_of(
     read: Callable[[int], np.ndarray], crops: Iterable[int], text: Callable[[int], str], most: int = 6
 ) -> list[Picture]:
@@ -172,7 +141,7 @@ def pictures_of(
     for index in list(crops)[:most]:
         try:
             shown.append((read(index), text(index)))
-        except ValueError:
+        except (ValueError, OSError, utils.InputError):
             shown.append((np.full((112, 112, 3), 200, np.uint8), f"{text(index)} (unreadable)"))
     return shown
 

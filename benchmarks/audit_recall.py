@@ -56,11 +56,14 @@ def read_truth(path: Path) -> list[Truth]:
     lines = path.read_text().splitlines()
     if not lines or lines[0] != "key\tlabel\ttruth\tfaults\tsource":
         raise InputError(f"{path}: not a truth.tsv of inject_faults.py")
-    rows = [line.split("\t") for line in lines[1:]]
-    return [
-        Truth(int(label), int(true), faults.split(", ") if faults else [], source)
-        for _, label, true, faults, source in rows
-    ]
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            _, label, true, faults, source = line.split("\t")
+            rows.append(Truth(int(label), int(true), faults.split(", ") if faults else [], source))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not a row of five columns") from error
+    return rows
 
 
 def share(part: int, whole: int) -> float | None:

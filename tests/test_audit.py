@@ -1,12 +1,16 @@
 """The audit: centres and neighbours against plain arithmetic, faults that were put in, what training makes of it."""
 
+import html
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import skimage.data
 import torch
@@ -15,14 +19,17 @@ from helpers.training import jpegs
 
 import audit
 import utils
+from auditing import decisions as decided
 from auditing import duplicates, report, space
 from auditing.centres import NEAREST, Centres, nearest_other, robust_centres, unit_rows
 from auditing.findings import (
     KEEP,
     STRANGER,
+    TEST,
     UNUSABLE,
     WRONG,
     Limits,
+    PairFinding,
     chance_threshold,
     compare,
     find_faceless,
@@ -36,7 +43,7 @@ from auditing.findings import (
 from auditing.measures import LEAST_SCORE, filled, look, reject_curve, sharpness
 from auditing.space import Placed
 from cropping.align import TEMPLATE, align_face
-from formats import crop_sets, selection
+from formats import crop_sets, selection, tables
 from retinaface import RetinaFace
 from utils import InputError
 
@@ -552,7 +559,6 @@ def test_an_audit_of_other_crops_is_refused(crops, tmp_path):
 
 def write_projection(path, dim=48):
     """An ONNX model whose features are random projections of a crop's coarse colours."""
-    import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     matrix = np.random.default_rng(0).standard_normal((3 * 14 * 14, dim)).astype(np.float32)
@@ -635,11 +641,14 @@ def test_the_command_finds_what_was_put_in_and_training_takes_it(faulty, tmp_pat
     one = min(called & truth)
     decisions = tmp_path / "decisions.tsv"
     of = json.loads((tmp_path / "audit" / "audit.json").read_text())["data"]["fingerprint"][:16]
-    decisions.write_text(f"finding\tdecision\t{of}\n{report.crop_id(one)}\treject\ncrop 99999\treject\n")
+    gone = next(index for index in range(300) if index not in called)
+    lines = [f"{decided.name_of_crop(STRANGER, index)}\treject\n" for index in (one, gone)]
+    decisions.write_text(f"finding\tdecision\t{of}\n{''.join(lines)}")
     monkeypatch.setattr(audit, "_embed_chunk", None)
     assert run(monkeypatch, *words, "--out", tmp_path / "audit", "--decisions", decisions) == 0
     rows = list(selection.rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS))
     assert rows[one][1]["action"] == "keep" and "rejected by a person" in rows[one][1]["reason"]
+    assert "1 of 2 decisions reject what is not found now" in capsys.readouterr().out
 
     assert (
         run(
@@ -658,6 +667,229 @@ def test_the_command_finds_what_was_put_in_and_training_takes_it(faulty, tmp_pat
     clean = crop_sets.open_training_set(tmp_path / "clean")
     assert 40 * 8 - 20 < len(clean) < 40 * 8 and clean.identities == 39  # the person of the test set is gone
     assert (tmp_path / "clean" / "sources.tsv").read_text().count("\n") == len(clean) + 1
+    counts = [line.split("\t")[2] for line in (tmp_path / "clean" / "identities.tsv").read_text().splitlines()[1:]]
+    assert counts == list(map(str, np.bincount(clean.labels)))
+
+
+def page_of(folder):
+    """The names of the findings on an audit's page, and the set's key."""
+    text = (folder / "audit.html").read_text()
+    names = [html.unescape(name) for name in re.findall(r'data-id="([^"]*)"', text)]
+    assert len(set(names)) == len(names)
+    return names, re.search(r'key = "(\w+)"', text)[1]
+
+
+def saved(path, key, decisions):
+    """What the page's button saves."""
+    lines = [f"{name}\t{what}\n" for name, what in decisions.items()]
+    path.write_text(f"finding\tdecision\t{key}\n{''.join(lines)}")
+    return path
+
+
+def actions(folder):
+    return [row["action"] for _, row in selection.rows(folder / selection.CROPS, selection.CROP_COLUMNS)]
+
+
+WORDS = ["--mean", "0.5", "--std", "0.5", "--no-mirror", "--device", "cpu", "--no-faces"]
+
+
+def test_what_is_rejected_is_kept_and_what_is_confirmed_goes_though_it_is_not_found(faulty, tmp_path, monkeypatch):
+    folder, _, model = faulty
+    words = ["--data", folder / "crops", "--checkpoint", model, *WORDS, "--out", tmp_path / "audit"]
+    against = ["--against", folder / "test"]
+    assert run(monkeypatch, *words, *against) == 0
+    names, key = page_of(tmp_path / "audit")
+    kinds = [json.loads(name)[0] for name in names]
+    assert {"wrong person", "duplicate", "in the test set"} <= set(kinds)
+    before = actions(tmp_path / "audit")
+    assert before.count("drop") + before.count("move") >= 16
+
+    reject = saved(tmp_path / "reject.tsv", key, dict.fromkeys(names, "reject"))
+    assert run(monkeypatch, *words, *against, "--decisions", reject) == 0
+    assert set(actions(tmp_path / "audit")) == {"keep"}
+    assert page_of(tmp_path / "audit")[0] == names
+    rows = [row for _, row in selection.rows(tmp_path / "audit" / selection.IDENTITIES, selection.IDENTITY_COLUMNS)]
+    assert rows and {row["action"] for row in rows} == {"keep"}
+
+    # A later audit looks for less: confirmed findings stay what they are.
+    confirm = saved(tmp_path / "confirm.tsv", key, dict.fromkeys(names, "confirm"))
+    assert run(monkeypatch, *words, "--no-duplicates", "--error-rate", "0.001", "--decisions", confirm) == 0
+    assert actions(tmp_path / "audit") == before
+    rows = [row for _, row in selection.rows(tmp_path / "audit" / selection.IDENTITIES, selection.IDENTITY_COLUMNS)]
+    assert [row["other_identity"] for row in rows if row["action"] == "drop"] == ["test: known"]
+    assert run(monkeypatch, *words, "--no-duplicates", "--error-rate", "0.001") == 0
+    assert actions(tmp_path / "audit") != before
+
+
+def test_one_decision_is_about_one_finding(faulty, tmp_path, monkeypatch):
+    """A duplicate that is no duplicate, and somebody else all the same."""
+    folder, _, model = faulty
+    words = ["--data", folder / "crops", "--checkpoint", model, *WORDS, "--out", tmp_path / "audit"]
+    assert run(monkeypatch, *words) == 0
+    names, key = page_of(tmp_path / "audit")
+    before = actions(tmp_path / "audit")
+    twice = next(name for name in names if json.loads(name)[0] == "duplicate")
+    wrong = [name for name in names if json.loads(name)[0] == "wrong person"]
+    assert run(monkeypatch, *words, "--decisions", saved(tmp_path / "d.tsv", key, {twice: "reject"})) == 0
+    changed = [index for index, (a, b) in enumerate(zip(before, actions(tmp_path / "audit"), strict=True)) if a != b]
+    assert changed == [json.loads(twice)[2]]
+    assert run(monkeypatch, *words, "--decisions", saved(tmp_path / "d.tsv", key, {wrong[0]: "reject"})) == 0
+    changed = [index for index, (a, b) in enumerate(zip(before, actions(tmp_path / "audit"), strict=True)) if a != b]
+    assert changed == [json.loads(wrong[0])[1]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["crop 1\treject", '["wrong person", 1]\treject', '["stranger", 999999]\treject', '["stranger", true]\tconfirm',
+     '["wrong person", 1, -1]\tconfirm', '["nothing", 1]\treject', '["stranger", 1]\tmaybe', "[\treject",
+     '["one label, two people", 1, []]\tconfirm', "{}\treject", "[[]]\treject"],
+)  # fmt: skip
+def test_decisions_that_no_page_saved(tmp_path, line):
+    path = tmp_path / "decisions.tsv"
+    path.write_text(f'finding\tdecision\tkey\n["stranger", 1]\treject\n{line}\n')
+    with pytest.raises(InputError, match=r"decisions\.tsv, line 3: expected a finding and confirm or reject"):
+        decided.read_decisions(path, "key", 100, 10)
+
+
+def test_any_name_of_a_person_survives_the_page(tmp_path):
+    names = ["tab\there", "line\u2028and\u0085", "bytes \udcff", "<b>&\"'", "a\nb"]
+    findings = [PairFinding(TEST, 3, name, 0.9, "") for name in names]
+    sections = [(TEST, [(decided.name_of_pair(finding), finding.second, []) for finding in findings])]
+    report.write_page(tmp_path / "audit.html", "x", "", {}, sections, "abc0")
+    found, key = page_of(tmp_path)
+    decisions = decided.read_decisions(saved(tmp_path / "d.tsv", key, dict.fromkeys(found, "reject")), "abc0", 10, 10)
+    assert len(decisions) == 5 and all(decisions.rejected(decided.name_of_pair(finding)) for finding in findings)
+    assert not decisions.rejected(decided.name_of_pair(PairFinding(TEST, 3, "other", 0.9, "")))
+
+
+def test_no_set_is_overwritten(faulty, tmp_path, monkeypatch, capsys):
+    folder, _, model = faulty
+    data = shutil.copytree(folder / "crops", tmp_path / "crops")
+    words = ["--data", data, "--checkpoint", model, *WORDS, "--out", tmp_path / "audit"]
+    assert run(monkeypatch, *words) == 0
+    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    write = ["apply", "--data", data, "--audit", tmp_path / "audit", "--out"]
+    assert run(monkeypatch, *write, data) == 1
+    assert "holds another set of crops" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+    assert run(monkeypatch, *write, tmp_path / "clean") == 0
+    made = (tmp_path / "clean" / "train.rec").stat().st_mtime_ns
+    assert run(monkeypatch, *write, tmp_path / "clean") == 0, "the same again"
+    assert (tmp_path / "clean" / "train.rec").stat().st_mtime_ns == made
+    assert run(monkeypatch, *write, tmp_path / "clean", "--relabel") == 1, "another one"
+    assert "holds another set of crops" in capsys.readouterr().err
+
+
+def test_a_clean_set_keeps_its_table_of_faces(faulty, tmp_path, monkeypatch):
+    folder, _, model = faulty
+    data = shutil.copytree(folder / "crops", tmp_path / "crops")
+    crops = crop_sets.open_training_set(data)
+    rows = [tables.FaceRow(f"p{label}", f"p{label}/{index}.jpg", tables.CROP, faces=1, score=0.5)
+            for index, label in enumerate(crops.labels.tolist())]  # fmt: skip
+    rows.insert(7, tables.FaceRow("p0", "p0/none.jpg", tables.NO_CROP, "no face"))
+    (data / "faces.tsv").write_bytes(tables.table_text(rows))
+    tables.write_identities(data / "identities.tsv", [f"p{label}" for label in range(40)])
+    words = ["--data", data, "--checkpoint", model, *WORDS, "--out", tmp_path / "audit"]
+    assert run(monkeypatch, *words) == 0
+    write = ["apply", "--data", data, "--audit", tmp_path / "audit", "--relabel", "--out", tmp_path / "clean"]
+    assert run(monkeypatch, *write) == 0
+    clean = crop_sets.open_training_set(tmp_path / "clean")
+    found = tables.read_faces(tmp_path / "clean" / "faces.tsv")
+    assert [row.identity for row in found] == [clean.identity_names[label] for label in clean.labels]
+    for index, row in enumerate(found):
+        assert crops.read(int(Path(row.file).stem))[0] == clean.read(index)[0]
+
+
+def test_an_audit_that_fails_leaves_the_last_one_whole(faulty, tmp_path, monkeypatch, capsys):
+    folder, _, model = faulty
+    out = tmp_path / "audit"
+    words = ["--data", folder / "crops", "--checkpoint", model, *WORDS, "--out", out]
+    assert run(monkeypatch, *words) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    (tmp_path / "cut.bin").write_bytes(b"\x80\x02]")
+    assert run(monkeypatch, *words, "--error-rate", "0.4", "--quality-on", tmp_path / "cut.bin") == 1
+    assert "cut.bin" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    # Killed between its tables it is no audit.
+    plain = selection.write_table
+
+    def stops(path, *rest):
+        if path.name == selection.IDENTITIES:
+            raise KeyboardInterrupt
+        plain(path, *rest)
+
+    monkeypatch.setattr(selection, "write_table", stops)
+    assert run(monkeypatch, *words, "--error-rate", "0.4") == 130
+    with pytest.raises(InputError, match=r"audit\.json"):
+        chosen(crop_sets.open_training_set(folder / "crops"), out)
+
+
+def test_a_damaged_record_is_unusable_and_the_rest_is_audited(tmp_path, monkeypatch):
+    crop_sets.write_crops(tmp_path / "crops", portraits(30, 8))
+    path = tmp_path / "crops" / "train.rec"
+    crops = crop_sets.open_training_set(tmp_path / "crops")
+    data = bytearray(path.read_bytes())
+    at = int(crops.reader.offsets[crops.reader.position(crops.keys[100])])
+    data[at : at + 4] = b"xxxx"
+    path.write_bytes(data)
+    model = write_projection(tmp_path / "model.onnx")
+    words = ["--checkpoint", model, *WORDS, "--no-duplicates"]
+    assert run(monkeypatch, "--data", tmp_path / "crops", *words, "--out", tmp_path / "audit") == 0
+    rows = [row for _, row in selection.rows(tmp_path / "audit" / selection.CROPS, selection.CROP_COLUMNS)]
+    assert [index for index, row in enumerate(rows) if row["kind"] == UNUSABLE] == [100]
+    assert (tmp_path / "audit" / "audit.json").exists()
+    # The same as a test set: the picture is left out, and said.
+    assert run(monkeypatch, "--data", tmp_path / "crops", "--against", tmp_path / "crops", *words, "--out",
+               tmp_path / "again") == 0  # fmt: skip
+    [entry] = json.loads((tmp_path / "again" / "audit.json").read_text())["against"]
+    assert entry["pictures_left_out"] == 1 and entry["people"] == 30
+
+
+def test_a_broken_model_says_nothing_of_a_crop(tmp_path, monkeypatch, capsys):
+    crop_sets.write_crops(tmp_path / "crops", portraits(5, 4))
+    model = write_projection(tmp_path / "model.onnx")
+    for value in (np.nan, 0.0):
+        content = onnx.load(model)
+        kernel = onnx.numpy_helper.to_array(content.graph.initializer[0])
+        content.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full_like(kernel, value), "matrix"))
+        onnx.save(content, tmp_path / "broken.onnx")
+        words = ["--data", tmp_path / "crops", "--checkpoint", tmp_path / "broken.onnx", *WORDS]
+        assert run(monkeypatch, *words, "--out", tmp_path / f"audit {value}") == 1
+        assert "the model gives no direction for any of 20 crops" in capsys.readouterr().err
+
+
+def test_of_two_copies_the_one_under_its_own_name_stays(tmp_path, monkeypatch):
+    """People of a single crop, whose photo stands under somebody else's name as well."""
+    entries = list(portraits(30, 8))
+    lone = list(portraits(33, 1, seed=9))[30:]
+    kept = [(data, label) for data, label in entries] + [(data, 30 + k) for k, (data, _) in enumerate(lone)]
+    images = [cv2.imdecode(np.frombuffer(data, np.uint8), 1) for data, _ in lone]
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
+    wrong = [(cv2.imencode(".jpg", image, quality)[1].tobytes(), k) for k, image in enumerate(images)]
+    crop_sets.write_crops(tmp_path / "crops", sorted(kept + wrong, key=lambda entry: entry[1]))
+    crops = crop_sets.open_training_set(tmp_path / "crops")
+    model = write_projection(tmp_path / "model.onnx")
+    words = ["--data", tmp_path / "crops", "--checkpoint", model, *WORDS]
+    assert run(monkeypatch, *words, "--out", tmp_path / "audit") == 0
+    left = chosen(crops, tmp_path / "audit")[0]
+    assert {"30", "31", "32"} <= set(left.identity_names)
+    gone = set(range(len(crops))) - set(left.indices.tolist())
+    copies = {index for index in range(len(crops)) if crops.read(index)[0] in [data for data, _ in wrong]}
+    assert copies <= gone
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["one label, two people", 0, "0", "", "", 0.9, "split", "0 99999999999999999999", ""], "names crops that are"),
+        (["one label, two people", 0, "0", "", "", 0.9, "split", "0 1,2 x", ""], "names crops that are not of label 0"),
+        (["two labels, one person", 0, "0", "9" * 5000, "", 0.9, "merge", "", ""], "which is no label of the set"),
+        (["in the test set", "9" * 5000, "", "", "", 0.9, "drop", "", ""], "is nothing that can be done"),
+    ],
+)
+def test_numbers_that_are_none(crops, tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        chosen(crops, write_audit(tmp_path / "audit", crops, {}, [row]), relabel=True)
 
 
 def test_people_of_ijb_are_found_by_the_lists_of_1_to_n(faulty, tmp_path, monkeypatch, capsys):
@@ -795,6 +1027,7 @@ def test_a_small_clean_set_is_audited_to_the_end(tmp_path, monkeypatch, capsys):
         (["--decisions", "nowhere"], "nowhere"),
         (["--quality-on", "nowhere"], "--quality-on nowhere: no such file or folder"),
         (["--decisions", "{0}/empty.tsv"], "not saved by an audit's page"),
+        (["--against", "{0}/lonely"], "--against"),
         (["--decisions", "{0}/others.tsv"], "decisions about other crops (0123456789abcdef instead of"),
         (["--data", "{0}/photos"], "not one of 4 crops is usable; the first: "),
         (["--error-rate", "0"], "--error-rate 0.0: must be above 0"),
@@ -809,6 +1042,8 @@ def test_wrong_input_is_one_line(faulty, tmp_path, monkeypatch, capsys, words, m
         tmp_path / "photos",
         [(cv2.imencode(".png", np.zeros((200, 200, 3), np.uint8))[1].tobytes(), n) for n in range(4)],
     )
+    (tmp_path / "lonely").mkdir()
+    (tmp_path / "lonely" / "train.rec").write_bytes(b"nonsense")
     words = [word.format(tmp_path) for word in words]
     usual = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
     assert run(monkeypatch, *usual, "--out", tmp_path / "audit", *words) == 1

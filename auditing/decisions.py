@@ -1,0 +1,120 @@
+"""What a person decides about findings, and the names by which findings are spoken of for that.
+
+A name is JSON, so that it fits any table, page and name of a person, and says all that the finding would do:
+`["wrong person", CROP, LABEL]`, `["stranger", CROP]`, `["unusable", CROP]`, `["duplicate", KEPT, DROPPED]`,
+`["two labels, one person", LABEL, LABEL]`, `["one label, two people", LABEL, [CROP, ...]]`,
+`["in the test set", LABEL, PERSON]`. Crops and labels are numbers.
+
+A rejected finding is not acted on, also when a later audit finds it anew, perhaps with another label or another half
+of an identity (`subject` says what counts as the same). A confirmed one is acted on even if a later audit does not
+find it: a network that has learned from it may not, and a stricter rate of error neither.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import utils
+from auditing.findings import DUPLICATE, MERGE, SPLIT, STRANGER, TEST, UNUSABLE, WRONG, PairFinding
+from utils import InputError
+
+CONFIRM, REJECT = "confirm", "reject"
+
+
+def name_of_crop(kind: str, crop: int, to: int | None = None) -> str:
+    """The name of a finding about a single crop; `to` is the label of a wrong person."""
+    return json.dumps([kind, crop] if kind != WRONG else [kind, crop, to])
+
+
+def name_of_duplicate(kept: int, dropped: int) -> str:
+    """The name of a photo that is there twice."""
+    return json.dumps([DUPLICATE, kept, dropped])
+
+
+def name_of_pair(finding: PairFinding) -> str:
+    """The name of a finding about identities."""
+    if finding.kind == SPLIT:
+        return json.dumps([SPLIT, finding.first, list(finding.crops)])
+    return json.dumps([finding.kind, finding.first, int(finding.second) if finding.kind == MERGE else finding.second])
+
+
+def subject(name: str) -> tuple[Any, ...]:
+    """What a finding is about: the same for two findings of which a person who decided one has decided the other."""
+    kind, first, *rest = json.loads(name)
+    if kind in (WRONG, STRANGER):
+        return "who is it", first
+    if kind in (DUPLICATE, MERGE):
+        return kind, *sorted((first, rest[0]))
+    return (kind, first, rest[0]) if kind == TEST else (kind, first)
+
+
+class Decisions:
+    """Names that were confirmed, and the subjects of all that was decided, as {subject: CONFIRM or REJECT}."""
+
+    def __init__(self, decided: dict[str, str]) -> None:
+        self.confirmed = [json.loads(name) for name, what in decided.items() if what == CONFIRM]
+        self._decided = {subject(name): what for name, what in decided.items()}
+
+    def __len__(self) -> int:
+        return len(self._decided)
+
+    def rejected(self, name: str) -> bool:
+        """Whether a person rejected this finding."""
+        return self._decided.get(subject(name)) == REJECT
+
+    def about_nothing(self, found: Sequence[str]) -> int:
+        """How many rejected findings are not among these any more."""
+        known = {subject(name) for name in found}
+        return sum(what == REJECT and about not in known for about, what in self._decided.items())
+
+
+def read_decisions(path: Path, key: str, crops: int, identities: int) -> Decisions:
+    """What the page's decisions.tsv says; `InputError` naming the line if it is none, speaks of other crops than those
+    of `key` (see `report.write_page`), or of a crop or an identity that the set has not."""
+    try:
+        lines = utils.read_bytes(path).decode("utf-8").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from error
+    head = lines[0].removesuffix("\r").split("\t")
+    if head[:2] != ["finding", "decision"] or len(head) != 3:
+        raise InputError(f"{path}: not saved by an audit's page (its first line must be finding decision KEY)")
+    if head[2] != key:
+        raise InputError(f"{path}: decisions about other crops ({head[2][:40]} instead of {key})")
+    decided = {}
+    for number, line in enumerate(lines[1:], 2):
+        name, _, what = line.removesuffix("\r").rpartition("\t")
+        if what not in (CONFIRM, REJECT) or not _is_name(name, crops, identities):
+            raise InputError(f"{path}, line {number}: expected a finding and {CONFIRM} or {REJECT}")
+        decided[name] = what
+    return Decisions(decided)
+
+
+def _is_name(text: str, crops: int, identities: int) -> bool:
+    try:
+        name = utils.parse_json(text)
+    except ValueError:
+        return False
+
+    def crop(value: Any) -> bool:
+        return type(value) is int and 0 <= value < crops
+
+    def label(value: Any) -> bool:
+        return type(value) is int and 0 <= value < identities
+
+    def several(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(map(crop, value))
+
+    parts: dict[str, list[Any]] = {
+        WRONG: [crop, label],
+        STRANGER: [crop],
+        UNUSABLE: [crop],
+        DUPLICATE: [crop, crop],
+        MERGE: [label, label],
+        SPLIT: [label, several],
+        TEST: [label, lambda value: isinstance(value, str)],
+    }
+    if not isinstance(name, list) or not name or not isinstance(name[0], str) or name[0] not in parts:
+        return False
+    checks = parts[name[0]]
+    return len(name) == len(checks) + 1 and all(check(part) for check, part in zip(checks, name[1:], strict=True))
