@@ -25,7 +25,7 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
-from utils import InputError, fsync_directory, locked, progress, require_file, sha256_of, write_text
+from utils import InputError, begins_safetensors, fsync_directory, locked, progress, require_file, sha256_of, write_text
 
 # Release v1.0 of foamliu/InsightFace-v3: SE-LResNet101E-IR, 99.80 % on LFW.
 RELEASED_URL = "https://github.com/foamliu/InsightFace-v3/releases/download/v1.0/insight-face-v3.pt"
@@ -40,6 +40,7 @@ BLOCK = 1 << 20
 # torch.save writes a zip since 1.6 and a bare protocol-2 pickle before; ONNX (protobuf) starts with field 1, varint.
 PYTORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")
 ONNX_MAGIC = (b"\x08",)
+START = 9  # bytes by which a model is recognised (safetensors: a length, and a brace)
 
 
 def checkpoint_path(name: str | Path, folder: Path = WEIGHTS) -> Path:
@@ -241,8 +242,8 @@ def _copy(response: http.client.HTTPResponse, file: IO[bytes], total: int | None
                 else f"no end after {limit:,} bytes"
             )
         if start is not None:
-            start = (start + block)[:4]
-            if len(start) == 4:
+            start = (start + block)[:START]
+            if len(start) == START:
                 _check_start(start, Path(file.name))
         file.write(block)
         bar.update(len(block))
@@ -284,7 +285,7 @@ def _total_of_range(content_range: str, have: int) -> int:
 
 def _check_looks_like_a_model(part: Path, url: str, target: Path) -> None:
     with open(part, "rb") as file:
-        head = file.read(4)
+        head = file.read(START)
     try:
         _check_start(head, part)
     except _WrongStartError as error:
@@ -294,5 +295,8 @@ def _check_looks_like_a_model(part: Path, url: str, target: Path) -> None:
 
 def _check_start(head: bytes, part: Path) -> None:
     suffix = Path(part.stem).suffix  # net.pt.part
-    if not head.startswith(ONNX_MAGIC if suffix == ".onnx" else PYTORCH_MAGIC):
-        raise _WrongStartError(f"what came is not a {suffix} model (first bytes {head!r})")
+    right = head.startswith(ONNX_MAGIC if suffix == ".onnx" else PYTORCH_MAGIC)
+    if suffix == ".safetensors":
+        right = begins_safetensors(head)
+    if not right:
+        raise _WrongStartError(f"what came is not a {suffix} model (first bytes {head[:4]!r})")

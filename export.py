@@ -46,7 +46,7 @@ from embedding import Embedder, Preprocessing, embedder_of_onnx, normalise, open
 from formats import crop_sets
 from models import name_of
 from networks.catalogue import ARCFACE_TORCH, NETWORKS
-from options import parse
+from options import parse, refuse_useless
 from retinaface.weights import load_weights
 from utils import InputError
 from verification.decision import measured_entry
@@ -57,6 +57,10 @@ from verification.sets import VerificationSet, open_set
 # Version 18 is the oldest that PyTorch's exporter writes without conversion; every onnxruntime since 1.14 reads it. It
 # goes with version 8 of the file format; the exporter writes 10, which onnxruntime reads from 1.18 on only.
 OPSET, IR_VERSION = 18, 8
+OF_ONNX = (
+    "variants", "for_", "normalise_inside", "mirror_inside", "calibration", "lfw", "bin", "figures", "detector",
+    "detector_weights",
+)  # fmt: skip
 # Float32 in another order of additions: the largest difference seen over all networks is 1e-5 of a feature's length.
 TOLERANCE = 1e-4
 CALIBRATION_CROPS = 256
@@ -431,6 +435,9 @@ def write_backbone(embedder: Embedder, out: Path) -> Path:
             f"{embedder.name}: holds {name or 'another network'}, which is none of InsightFace's networks (ir, "
             "mbf, vit) and has no weights for their key names; ONNX (--layout onnx) goes everywhere"
         )
+    broken = next((key for key, value in network.state_dict().items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(f"{embedder.name}: {broken} is not finite; the run that left it was broken")
     path = out / "backbone.pth"
     utils.save_tensors(path, {key: value.cpu().contiguous() for key, value in network.state_dict().items()})
     return path
@@ -484,6 +491,8 @@ def main() -> None:
             f"{options.checkpoint}: is ONNX; its graph is copied as it is, without --normalise-inside, --mirror-inside "
             "and --for, which start from a checkpoint"
         )
+    weights = options.layout == "insightface"
+    refuse_useless(options, [(weights, "--layout insightface writes weights alone, as they are", OF_ONNX)])
     if options.for_ == "insightface":
         # The package adds no mirror image, so a threshold measured with one would not be that of what it computes.
         mirror = options.mirror_inside or options.mirror or False

@@ -126,6 +126,9 @@ def network_from_state(state: Mapping[str, Any]) -> nn.Module:
     expected = network.state_dict()
     counters = {key: torch.zeros((), dtype=torch.int64) for key in expected if key.endswith("num_batches_tracked")}
     state = {**counters, **state}
+    for key in counters:  # `half()` over a whole state_dict makes these float16, too; nobody uses them
+        if isinstance(state[key], Tensor) and state[key].is_floating_point() and state[key].dim() == 0:
+            state[key] = counters[key]
     for key in (*expected, *state):
         _check(key, state, expected, name)
     network.to_empty(device="cpu").load_state_dict(state)

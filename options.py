@@ -321,6 +321,18 @@ def _config_named_on(argv: Sequence[str]) -> Path | None:
         return None
 
 
+def refuse_useless(options: Any, rules: Sequence[tuple[bool, str, Sequence[str]]]) -> None:
+    """Raise `InputError` for an option that was given and would do nothing: whoever gave it wanted something else.
+
+    Each rule is whether it applies, why that makes the options useless, and their fields' names.
+    """
+    for applies, why, names in rules:
+        for field in dataclasses.fields(options):
+            usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if applies and field.name in names and getattr(options, field.name) != usual:
+                raise InputError(f"{_flag(field)}: {why}")
+
+
 def parse(stage: type[Stage], description: str | None = None, argv: Sequence[str] | None = None) -> Stage:
     """Read the command line (`argv`, default `sys.argv[1:]`) into an instance of the stage's dataclass.
 

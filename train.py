@@ -25,6 +25,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from config import CROP_SIZE, Train
 from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
 from formats.selection import select
-from options import parse
+from options import parse, refuse_useless
 from training import checkpoints, distributed, finetune, monitor, reporting, storage, validation
 from training.augment import Augmentation
 from training.distillation import Distillation, NoHead, OnlineTeacher, StoredTeacher, Teacher, open_teacher
@@ -52,6 +53,8 @@ from verification.sets import VerificationSet, open_set
 
 STOP, SAVE = 2, 1  # what the hosts agree on after a step; the larger one wins
 SAMPLE_CROPS = 64  # shown in TensorBoard at the beginning of each epoch
+# What only a margin head understands; margin and scale are not among them, since a recipe may go on without labels.
+HEAD_ONLY = ("filter", "sub_centres", "focal_gamma", "sample_rate", "head_lr", "init_head")
 
 
 def check_options(options: Train, world: World) -> None:
@@ -79,6 +82,7 @@ def check_options(options: Train, world: World) -> None:
     if options.loss == "none" and options.teacher is None:
         raise InputError("--loss none: without a margin loss there has to be a --teacher to learn from")
     check_beginning(options)
+    check_unused(options)
     check_out(options)
 
 
@@ -94,6 +98,18 @@ def check_beginning(options: Train) -> None:
         raise InputError("--freeze all: with --loss none there is nothing else to train")
 
 
+def check_unused(options: Train) -> None:
+    """Refuse what was given and would do nothing: whoever gave it wanted something else."""
+    of_teacher = ("weight", "online", "embeddings", "mean", "std", "channels")
+    useless: list[tuple[bool, str, Sequence[str]]] = [
+        (options.teacher is None, "there is no --teacher", [f"teacher_{name}" for name in of_teacher]),
+        (options.exclude is None, "there is no audit to --exclude by", ["relabel"]),
+        (options.teacher_online, "with --teacher-online none are kept", ["teacher_embeddings"]),
+        (options.loss == "none", "--loss none has no head", HEAD_ONLY),
+    ]
+    refuse_useless(options, useless)
+
+
 def check_out(options: Train) -> None:
     """Refuse a folder for the run that holds another one, or whose files would get among the crops."""
     if not options.resume and (options.out / storage.CHECKPOINT).exists():
@@ -102,12 +118,14 @@ def check_out(options: Train) -> None:
         str(options.out).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"--out {options.out}: TensorBoard takes UTF-8 only; choose another name") from error
-    crops, out = options.data.resolve(), options.out.resolve()
+    crops = options.data.resolve()
     if crops.is_file():
         crops = crops.parent
     in_records = (crops / "train.rec").exists() or options.data.is_file()
-    if out == crops or (out.is_relative_to(crops) and not in_records):
-        raise InputError(f"--out {options.out}: lies among the crops of --data {options.data}; choose another folder")
+    for name, folder in (("--out", options.out), ("--teacher-embeddings", options.teacher_embeddings)):
+        place = (folder or options.out).resolve()
+        if place == crops or (place.is_relative_to(crops) and not in_records):
+            raise InputError(f"{name} {folder}: lies among the crops of --data {options.data}; choose another folder")
 
 
 def build_network(options: Train, world: World) -> nn.Module:
@@ -347,8 +365,8 @@ def open_run(options: Train, world: World, log: monitor.RunLog) -> Run:
     return Run(options, world, crops, data, order, schedule, sets, log)
 
 
-def prepare_teacher(run: Run) -> Teacher:
-    """The teacher, ready to be asked; a restart recognises it by its hash. Collective."""
+def find_teacher(run: Run) -> Teacher:
+    """The teacher, not yet prepared; a restart recognises it by its hash. Collective."""
     options, world = run.options, run.world
     embedder = open_teacher(options, world.device)
     run.data["teacher"] = embedder.sha256
@@ -468,12 +486,15 @@ def train(options: Train, world: World, log: monitor.RunLog) -> int:
     order, schedule = run.order, run.schedule
     amp = options.amp if options.amp is not None else world.device.type == "cuda"
     distributed.prepare_device(world.device)
-    teacher = prepare_teacher(run) if options.teacher is not None else None
+    teacher = find_teacher(run) if options.teacher is not None else None
     state = build(options, run.crops.identities, schedule, world, teacher)
+    # What refuses comes before the long passes over all crops: those for the head's means and the teacher's.
     changes = resume(run, state) if options.resume else {}
-    freezing = finetune.Freezing(state.network, options.freeze, schedule.freeze_steps)  # refuses before a long pass
+    freezing = finetune.Freezing(state.network, options.freeze, schedule.freeze_steps)
     if options.init is not None and state.step == 0:  # the first checkpoint is of a later step
         begin_from(run, state)
+    if teacher is not None:
+        teacher.prepare()
     model = ready_to_train(state, freezing, options, world)
     begin(run, state, changes, amp)
     feeding = models.feeding_of(state.network)

@@ -548,17 +548,22 @@ def _read_tensors(path: Path, mmap: bool, stand_ins: bool) -> Any:
             raise InputError(f"{path}: not a file of weights, or damaged") from error
         raise _holds_objects(path) from error
     except Exception as error:  # foreign bytes make the readers raise nearly anything
+        if foreign:  # whole, but holds objects that stand-ins cannot be put in the place of
+            raise _holds_objects(path) from error
         raise InputError(f"{path}: not a file of weights, or damaged") from error
     if foreign and not content:  # one object and nothing else: a whole pickled module
         raise _holds_objects(path)
     return content
 
 
+def begins_safetensors(start: bytes) -> bool:
+    """Whether the first 9 bytes of a file are the length of a JSON header and a brace (the format's README)."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000  # the format's own limit
+
+
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins with the length of a JSON header, 8 bytes, and a brace (the format's README)."""
     with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000  # the format's own limit
+        return begins_safetensors(file.read(9))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

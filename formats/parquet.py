@@ -18,6 +18,12 @@ LABEL_COLUMNS = ("label", "identity", "class", "fine_label", "id")
 _BATCH = 32  # rows in memory at a time
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether a file is Parquet, by its first bytes."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 @dataclass(frozen=True)
 class Row:
     """One image: its encoded bytes, its label as text, its file name; None or "" for what a row lacks."""
@@ -49,7 +55,9 @@ class Table:
     def _row(self, image: Any, label: Any) -> Row:
         data = image.get("bytes") if isinstance(image, dict) else image
         file = image.get("path") if isinstance(image, dict) else ""
-        text = None if label is None else str(label).strip()
+        # -1 is what the datasets library gives for "no label".
+        unknown = label is None or (isinstance(label, int) and label == -1) or label != label
+        text = None if unknown else str(label).strip()
         if isinstance(label, int) and 0 <= label < len(self._names):
             text = self._names[label]
         name = Path(str(file or "").replace("\\", "/")).name
@@ -73,6 +81,9 @@ def open_table(path: Path) -> Table:
     if image is None or label is None:
         what = "images (image)" if image is None else "labels (label)"
         raise InputError(f"{path}: no column of {what}; it has {', '.join(columns)[:200]}")
+    twice = next((name for name in (image, label) if columns.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: has the column {twice} {columns.count(twice)} times")
     return Table(path, file, image, label, _label_names(file.schema_arrow.metadata, label))
 
 

@@ -110,7 +110,8 @@ class VisionTransformer(nn.Module):
         first = ("patch_embed", "pos_embed", "blocks.0")
         self.stages: Stages = (first, *((f"blocks.{index}",) for index in range(1, depth)))
         self.pos_embed = nn.Parameter(torch.zeros(1, TOKENS, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        # Without a gradient where no token is left out: data parallelism waits for those of all that have one.
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width), requires_grad=token_mask > 0)
         self.patch_embed = Patches(width)
         self.blocks = nn.ModuleList([Block(width) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)

@@ -1,16 +1,18 @@
 """Learning from a teacher: its loss, its stored embeddings, restarts, and crops without labels."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.toy_models import DIM, TEACHER, write_onnx
+from helpers.toy_models import DIM, KERNEL, TEACHER, write_onnx
 from helpers.training import (
     ROOT,
     assert_same_state,
@@ -189,6 +191,68 @@ def test_what_cannot_be_is_refused(crops, teacher, tmp_path):
     moved = shutil.copy(teacher, tmp_path / "moved.onnx")
     code, text = train_run(options(crops, out, **recipe | {"teacher": moved}, resume=True), output)
     assert code == 0, text
+
+
+def broken_onnx(path):
+    """A teacher whose embeddings are all NaN."""
+    write_onnx(path, metadata=TEACHER)
+    model = onnx.load(path)
+    kernel = np.full_like(KERNEL, np.nan)
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(kernel, "kernel"))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("way", [{"teacher_online": True}, {"skip_unreadable": True}, {}])
+def test_a_teacher_that_knows_nobody_teaches_nothing(crops, tmp_path, way):
+    teacher = broken_onnx(tmp_path / "broken.onnx")
+    line = options(crops, tmp_path / "run", teacher=teacher, loss="none", epochs=1, **way)
+    code, text = train_run(line, tmp_path / "output")
+    assert code == 1 and "Traceback" not in text
+    assert re.search(r"--teacher broken\.onnx:? gives no finite embedding", text), text
+    assert not (tmp_path / "run" / "embedding.pt").exists()
+
+
+def test_embeddings_made_while_skipping_are_not_taken_for_whole(teacher, tmp_path):
+    faces = folder_set(tmp_path / "faces")
+    broken = sorted((faces / "person-2").iterdir())[1]
+    whole = broken.read_bytes()
+    recipe = {"loss": "none", "teacher": teacher, "epochs": 1, "batch_size": 6, "teacher_embeddings": tmp_path / "kept"}
+    broken.write_bytes(b"no picture".ljust(len(whole), b"."))
+    line = options(faces, tmp_path / "skipping", **recipe)
+    assert train_run([*line, "--skip-unreadable"], tmp_path / "output")[0] == 0
+    [store] = (tmp_path / "kept").iterdir()
+    assert np.isnan(np.load(store / "embeddings.npy")).all(1).sum() == 1
+    broken.write_bytes(whole)
+    made = store.rename(tmp_path / "old")
+    code, text = train_run(options(faces, tmp_path / "whole", **recipe), tmp_path / "output")
+    assert code == 0, text
+    [now] = (tmp_path / "kept").iterdir()
+    for name in ("embeddings.npy", "checksums.bin"):
+        shutil.copy(made / name, now / name)
+    code, text = train_run(options(faces, tmp_path / "again", **recipe), tmp_path / "output")
+    assert code == 1 and "holds no embedding of 1 of 12 crops" in text
+
+
+def test_what_is_refused_is_refused_before_the_long_pass(crops, teacher, tmp_path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    recipe = {"teacher": teacher, "epochs": 1}
+    code, text = train_run(options(crops, out, init=tmp_path / "none.pt", **recipe), output)
+    assert code == 1 and "none.pt" in text and not (out / "teacher").exists()
+    assert train_run(options(crops, out, epochs=1), output)[0] == 0
+    code, text = train_run(options(crops, out, resume=True, **recipe), output)
+    assert code == 1 and "was trained on other data" in text and not (out / "teacher").exists()
+    folders = folder_set(tmp_path / "faces")
+    line = options(folders, tmp_path / "other", teacher_embeddings=folders / "teacher", **recipe)
+    code, text = train_run(line, output)
+    assert code == 1 and "--teacher-embeddings" in text and "lies among the crops" in text
+    assert not (folders / "teacher").exists()
+
+
+def test_advice_names_the_options_of_the_teacher(crops, tmp_path):
+    silent = write_onnx(tmp_path / "silent.onnx")
+    code, text = train_run(options(crops, tmp_path / "run", teacher=silent), tmp_path / "output")
+    assert code == 1 and "give --teacher-mean and --teacher-std" in text
 
 
 def test_no_head_has_the_interface_of_the_margin_head():

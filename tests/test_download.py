@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import download
 from utils import InputError, sha256_of
@@ -275,6 +276,15 @@ def test_answers_that_are_no_model(tmp_path, answer, reason):
     place = download.place_of(f"{server.url}/net.pt", tmp_path)
     assert str(place) in str(caught.value)
     assert not place.exists() and not place.with_name("net.pt.sha256").exists()
+
+
+def test_safetensors_are_a_model(tmp_path):
+    save_file({"weight": torch.ones(3)}, tmp_path / "made.safetensors")
+    data = (tmp_path / "made.safetensors").read_bytes()
+    with serving(lambda handler: send(handler, data)) as server:
+        assert download.fetch(f"{server.url}/net.safetensors", tmp_path / "weights").read_bytes() == data
+    with serving(lambda handler: send(handler, b"no model at all")) as server, pytest.raises(InputError, match="not a"):
+        download.fetch(f"{server.url}/net.safetensors", tmp_path / "others")
 
 
 def test_no_network_names_the_address_and_the_place(tmp_path):

@@ -204,6 +204,16 @@ def test_crops_that_cannot_be_read_do_not_count(crops, tmp_path):
         finetune.begin_with_means(head, network, Damaged(), {"other": 1}, tmp_path, ALONE, skip=False)
 
 
+def test_a_network_that_knows_nobody_is_no_beginning(crops, tmp_path):
+    """Its weights are finite, its embeddings are not."""
+    network = small()
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_var.fill_(-1.0)
+    with pytest.raises(InputError, match="--init gives no finite embedding of any crop"):
+        begin(a_head(), network, crop_sets.open_training_set(crops), tmp_path)
+
+
 def test_a_pass_that_was_stopped_goes_on(crops, tmp_path, monkeypatch):
     monkeypatch.setattr(embeddings, "CHUNK", 5)
     data, seen = crop_sets.open_training_set(crops), []
@@ -393,6 +403,10 @@ def test_options_that_do_not_go_together_are_one_line(crops, weights, tmp_path):
         ({"freeze_epochs": 1, "init": weights}, "--freeze-epochs: nothing is frozen"),
         ({"freeze": ["stages", "9"], "init": weights}, "--freeze stages 9: none, all, or stages and a number"),
         ({"init": tmp_path / "none.pt"}, "none.pt"),
+        ({"teacher_weight": 3}, "--teacher-weight: there is no --teacher"),
+        ({"teacher_online": True}, "--teacher-online: there is no --teacher"),
+        ({"teacher": weights, "teacher_online": True, "teacher_embeddings": tmp_path}, "with --teacher-online none"),
+        ({"teacher": weights, "loss": "none", "sub_centres": 3}, "--sub-centres: --loss none has no head"),
         ({"init": weights, "embedding_size": 8}, "its embedding has 16 dimensions, not 8; give --embedding-size 16"),
     ]
     for changes, message in cases:

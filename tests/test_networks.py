@@ -128,6 +128,7 @@ def test_sizes_of_the_public_networks():
         lambda state: {"state_dict_backbone": {f"module.{key}": value for key, value in state.items()}, "epoch": 3},
         lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}, "optimizer": {"lr": 0.1}},
         lambda state: {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
+        lambda state: {key: value.half() if "num_batches" in key else value for key, value in state.items()},
     ],
 )
 def test_wrappers_and_prefixes_change_nothing(tmp_path, mbf, crops, wrapped):
@@ -510,6 +511,15 @@ def test_a_transformer_as_onnx_agrees_with_pytorch(tmp_path, crops):
     np.testing.assert_allclose(exported.features(crops), expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", {entry.family: name for name, entry in NETWORKS.items()}.values())
+def test_every_trained_parameter_has_a_part_in_every_step(name):
+    """Else data parallelism on GPUs, which does not look for unused ones, waits for their gradients in vain."""
+    network = small(name).train()
+    network(torch.randn(2, 3, 112, 112)).sum().backward()
+    idle = [key for key, values in network.named_parameters() if values.requires_grad and values.grad is None]
+    assert not idle
+
+
 def test_export_under_insightfaces_key_names(tmp_path, mbf, crops, monkeypatch, capsys):
     content = {"format": "face-checkpoint-1", "model": mbf.state_dict()}
     torch.save(content, tmp_path / "best.pt")
@@ -521,6 +531,14 @@ def test_export_under_insightfaces_key_names(tmp_path, mbf, crops, monkeypatch, 
     assert np.array_equal(
         load_embedder(tmp_path / "backbone.pth").features(crops), load_embedder(line[2]).features(crops)
     )
+    monkeypatch.setattr(sys, "argv", [*line, "--variants", "fp16"])
+    assert export.main() == 1
+    assert "--variants: --layout insightface writes weights alone" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", line)
+    content["model"]["layers.0.layers.0.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "best.pt")
+    assert export.main() == 1
+    assert "layers.0.layers.0.weight is not finite" in capsys.readouterr().err
     torch.save(small("mfn").state_dict(), tmp_path / "best.pt")
     assert export.main() == 1
     assert "holds mfn, which is none of InsightFace's networks" in capsys.readouterr().err

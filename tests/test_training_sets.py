@@ -12,6 +12,7 @@ from test_extract import tar_bytes
 
 from formats import crop_files, crop_sets, recordio
 from formats.crop_sets import open_training_set
+from formats.parquet import open_table
 from formats.recordio import RecordHeader, frame, pack
 from utils import InputError
 
@@ -232,6 +233,27 @@ def test_what_cannot_be_read_in_any_order_says_what_to_do(tmp_path, name):
     (tmp_path / name).write_bytes(starts[name] + bytes(600))
     with pytest.raises(InputError, match=f"python extract.py .*{name} --out data/raw"):
         open_training_set(tmp_path / name)
+
+
+def _table(path, columns):
+    """A Parquet file of columns [(name, values)], of which several may have one name."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrays = [pyarrow.array(values) for _, values in columns]
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=[name for name, _ in columns]), path)
+    return path
+
+
+def test_parquet_with_a_column_twice_is_one_line(tmp_path):
+    path = _table(tmp_path / "x.parquet", [("image", [b"1"]), ("image", [b"2"]), ("label", [0])])
+    with pytest.raises(InputError, match=r"x\.parquet: has the column image 2 times"):
+        open_table(path)
+
+
+@pytest.mark.parametrize("labels", [[-1, 0], [float("nan"), 1.0], [None, 1]])
+def test_a_label_that_says_there_is_none_is_no_person(tmp_path, labels):
+    path = _table(tmp_path / "x.parquet", [("image", [b"1", b"2"]), ("label", labels)])
+    assert [row.label is None for row in open_table(path).read()] == [True, False]
 
 
 def test_every_kind_is_a_whole_protocol(shared):

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import pickle
 import platform
@@ -169,6 +170,14 @@ def test_a_whole_pickled_network_is_refused_with_the_way_out(tmp_path):
         torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=not legacy)
         with pytest.raises(InputError, match=r"holds Python objects.*save it again with torch\.save"):
             utils.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("beside", [{Path("/a"): 1}, {"set": {Path("/a")}}, {"call": functools.partial(print, 1)}])
+def test_objects_that_nothing_stands_for_are_refused_with_the_way_out(tmp_path, beside):
+    path = tmp_path / "net.pt"
+    torch.save({"state_dict": {"weight": torch.ones(3)}, **beside}, path)
+    with pytest.raises(InputError, match=r"holds Python objects.*save it again with torch\.save"):
+        utils.read_tensors(path, stand_ins=True)
 
 
 def test_a_torchscript_program_is_refused_with_the_way_out(tmp_path):

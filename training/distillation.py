@@ -11,6 +11,7 @@ batch, so gradients are summed like the network's (see margin.py).
 """
 
 import math
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +36,9 @@ class Teacher(Protocol):
 
     dim: int
 
+    def prepare(self) -> None:
+        """Compute what takes long, before the first step. Collective."""
+
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
         """float32 [n, dim] of length 1 on the images' device, NaN where nothing is known.
 
@@ -45,13 +49,16 @@ class Teacher(Protocol):
 
 def open_teacher(options: Train, device: torch.device) -> Embedder:
     """The model of --teacher, fed as its file or the options say."""
-    return load_embedder(
-        options.teacher or "",
-        device,
-        mean=triple("teacher-mean", options.teacher_mean),
-        std=triple("teacher-std", options.teacher_std),
-        channels=options.teacher_channels,
-    )
+    try:
+        return load_embedder(
+            options.teacher or "",
+            device,
+            mean=triple("teacher-mean", options.teacher_mean),
+            std=triple("teacher-std", options.teacher_std),
+            channels=options.teacher_channels,
+        )
+    except InputError as error:  # advice speaks of the options that other scripts have
+        raise InputError(re.sub(r"--(mean|std|channels)", r"--teacher-\1", str(error))) from error
 
 
 class OnlineTeacher:
@@ -63,9 +70,23 @@ class OnlineTeacher:
         self.network = getattr(embedder.model, "network", None)
         if self.network is not None:
             self.network.eval().requires_grad_(False)
+        self.trusted = False
+
+    def prepare(self) -> None:
+        """Nothing."""
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """See `Teacher`. A network of ours computes in the precision of the caller's autocast, ONNX in its own."""
+        """See `Teacher`. A network of ours computes in the precision of the caller's autocast, ONNX in its own.
+
+        Raises InputError if it knows not one crop of the first batch: such a model is broken.
+        """
+        wanted = self._directions(images)
+        if not self.trusted and not wanted.isfinite().all(1).any():
+            raise InputError(f"--teacher {self.embedder.name}: gives no finite embedding of any crop")
+        self.trusted = True
+        return wanted
+
+    def _directions(self, images: Tensor) -> Tensor:
         if self.network is None:
             return torch.from_numpy(normalise(self.embedder.features(images.cpu().numpy()))).float().to(images.device)
         with torch.no_grad():
@@ -78,28 +99,46 @@ class OnlineTeacher:
 
 
 class StoredTeacher:
-    """Knows the embeddings of all crops, computed once. Making it is collective."""
+    """Knows the embeddings of all crops, computed once."""
 
     def __init__(self, options: Train, crops: Crops, fingerprint: str, world: World, embedder: Embedder) -> None:
-        self.dim, model = embedder.dim, embedder.fingerprint or ""
-        key = {"model": model, "crops": fingerprint}
+        self.options, self.crops, self.fingerprint, self.world = options, crops, fingerprint, world
+        self.embedder, self.dim = embedder, embedder.dim
+
+    def prepare(self) -> None:
+        """Compute the embeddings, or go on with it, and check those that are there.
+
+        Raises InputError if the teacher knows not one crop, or, unless unreadable ones are skipped, not all.
+        """
+        options, world, model = self.options, self.world, self.embedder.fingerprint or ""
+        key = {"model": model, "crops": self.fingerprint}
         folder = options.teacher_embeddings or options.out / EMBEDDINGS
-        folder = folder / f"{model[:12]}-{fingerprint[:12]}"
-        store = EmbeddingStore(folder, key, len(crops), self.dim, "float16")
+        folder = folder / f"{model[:12]}-{self.fingerprint[:12]}"
+        store = EmbeddingStore(folder, key, len(self.crops), self.dim, "float16")
         missing = sorted(world.union(set(store.missing(world.rank, world.size))))
-        compute = CropEmbedding(embedder, crops, options.skip_unreadable, self.dim)
+        compute = CropEmbedding(self.embedder, self.crops, options.skip_unreadable, self.dim)
 
         def embed(numbers: range) -> np.ndarray:
             rows = compute(numbers)
             broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if len(broken) and not options.skip_unreadable:
-                name = crops.describe(numbers[broken[0]])
-                raise InputError(f"{name}: --teacher {embedder.name} gives no finite embedding of it")
+                name = self.crops.describe(numbers[broken[0]])
+                raise InputError(f"{name}: --teacher {self.embedder.name} gives no finite embedding of it")
             return rows
 
-        store.fill(missing[world.rank :: world.size], embed, f"embeddings by {embedder.name}")
+        store.fill(missing[world.rank :: world.size], embed, f"embeddings by {self.embedder.name}")
         world.wait()
         self.values = store.values()
+        # A broken row is NaN as a whole, since it was divided by its length.
+        own = np.isnan(self.values[world.rank :: world.size, 0]).sum()
+        unknown = int(world.sum(torch.tensor(float(own), dtype=torch.float64, device=world.device)))
+        if unknown == len(self.crops):
+            raise InputError(f"--teacher {self.embedder.name}: gives no finite embedding of any crop")
+        if unknown and not options.skip_unreadable:
+            raise InputError(
+                f"{folder}: holds no embedding of {unknown} of {len(self.crops)} crops, since it was made with "
+                "--skip-unreadable; give that, or another --teacher-embeddings"
+            )
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
         """See `Teacher`."""

@@ -101,7 +101,9 @@ def begin_with_means(
         world.wait()
         means.fill(missing, _Means(every.values(), crops), "mean embeddings")
         world.wait()
-    _set_centres(head, np.array(means.values()[head.first : head.last]))
+    known = _set_centres(head, np.array(means.values()[head.first : head.last]))
+    if not world.largest(known):
+        raise InputError("--init-head means: the network of --init gives no finite embedding of any crop")
 
 
 class CropEmbedding:
@@ -151,7 +153,8 @@ class _Means:
         return means
 
 
-def _set_centres(head: MarginHead, means: np.ndarray) -> None:
+def _set_centres(head: MarginHead, means: np.ndarray) -> int:
+    """Set the centres [identities of this rank] to directions of means that are not 0; returns how many these are."""
     lengths = np.linalg.norm(means, axis=1)
     known = torch.from_numpy(np.flatnonzero(lengths > 0))
     directions = torch.from_numpy(means / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None])[known]
@@ -162,6 +165,7 @@ def _set_centres(head: MarginHead, means: np.ndarray) -> None:
         directions[:, 1:] += SPREAD * nn.functional.normalize(centres[known, 1:], dim=-1)
         directions = nn.functional.normalize(directions, dim=-1)
     centres[known] = directions * (CENTRE_STD * math.sqrt(head.embedding_size))
+    return len(known)
 
 
 def remove_leftovers(folder: Path) -> None:
