@@ -365,7 +365,8 @@ def sections_of(
         return inside[np.argsort(-np.nan_to_num(centres.own[inside]), kind="stable")][:most].tolist()
 
     def text(index: int) -> str:
-        return found.names[found.labels[index]]
+        near = "" if np.isnan(centres.own[index]) else f" {centres.own[index]:.2f}"
+        return found.names[found.labels[index]] + near
 
     sections: list[tuple[str, list[tuple[str, str, list[report.Picture]]]]] = []
     for kind in (WRONG, STRANGER, UNUSABLE):
@@ -376,7 +377,7 @@ def sections_of(
             shown = [index, *members(int(found.labels[index]))]
             if kind == WRONG:
                 shown += members(int(nearest[index]), 2)
-            reason = f"{found.crops.describe(index)} ({text(index)}): {found.reasons[index]}"
+            reason = f"{found.crops.describe(index)} ({found.names[found.labels[index]]}): {found.reasons[index]}"
             to = found.to[index] if found.to[index] is not None else int(nearest[index])
             name = decided.name_of_crop(kind, index, to)
             findings.append((name, reason, report.pictures_of(read, shown, text)))

@@ -22,7 +22,7 @@ from utils import InputError
 CROPS, IDENTITIES, RECORD = "audit.tsv", "audit_identities.tsv", "audit.json"
 CROP_COLUMNS = (
     "index", "crop", "label", "identity", "kind", "score", "own", "other", "other_identity", "action", "to",
-    "norm", "face", "landmarks", "mirror", "shift", "sharpness", "filled", "reason",
+    "norm", "face", "landmarks", "mirror", "shift", "sharpness", "resolution", "filled", "reason",
 )  # fmt: skip
 IDENTITY_COLUMNS = ("kind", "label", "identity", "other", "other_identity", "score", "action", "crops", "reason")
 CROP_ACTIONS = ("keep", "drop", "move")

@@ -402,7 +402,12 @@ def _stress(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
             worst = max(found["levels"], key=lambda level: level["fnmr"]["value"])
             label = f"FNMR, {factor}: worst level {worst['level']}"
             figures.append(Figure(label, percent(worst["fnmr"]["value"]), span(worst["fnmr"]), sha))
-        pictures = _pictures(path.parent, "curves.png", "named.png")
+        for group, found in model.get("groups", {}).items():
+            for rate in ("fmr", "fnmr") if found is not None else ():
+                figures.append(
+                    Figure(f"{rate.upper()}, {group}", percent(found[rate]["value"]), span(found[rate]), sha)
+                )
+        pictures = _pictures(path.parent, "curves.png", "named.png", "detector.png")
         name = (str(model.get("name", model["label"])), model.get("sha256"))
         sources.append(
             Source(path, "Stress", subject, _command(path, content), [name], [(subject, sha)], figures, pictures)

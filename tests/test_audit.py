@@ -15,7 +15,7 @@ import pytest
 import skimage.data
 import torch
 from helpers import ijb_tree
-from helpers.training import jpegs
+from helpers.training import jpegs, pair_set
 
 import audit
 import utils
@@ -40,7 +40,7 @@ from auditing.findings import (
     random_fit,
     score_threshold,
 )
-from auditing.measures import LEAST_SCORE, filled, look, reject_curve, sharpness
+from auditing.measures import LEAST_SCORE, filled, look, reject_curve, resolution, sharpness
 from auditing.space import Placed
 from cropping.align import TEMPLATE, align_face
 from formats import crop_sets, selection, tables
@@ -414,6 +414,11 @@ def test_many_crops_of_one_code_stay_linear():
 def test_signs_of_quality():
     sharp = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
     assert sharpness(sharp) > sharpness(cv2.GaussianBlur(sharp, (0, 0), 3)) + 2
+    for side in (16, 24, 40):
+        small = np.random.default_rng(side).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        enlarged = cv2.resize(small, (112, 112), interpolation=cv2.INTER_CUBIC)
+        assert 0.7 * side < resolution(enlarged) < 1.5 * side
+    assert resolution(sharp) > 100 and resolution(np.zeros_like(sharp)) == 0
     padded = sharp.copy()
     padded[:28] = 0
     assert filled(sharp) == 1.0 and filled(padded) == pytest.approx(0.75) and filled(np.zeros_like(sharp)) == 0.0
@@ -473,7 +478,7 @@ def write_audit(folder, crops, actions, identity_rows=(), fingerprint=None):
         action, to = actions.get(index, ("keep", None))
         label = int(crops.labels[index])
         rows.append(
-            [index, crops.describe(index), label, label, "", None, None, None, None, action, to, *[None] * 7, ""]
+            [index, crops.describe(index), label, label, "", None, None, None, None, action, to, *[None] * 8, ""]
         )
     selection.write_table(folder / selection.CROPS, selection.CROP_COLUMNS, rows)
     selection.write_table(folder / selection.IDENTITIES, selection.IDENTITY_COLUMNS, list(identity_rows))
@@ -531,7 +536,7 @@ def test_what_is_dropped_moved_merged_and_split(crops, tmp_path):
         (lambda text: text.rpartition("23\t")[0], "not one row for each of 24 crops"),
         (lambda text: text.replace("index", "indices"), "not a table of an audit"),
         (lambda text: text.replace("\tkeep\t\t", "\tmove\t77\t", 1), "moves to '77', which is no label of the set"),
-        (lambda text: text.replace("\n0\t", "\n0 "), "line 2: 18 columns instead of 19"),
+        (lambda text: text.replace("\n0\t", "\n0 "), "line 2: 19 columns instead of 20"),
     ],
 )
 def test_damaged_audits_are_one_line(crops, tmp_path, damage, message):
@@ -1006,6 +1011,19 @@ def test_an_unreadable_crop_is_unusable_and_the_rest_is_audited(faulty, tmp_path
     rows = [row for _, row in selection.rows(tmp_path / "audit" / "audit.tsv", selection.CROP_COLUMNS)]
     assert [row["crop"].endswith("07.jpg") for row in rows if row["kind"] == "unusable"] == [True]
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["counts"]["unusable"] == 1
+
+
+def test_signs_of_quality_are_asked_on_a_verification_set(faulty, tmp_path, monkeypatch):
+    folder, _, model = faulty
+    pairs = pair_set(tmp_path / "pairs.bin")
+    words = ["--data", folder / "crops", "--checkpoint", model, *WORDS, "--out", tmp_path / "audit"]
+    assert run(monkeypatch, *words, "--quality-on", pairs, "--far", "0.4") == 0
+    record = json.loads((tmp_path / "audit" / "audit.json").read_text())["quality"]
+    assert {entry["sign"] for entry in record} == {"norm", "mirror", "sharpness", "resolution", "filled"}
+    assert all(len(entry["fnmr"]) == 26 and min(entry["fnmr"]) >= 0 for entry in record)
+    assert (tmp_path / "audit" / "quality.png").stat().st_size > 10_000
+    assert run(monkeypatch, *words) == 0
+    assert not list((tmp_path / "audit").glob("quality.*")), "of another audit"
 
 
 def test_a_small_clean_set_is_audited_to_the_end(tmp_path, monkeypatch, capsys):

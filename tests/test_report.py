@@ -247,7 +247,8 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     put(tmp_path / "mega", model | {"probes": side, "distractors": side, "results": [row]})
     levels = [{"level": level, "fnmr": {"value": level / 100, "interval_95": [0, 1]}} for level in (0, 30, 10)]
     put(tmp_path / "stress", {"people": {"identities": 5}, "models": [
-        {"label": "x", "name": "net.pt", "sha256": MODEL, "factors": {"yaw": {"levels": levels}}}
+        {"label": "x", "name": "net.pt", "sha256": MODEL, "factors": {"yaw": {"levels": levels}},
+         "groups": {"men": {"fmr": interval, "fnmr": interval}, "women": None}}
     ], "environment": {}})  # fmt: skip
     audit = {"data": {"name": "faces", "crops": 9, "identities": 3, "fingerprint": DATA}, "limits": {}, "against": []}
     put(tmp_path / "audit", model | audit | {"counts": {"wrong person": 4}}, "audit.json")
@@ -270,6 +271,7 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
         ("TinyFace", "probes + matches + distractors"): ("9 + 8 + 7", ""),
         ("MegaFace", "rank 1, 10 distractors, noise lists: raw"): ("25.00 %", "10.00 ... 40.00"),
         ("Stress", "FNMR, yaw: worst level 30"): ("30.00 %", "0.00 ... 100.00"),
+        ("Stress", "FMR, men"): ("50.00 %", "40.00 ... 60.00"),
         ("Data", "wrong person"): ("4", ""),
         ("Comparison", "accuracy, A - B"): ("+1.00 points (p = 0.04)", "0.00 ... 2.00"),
     }.items():
