@@ -12,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.training import assert_same_state, finish, load, options, record_set, scalars, start, train_main, train_run
 
 import config
+import models
 import utils
+from networks.vit import VisionTransformer
 from options import plain_options
 from training import checkpoints, storage
 
@@ -100,6 +103,33 @@ def test_killed_at_random_points_ends_with_the_same_bits(crops, unbroken, tmp_pa
     assert found == shown[size] and len(found["train/loss"]) == STEPS // RECIPE["log_every"]
     assert not list(out.glob("*.tmp"))
     assert_groups_end(killed)  # the workers noticed
+
+
+def transformer_main(line):
+    """train.py with this command line and a vision transformer of two narrow blocks."""
+    models.build_network = lambda name, use_se, size, **settings: VisionTransformer(16, 2, size, **settings)
+    return train_main(line, small=False)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_killed_transformer_leaves_out_the_same_tokens_and_ways(crops, tmp_path, size):
+    output = tmp_path / "output"
+    recipe = {"epochs": 4, "optimizer": "adamw", "lr": 0.001, "drop_path": 0.3, "token_mask": 0.25, "save_every": 3}
+    processes = start(transformer_main, options(crops, tmp_path / "unbroken", **recipe), output=output, size=size)
+    assert finish(processes) == [0] * size, output.read_text()
+    expected = load(tmp_path / "unbroken" / "checkpoint.pt")
+    line = options(crops, tmp_path / "run", **recipe, resume=True)
+    processes = start(transformer_main, line, output=output, size=size)
+    wait_for_step(tmp_path / "run", 9, processes)
+    for process in processes:
+        process.kill()
+    assert finish(processes) == [-signal.SIGKILL] * size
+    assert finish(start(transformer_main, line, output=output, size=size)) == [0] * size, output.read_text()
+    assert_same_state(load(tmp_path / "run" / "checkpoint.pt"), expected)
+    plain = options(crops, tmp_path / "plain", **recipe | {"token_mask": 0})
+    assert finish(start(transformer_main, plain, output=output, size=size)) == [0] * size, output.read_text()
+    masked = [load(tmp_path / name / "checkpoint.pt")["model"]["mask_token"] for name in ("unbroken", "plain")]
+    assert not torch.equal(*masked), "a token that is not used is not trained"
 
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(crops, unbroken, tmp_path):
