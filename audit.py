@@ -301,7 +301,7 @@ def decide(
 def confirm(decisions: Decisions, found: Findings, usual: dict[str, str]) -> None:
     """Act on what a person confirmed as it was then, whether or not it is found now."""
     known = {decided.subject(decided.name_of_pair(pair)) for pair in found.pairs}
-    for kind, first, *rest in decisions.confirmed:
+    for kind, first, *rest in sorted(decisions.confirmed, key=lambda name: name[0] == DUPLICATE):
         if kind in usual:
             crops = tuple(rest[0]) if kind == SPLIT else ()
             if any(found.labels[crop] != first for crop in crops):
@@ -313,14 +313,10 @@ def confirm(decisions: Decisions, found: Findings, usual: dict[str, str]) -> Non
                 found.pair_actions[name] = usual[kind]
             continue
         crop, to = (rest[0], None) if kind == DUPLICATE else (first, rest[0] if rest else None)
-        if (found.kinds[crop], found.to[crop]) != (kind, to):
-            found.set(
-                crop,
-                kind,
-                f"{found.reasons[crop]}; {CONFIRMED}".removeprefix("; "),
-                "drop" if to is None else "move",
-                to,
-            )
+        # Whose the second photo is matters more than that it is the second: it may be moved.
+        if (found.kinds[crop], found.to[crop]) != (kind, to) and (kind != DUPLICATE or found.action[crop] == "keep"):
+            reason = f"{found.reasons[crop]}; {CONFIRMED}".removeprefix("; ")
+            found.set(crop, kind, reason, "drop" if to is None else "move", to)
 
 
 def write_tables(

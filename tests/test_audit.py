@@ -15,7 +15,7 @@ import pytest
 import skimage.data
 import torch
 from helpers import ijb_tree
-from helpers.training import jpegs, pair_set
+from helpers.training import jpegs, pair_set, record_set
 
 import audit
 import utils
@@ -1066,3 +1066,13 @@ def test_wrong_input_is_one_line(faulty, tmp_path, monkeypatch, capsys, words, m
     usual = ["--data", folder / "crops", "--checkpoint", model, "--mean", "0.5", "--std", "0.5", "--device", "cpu"]
     assert run(monkeypatch, *usual, "--out", tmp_path / "audit", *words) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_confirmed_copy_of_somebody_else_is_moved_to_them(tmp_path):
+    """Confirmed as a wrong person and as a photo that is there twice, in whatever order."""
+    crops = crop_sets.open_training_set(record_set(tmp_path / "crops", identities=2, each=2))
+    names = [decided.name_of_duplicate(0, 2), decided.name_of_crop(WRONG, 2, 1), decided.name_of_duplicate(1, 3)]
+    for order in (names, names[::-1]):
+        found = audit.Findings(crops)
+        audit.decide(decided.Decisions(dict.fromkeys(order, "confirm")), found, np.zeros(4, np.int64), [])
+        assert found.action == ["keep", "keep", "move", "drop"] and found.to == [None, None, 1, None]
