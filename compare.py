@@ -53,11 +53,10 @@ def main() -> None:
 def common(first: list[Scores], second: list[Scores], paths: list[Path]) -> list[tuple[Scores, Scores]]:
     """The sets that both have, by hash; InputError if a set of one name has other pairs, or there is none in common."""
     by_name = {scores.entry["name"]: scores for scores in second}
+    by_hash = {scores.entry["sha256"]: scores for scores in second}
     found = []
     for one in first:
-        other = by_name.get(one.entry["name"])
-        if other is None:
-            other = next((scores for scores in second if scores.entry["sha256"] == one.entry["sha256"]), None)
+        other = by_hash.get(one.entry["sha256"]) or by_name.get(one.entry["name"])
         if other is None:
             continue
         if one.entry["sha256"] != other.entry["sha256"] or not np.array_equal(one.pairs, other.pairs):
@@ -90,7 +89,13 @@ def compare_sets(one: Scores, other: Scores, names: tuple[str, str], options: co
     correct = [correct_pairs(result) for result in results]
     if correct[0] is None or correct[1] is None:
         raise InputError(f"{one.entry['name']}: pairs of one kind only; nothing to compare")
-    notes = []
+    notes = [
+        f"{what} differs ({one.entry['source'].get(key)} and {other.entry['source'].get(key)}): not the models alone do"
+        for key, what in (("face_rule", "which face is taken"), ("detector_sha256", "the detector"))
+        if one.entry.get("source", {}).get(key) != other.entry.get("source", {}).get(key)
+    ]
+    if not np.array_equal(one.folds, other.folds):
+        notes.append("the folds differ: those of A are used for both")
     sides = one.sides
     if sides is None:
         notes.append("nobody knows who is in the pairs: each pair is taken as two people of its own")
@@ -107,7 +112,8 @@ def compare_sets(one: Scores, other: Scores, names: tuple[str, str], options: co
         "sha256": one.entry["sha256"],
         "pairs": len(one.same),
         "identities": accuracy.identities,
-        "accuracy": {"a": results[0].accuracy, "b": results[1].accuracy, **accuracy.to_json()},
+        # Over all pairs, as the difference is: where folds differ in size, their mean is another number.
+        "accuracy": {"a": float(correct[0].mean()), "b": float(correct[1].mean()), **accuracy.to_json()},
         "tar_at_far": tars,
         "notes": notes,
     }

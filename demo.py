@@ -240,10 +240,18 @@ def save(picture: Image.Image, out: Path, name: str, written: set[str] | None = 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
+def directions(embedder: Embedder, crops: np.ndarray) -> np.ndarray:
+    """Embeddings [n, D] of length 1; `InputError` for a model that gives none."""
+    found = normalise(embedder.features(crops))
+    if not np.isfinite(found).all():
+        raise InputError(f"{embedder.name}: gives no finite feature other than zero for a face; it is broken")
+    return found
+
+
 def compare(looks: list[Look], embedder: Embedder, decision: Decision, out: Path) -> None:
     """One person or not."""
     crops = np.stack([look.crops[look.central] for look in looks])
-    first, second = normalise(embedder.features(crops))
+    first, second = directions(embedder, crops)
     angle = float(to_angle(first @ second))
     same = decision.same(angle)
     verdict = "the same person" if same else "two different people"
@@ -321,7 +329,7 @@ def identify(
     """
     labels = []
     print(f"{look.path}: {len(look.faces)} face{'' if len(look.faces) == 1 else 's'}")
-    angles = to_angle(normalise(embedder.features(look.crops)) @ gallery.T)
+    angles = to_angle(directions(embedder, look.crops) @ gallery.T)
     for index, row in enumerate(angles):
         nearest = np.argsort(row, kind="stable")[: options.nearest]
         angle = float(row[nearest[0]])

@@ -52,6 +52,7 @@ from utils import InputError
 from verification.decision import measured_entry
 from verification.features import verify
 from verification.metrics import FAR_LEVELS, VerificationResult
+from verification.scores import stems
 from verification.sets import VerificationSet, open_set
 
 # Version 18 is the oldest that PyTorch's exporter writes without conversion; every onnxruntime since 1.14 reads it. It
@@ -360,7 +361,7 @@ class Exporter:
             )
         self._check_batches(exported)
         results = [self.verify(exported, pairs) for pairs in self.sets]
-        if self.measured is not None:
+        if self.measured is not None and name == "fp32":  # what was measured is not of another arithmetic
             metadata |= metadata_of(self.measured, self.options.far)
         else:
             metadata |= self.figures(results)
@@ -370,7 +371,7 @@ class Exporter:
             "bytes": path.stat().st_size,
             "sha256": utils.sha256_of(path),
             "difference_to_pytorch": found,
-            "verification": {result.set_name: result.to_json() for result in results},
+            "verification": {stem: result.to_json() for stem, result in zip(stems(self.sets), results, strict=True)},
             "metadata": metadata,
         }
 
@@ -443,18 +444,18 @@ def write_backbone(embedder: Embedder, out: Path) -> Path:
     return path
 
 
-def table(entries: dict[str, dict[str, Any]], reference: list[VerificationResult]) -> str:
-    """Size, difference to the source and accuracy of every variant, beside the source's own accuracy."""
+def table(entries: dict[str, dict[str, Any]], reference: dict[str, VerificationResult]) -> str:
+    """Size, difference to the source and accuracy of every variant, beside the source's own accuracy by set."""
     lines = [
         "",
-        f"{'':10}{'size':>10}{'max difference':>16}{'max angle':>11}" + "".join(f"{r.set_name:>24}" for r in reference),
-        f"{'source':10}{'':>10}{'':>16}{'':>11}" + "".join(f"{r.accuracy:>24.2%}" for r in reference),
+        f"{'':10}{'size':>10}{'max difference':>16}{'max angle':>11}" + "".join(f"{name:>24}" for name in reference),
+        f"{'source':10}{'':>10}{'':>16}{'':>11}" + "".join(f"{r.accuracy:>24.2%}" for r in reference.values()),
     ]
     for name, entry in entries.items():
         found = entry["difference_to_pytorch"]
         cells = []
-        for result in reference:
-            figures = entry["verification"][result.set_name]
+        for stem, result in reference.items():
+            figures = entry["verification"][stem]
             accuracy = figures["accuracy_kfold_mean"] or figures["accuracy_best_threshold"] or float("nan")
             cells.append(f"{f'{accuracy:.2%} ({100 * (accuracy - result.accuracy):+.2f})':>24}")
         size = f"{entry['bytes'] / 1e6:.1f} MB"
@@ -520,7 +521,7 @@ def main() -> None:
         report["detector"] = export_detector(options)
     utils.write_json(options.out / "export.json", report)
     print(f"{embedder.name}: fed with {embedder.feeding}")
-    print(table(entries, exporter.results))
+    print(table(entries, dict(zip(stems(sets), exporter.results, strict=True))))
     for name, entry in entries.items():
         print(f"{name:10} {_advice(entry['metadata'])}")
     if options.detector:

@@ -46,7 +46,7 @@ import config
 import utils
 from formats import archives
 from formats.archives import Broken, Member, NotTaken, Source
-from formats.names import path_parts, printable, safe_name, same_name
+from formats.names import TakenNames, matching, printable, safe_name
 from options import parse
 from processes import Shard
 from utils import InputError
@@ -81,7 +81,8 @@ class Row(NamedTuple):
         """Read what `to_line` wrote; reason and member stay escaped. `ValueError` if it is not a row, or one whose
         path is none that we give."""
         member, status, reason, path, size, sha256 = line.split("\t")
-        if status not in STATUSES or (path and (len(path_parts(path)) != 2 or "\\" in path)):
+        parts = path.split("/")  # as we made them: a colon is no drive there
+        if status not in STATUSES or (path and (len(parts) != 2 or "\\" in path or {"", ".", ".."} & set(parts))):
             raise ValueError("not a row")
         return Row(status, reason, path, int(size or 0), sha256, member)
 
@@ -165,9 +166,11 @@ class Shelf:
             self._folders[cells[0], cells[1]] = cells[2]
             self._owners[cells[2]] = (cells[0], cells[1])
         with os.scandir(out) as entries:
-            self._others = {entry.name for entry in entries if entry.name not in self._owners}  # the user's own
-        self._taken = _Taken({*self._others, *self._owners, *_LISTINGS, _STATE})
-        self._files: OrderedDict[str, _Taken] = OrderedDict()
+            names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+        strange = {name for name in names if name not in self._owners}
+        self._others = {name for name in strange if names[name]}  # the user's own; a link would lead elsewhere
+        self._taken = TakenNames({*strange, *self._owners, *_LISTINGS, _STATE})
+        self._files: OrderedDict[str, TakenNames] = OrderedDict()
         self._reserved: dict[str, set[str]] = {}
 
     def reserve(self, path: str) -> None:
@@ -216,7 +219,7 @@ class Shelf:
             (self.out / folder).mkdir(exist_ok=True)
             with os.scandir(self.out / folder) as entries:
                 there = {entry.name for entry in entries}
-            names = self._files[folder] = _Taken(there | self._reserved.get(folder, set()))
+            names = self._files[folder] = TakenNames(there | self._reserved.get(folder, set()))
             if len(self._files) > _KNOWN_FOLDERS:
                 self._files.popitem(last=False)
         else:
@@ -228,29 +231,6 @@ class Shelf:
     def close(self) -> None:
         """Nobody gets a folder any more."""
         self._ledger.close()
-
-
-class _Taken:
-    """Names that are taken, as file systems compare them."""
-
-    def __init__(self, names: set[str]) -> None:
-        self._names = {same_name(name) for name in names}
-        self._next: dict[str, int] = {}  # where to look for the next free number of a name that came often
-
-    def add(self, name: str) -> None:
-        self._names.add(same_name(name))
-
-    def free(self, name: str) -> str:
-        """`name`, or the first of `name~2.ext`, `name~3.ext` ... that is not taken."""
-        plain = same_name(name)
-        if plain not in self._names:
-            return name
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a bare name
-        number = self._next.get(plain, 2)
-        while same_name(candidate := f"{stem}~{number}{suffix}") in self._names:
-            number += 1
-        self._next[plain] = number + 1
-        return candidate
 
 
 class Journal:
@@ -647,7 +627,7 @@ def _sources(options: config.Extract) -> list[tuple[Source, dict[str, Any]]]:
         raise InputError(f"--identity {options.identity}: is no name of a folder")
     paths: list[tuple[Path, str]] = []
     for path, prefix in zip(options.sources, options.prefix or [""] * len(options.sources), strict=True):
-        found = [path] if path.exists() else sorted(path.parent.glob(path.name)) or [path]
+        found = [path] if path.exists() else matching(path) or [path]
         paths += [(part, f"{prefix}-" if prefix else "") for one in found for part in archives.expand(one)]
     parts = {part.resolve() for path, _ in paths if path.is_file() for part in archives.parts_of(path)[1:]}
     paths = [(path, prefix) for path, prefix in paths if path.resolve() not in parts]

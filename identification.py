@@ -48,6 +48,7 @@ from verification.sets import VerificationSet, read_crops
 def main() -> None:
     """Read the options, hold people out or measure."""
     options = parse(config.Identification, __doc__)
+    utils.refuse_training(options.out)
     _check(options)
     if options.hold_out is not None:
         print(_held_out(options))

@@ -36,6 +36,7 @@ from verification.intervals import ManyPairs
 def main() -> None:
     """Read the options, embed the images, evaluate, write the report."""
     options = parse(config.IjbEval, __doc__)
+    utils.refuse_training(options.out)
     if (options.checkpoint is None) == (options.features is None):
         raise InputError("give --checkpoint FILE or --features FILE.npz, one of them")
     lists = read_lists(options.ijb)

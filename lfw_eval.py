@@ -35,6 +35,7 @@ from verification.sets import VerificationSet, open_set
 def main() -> None:
     """Read the options, evaluate every set, write the report."""
     options = parse(config.LfwEval, __doc__)
+    utils.refuse_training(options.out)
     _check(options)
     device = utils.choose_device(options.device)
     embedder = open_embedder(options, device)

@@ -34,6 +34,8 @@ def main() -> None:
     options = parse(config.MakeBin, __doc__)
     if not options.photos.is_dir():
         raise InputError(f"--photos {options.photos}: no such folder")
+    if options.out.is_file() and utils.image_suffix(options.out.read_bytes()[:4096]) is not None:
+        raise InputError(f"--out {options.out}: is an image; give another file")
     pairs = open_set(
         options.photos,
         options.cache,

@@ -61,6 +61,8 @@ MOST_MISSING = (
 def main() -> None:
     """Embed, compare, report."""
     options = parse(config.MegafaceEval, __doc__)
+    if options.out is not None:
+        utils.refuse_training(options.out)
     _check(options)
     shard = Shard.parse(options.shard)
     device = utils.own_device(options.device)

@@ -29,7 +29,7 @@ import utils
 from cropping.align import Rule
 from cropping.chunks import Chunks, Tally, Work, describe, process, waiting_for
 from cropping.faces import FaceFinder, Photo, Turn, detector_settings, encode_jpeg, open_detector, realign
-from cropping.photos import Listing, identity_of, in_order, list_photos
+from cropping.photos import Listing, identity_of, in_order, list_photos, note_on_depth
 from formats.crop_sets import CropWriter
 from formats.tables import NO_CROP, FaceRow, FaceTable, row_text, table_text, write_identities
 from options import parse
@@ -56,6 +56,8 @@ def list_input(folder: Path) -> Listing:
     listing = list_photos(folder)
     if not any(map(identity_of, listing.files)):
         raise InputError(f"{folder}: holds photos but no folders of identities (expected {folder}/IDENTITY/PHOTO)")
+    if note := note_on_depth(listing.files):
+        print(f"note: {folder}: {note}", file=sys.stderr)
     return listing
 
 

@@ -50,6 +50,7 @@ ACROSS = 5  # small multiples in a row
 def main() -> None:
     """Photograph what is missing, embed, compare, report."""
     options = parse(config.Stress, __doc__)
+    utils.refuse_training(options.out)
     labels = _labels(options)
     with synthetic.needed():
         from synthetic.dataset import make_people, worker_processes

@@ -38,6 +38,7 @@ LISTED = 1000  # photos that results.json names before it only counts
 def main() -> None:
     """Read the options, embed the photos, search, write the report."""
     options = parse(config.TinyfaceEval, __doc__)
+    utils.refuse_training(options.out)
     if (options.checkpoint is None) == (options.features is None):
         raise InputError("give --checkpoint FILE or --features FILE.npz, one of them")
     place = options.lists or options.tinyface

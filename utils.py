@@ -347,6 +347,15 @@ def code_sha256(*files: str | Path) -> str:
     return digest.hexdigest()
 
 
+def refuse_training(out: Path) -> None:
+    """Raise `InputError` where results would be written over those of a training."""
+    path = out / "results.json"
+    with contextlib.suppress(OSError, ValueError):
+        content = read_json(path)
+        if isinstance(content, dict) and "history" in content:
+            raise InputError(f"--out {out}: holds the results of a training ({path}); choose another folder")
+
+
 def progress(total: int, description: str, *, initial: int = 0, unit: str = "it") -> tqdm:
     """A progress bar with a total; sparse when standard error is a log file, silent never.
 

@@ -48,7 +48,8 @@ def stamps(files: Sequence[Path]) -> str:
     for file in files:
         try:
             status = os.stat(file)  # noqa: PTH116 - half a million of them
-            stamp = f"{status.st_size} {status.st_mtime_ns}"
+            # The last time: of a change of the name, which moves another photo there with its own time.
+            stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
         except OSError:  # missing: said later
             stamp = "missing"
         digest.update(f"{file.name}\0{stamp}\0".encode("utf-8", "surrogateescape"))

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -166,6 +166,15 @@ def read_reduced(
     return Reduced(_upright(bgr, turn), factor, width, height)
 
 
+def _may_be_transparent(encoded: bytes) -> bool:
+    """Whether a PNG or WebP has an alpha channel or a transparent colour, by its first chunks."""
+    if encoded.startswith(b"\x89PNG"):
+        return encoded[25:26] in (b"\4", b"\6") or b"tRNS" in encoded[: encoded.find(b"IDAT")]
+    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        return encoded[12:16] == b"VP8L" or (encoded[12:16] == b"VP8X" and bool(encoded[20] & 0x10))
+    return False
+
+
 def decode_crop(encoded: bytes) -> np.ndarray:
     """An encoded crop as RGB uint8 [112, 112, 3], turned as its EXIF says. `ValueError` with the reason if it is none.
 
@@ -174,13 +183,14 @@ def decode_crop(encoded: bytes) -> np.ndarray:
     """
     if not encoded:
         raise ValueError("empty")
+    clear = _may_be_transparent(encoded)  # OpenCV would drop that, `read_photo` lays it over white
     try:
-        rgb = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        rgb = None if clear else cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error:
         rgb = None
     if rgb is None:
         kind = image_suffix(encoded)
-        if kind in (None, ".jpg", ".png"):
+        if not clear and kind in (None, ".jpg", ".png"):
             raise ValueError("not an image" if kind is None else f"{kind[1:]} image, but damaged or cut short")
         try:
             rgb = np.ascontiguousarray(read_photo(encoded)[..., ::-1])  # a format that OpenCV does not know
@@ -501,6 +511,21 @@ class Listing:
 def identity_of(file: str) -> str:
     """The identity of a photo: the first folder of its relative path, "" for a photo outside of any folder."""
     return file.split("/", 1)[0] if "/" in file else ""
+
+
+def note_on_depth(files: Sequence[str]) -> str:
+    """A sentence about photos that all lie deeper than in the folder of their identity, in more folders than there are
+    identities: these may be the people. "" for all others."""
+    deeper = {file.rsplit("/", 1)[0] for file in files if identity_of(file)}
+    if not deeper or any("/" not in folder for folder in deeper):
+        return ""
+    people, lowest = len({identity_of(file) for file in files} - {""}), min(deeper)
+    if len(deeper) == people:
+        return ""
+    return (
+        f"the {people} first folders are taken for the people, though their photos lie in {len(deeper)} folders below "
+        f"({lowest} ...); if these are the people, name a folder whose own folders they are"
+    )
 
 
 def in_order(files: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ Price: a compressed tar can only be read from its start, so a restart decompress
 """
 
 import bz2
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -935,7 +936,7 @@ class RecordSource:
             kind = "a header or identity record" if header.flag == 2 else "no image"
             return _refusal(f"record {key}", NotTaken("skipped", kind), position)
         label = float(header.label[0])
-        if not label.is_integer() or label < 0:
+        if not label.is_integer() or not 0 <= label < recordio.FLOAT32_EXACT:
             reason = f"its label {label:g} is not the number of an identity"
             return _refusal(f"record {key}", NotTaken("damaged", reason), position)
         if utils.image_suffix(payload) is None:
@@ -952,9 +953,12 @@ class ListSource:
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path, self._limits = path, limits
-        with open(path, "rb") as file:
-            self.total = sum(1 for _ in file)
-        self.fingerprint = utils.sha256_of(path)
+        self.total, digest = 0, hashlib.sha256(utils.sha256_of(path).encode())
+        for self.total, line in label_list.read_lines(path):
+            with contextlib.suppress(ValueError, OSError):  # what is missing or wrong is told when it is its turn
+                status = (path.parent / label_list.parse_line(line)[0]).stat()
+                digest.update(f"{self.total} {status.st_size} {status.st_mtime_ns}\n".encode())
+        self.fingerprint = digest.hexdigest()
         self.space = str(path.resolve())
 
     def members(self) -> Iterator[Member]:
@@ -964,7 +968,8 @@ class ListSource:
             try:
                 file, label = label_list.parse_line(line)
             except ValueError as error:
-                yield _refusal(name, NotTaken("damaged" if line.strip() else "skipped", str(error)), number)
+                said = line.strip() and not line.startswith("#")
+                yield _refusal(name, NotTaken("damaged" if said else "skipped", str(error)), number)
                 continue
             read = lambda file=file: _read_file(self.path.parent, file, self._limits)  # noqa: E731
             yield Member(f"{name}: {file}", labelled(self.path, label), file.replace("/", "_"), read, number)

@@ -21,7 +21,7 @@ from formats.names import is_litter
 from utils import InputError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-_IMAGES = tuple(IMAGE_SUFFIXES)
+_SHARD_IMAGES = (*sorted(IMAGE_SUFFIXES), ".bmp", ".gif", ".jp2", ".tif", ".tiff")
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 _MOST = 256 << 20  # bytes of a crop's file, as of a photo's
 _CHECKED = 64  # photos of a list that are looked for when it is opened
@@ -290,9 +290,12 @@ class ShardCrops:
         group: list[webdataset.Entry] = []
 
         def take() -> None:
-            images = [entry for entry in group if entry.name.lower().endswith(_IMAGES)]
-            if not images:
+            images = [entry for entry in group if entry.name.lower().endswith(_SHARD_IMAGES)]
+            others = [entry.name for entry in group if not webdataset.is_label(entry.name)]
+            if not images and (not others or not any(entry.name.lower().endswith(".cls") for entry in group)):
                 return
+            if not images:
+                raise InputError(f"{path}: {others[0]}: has a label, but is no image ({', '.join(_SHARD_IMAGES)})")
             sidecars = {
                 name: data[offset : offset + min(length, webdataset.MAX_LABEL)]
                 for name, offset, length in group

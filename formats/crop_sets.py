@@ -8,6 +8,7 @@ record is checked before the first step. `CropWriter` writes the layout that mxn
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 
 import utils
 from formats import archives, parquet, webdataset
-from formats.crop_files import FolderCrops, ListCrops, LooseCrops, ShardCrops, renumbering
+from formats.crop_files import IMAGE_SUFFIXES, FolderCrops, ListCrops, LooseCrops, ShardCrops, renumbering
+from formats.names import matching
 from formats.recordio import FLOAT32_EXACT, HEADER, MAGIC, QUIET_SCAN, Keys, RecordHeader, RecordReader, frame, pack
 from formats.tables import read_identities
 from utils import InputError
@@ -509,7 +511,7 @@ def open_training_set(path: str | Path, *, skip_unreadable: bool = False, labell
     """
     path = Path(path)
     if not path.exists():
-        found = sorted(path.parent.glob(path.name)) if any(mark in path.name for mark in "*?[") else []
+        found = matching(path) if any(mark in path.name for mark in "*?[") else []
         if not found:
             raise InputError(f"{path}: no such file or folder")
         crops = _open_files(path, found, skip_unreadable)
@@ -519,9 +521,20 @@ def open_training_set(path: str | Path, *, skip_unreadable: bool = False, labell
         crops = open_crops(path, skip_damaged=skip_unreadable)
     else:
         files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in (".rec", ".tar"))
+        if files and (person := _with_images(path)):
+            both = f"{files[0].name} beside folders of images ({person})"
+            raise InputError(f"{path}: holds {both}; name the one or the other")
         crops = _open_files(path, files, skip_unreadable) if files else _open_folder(path, labelled)
     check(crops, labelled=labelled)
     return crops
+
+
+def _with_images(path: Path) -> str:
+    """The name of a folder in `path` that holds an image; "" if there is none."""
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in folder.iterdir()):
+            return folder.name
+    return ""
 
 
 def _open_folder(path: Path, labelled: bool) -> Crops:
@@ -539,14 +552,16 @@ def _open_files(given: Path, files: list[Path], skip_unreadable: bool) -> Crops:
     if len(kinds) > 1:
         raise InputError(f"{given}: files of different kinds ({', '.join(sorted(kinds))}); name those of one")
     kind = kinds.pop()
+    # Shards are numbered in any way (a0.tar, a1.tar); other names are other people's labels.
+    names = {archives.set_of(path) if kind == "RecordIO" else re.sub(r"\d+", "#", path.name) for path in files}
+    if kind in ("tar", "RecordIO") and len(names) > 1:
+        raise InputError(f"{given}: several sets ({', '.join(path.name for path in files[:5])}); name one of them")
     if kind == "tar":
         crops: Crops = ShardCrops(files)
         if not len(crops):
             raise InputError(f"{given}: no image has a label; {_unpack_first(files[0])}")
         return crops
     if kind == "RecordIO" and len(files) > 1:
-        if len({archives.set_of(path) for path in files}) > 1:
-            raise InputError(f"{given}: several sets ({', '.join(path.name for path in files[:5])}); name one of them")
         return ChunkedCrops(files, skip_damaged=skip_unreadable)
     if kind == "RecordIO":
         return open_crops(files[0], skip_damaged=skip_unreadable)

@@ -38,6 +38,8 @@ def parse_line(line: str) -> tuple[str, str]:
     match = _LINE.fullmatch(line.strip())
     if match is None:
         raise ValueError(f"{line[:60]!r} is not 'path label'")
+    if match["label"].startswith("-") and match["label"][1:].isdecimal():
+        raise ValueError(f"the label {match['label']}, which is nobody's")
     return relative_path(match["path"].strip().strip('"')), match["label"]
 
 

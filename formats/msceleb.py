@@ -7,6 +7,7 @@ is only decoded when it is asked for, so that a restart passes over finished row
 """
 
 import binascii
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -92,10 +93,13 @@ def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         yield number, line.removesuffix(b"\n").removesuffix(b"\r")
 
 
+_MID = re.compile(rb"m\.\w+\t")  # Freebase's machine identifier of a person
+
+
 def looks_like_faces(head: bytes) -> bool:
     """Whether the first bytes of a file (some 100 kB, to hold a row) can be such a TSV.
 
     One line with 6 or 7 columns that starts with a MID-like first column is enough: the others may be damaged.
     """
     lines = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return any(line.count(b"\t") in (_ALIGNED - 1, _DEVELOPMENT - 1) for line in lines)
+    return any(line.count(b"\t") in (_ALIGNED - 1, _DEVELOPMENT - 1) and _MID.match(line) for line in lines)

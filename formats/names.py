@@ -6,6 +6,10 @@ of a file or folder that we write. Neither asks what a name means, only what a f
 
 import os
 import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils import InputError
 
 MAX_NAME = 200  # bytes; file systems hold 255, and room is needed for "~2" and temporary names
 MAX_PATH = 4096  # bytes; Linux's PATH_MAX
@@ -80,3 +84,35 @@ def same_name(name: str) -> str:
 def printable(text: str) -> str:
     """A foreign text as one that neither a terminal nor a table obeys: controls become `\\xNN`, a backslash two."""
     return text.translate(_ESCAPED).encode("utf-8", "backslashreplace").decode()
+
+
+class TakenNames:
+    """Names that are taken, as file systems compare them."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._names = {same_name(name) for name in names}
+        self._next: dict[str, int] = {}  # where to look for the next free number of a name that came often
+
+    def add(self, name: str) -> None:
+        """Take a name."""
+        self._names.add(same_name(name))
+
+    def free(self, name: str) -> str:
+        """`name`, or the first of `name~2.ext`, `name~3.ext` ... that is not taken."""
+        plain = same_name(name)
+        if plain not in self._names:
+            return name
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a bare name
+        number = self._next.get(plain, 2)
+        while same_name(candidate := f"{stem}~{number}{suffix}") in self._names:
+            number += 1
+        self._next[plain] = number + 1
+        return candidate
+
+
+def matching(pattern: Path) -> list[Path]:
+    """The files whose names match a pattern's last part, sorted; `InputError` for one that is no pattern."""
+    try:
+        return sorted(pattern.parent.glob(pattern.name))
+    except ValueError as error:
+        raise InputError(f"{pattern}: {error}") from error

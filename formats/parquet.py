@@ -49,14 +49,14 @@ class Table:
                 images, labels = batch.column(self._image).to_pylist(), batch.column(self._label).to_pylist()
                 for image, label in zip(images, labels, strict=True):
                     yield self._row(image, label)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"damaged: {str(error).splitlines()[0]}") from error
 
     def _row(self, image: Any, label: Any) -> Row:
         data = image.get("bytes") if isinstance(image, dict) else image
         file = image.get("path") if isinstance(image, dict) else ""
         # -1 is what the datasets library gives for "no label".
-        unknown = label is None or (isinstance(label, int) and label == -1) or label != label
+        unknown = label is None or (isinstance(label, int) and label < 0) or label != label
         text = None if unknown else str(label).strip()
         if isinstance(label, int) and 0 <= label < len(self._names):
             text = self._names[label]
@@ -73,7 +73,7 @@ def open_table(path: Path) -> Table:
         raise InputError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged Parquet: {str(error).splitlines()[0]}") from error
     columns = file.schema_arrow.names
     image = next((name for name in IMAGE_COLUMNS if name in columns), None)

@@ -47,6 +47,8 @@ def label_of(sidecars: Mapping[str, bytes]) -> str:
     labels = set(found.values())
     if not labels:
         raise ValueError("no label: neither a .cls nor label, identity or class in a .json of this key")
+    if any(label.startswith("-") and label[1:].isdecimal() for label in labels):
+        raise ValueError(f"the label {min(labels)}, which is nobody's")
     if len(labels) > 1:
         raise ValueError(f"two labels: {' and '.join(f'{label} in {name}' for name, label in found.items())}")
     return labels.pop()

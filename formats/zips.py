@@ -82,7 +82,8 @@ def entries(file: BinaryIO, directory: Directory) -> Iterator[zipfile.ZipInfo]:
         name, extra, _ = take(fields[10]), take(fields[11]), take(fields[12])
         yield _entry(fields, name, extra, directory.prefix)
         seen += 1
-    if seen != directory.count and directory.count != 0xFFFF:
+    # Without zip64 the count has 16 bits, and some programs go on with more entries all the same.
+    if (seen - directory.count) & 0xFFFF and directory.count != 0xFFFF:
         raise BadZipFile(f"the directory holds {seen} entries instead of {directory.count}")
 
 

@@ -193,7 +193,9 @@ def _detections(
     """TPIR at FPIR not exceeded: scores of mates (minus infinity if not first), best scores of probes without one."""
     ranked = np.sort(best)[::-1]
     allowed = {fpir: int(np.floor(fpir * len(ranked) * (1 + 1e-12))) for fpir in fpir_levels}
-    resolved = [fpir for fpir in fpir_levels if allowed[fpir] >= 1 and len(mates)]
+    # A probe that was lost alarms at any threshold: with more of them than allowed a rate cannot be had.
+    lost = int(np.isposinf(ranked).sum())
+    resolved = [fpir for fpir in fpir_levels if max(lost, 1) <= allowed[fpir] and len(mates)]
     intervals = {}
     if resolved:
         intervals = detection_intervals(mates, mate_subjects, best, other_subjects, resolved, replicates=replicates)

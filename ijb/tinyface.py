@@ -123,7 +123,8 @@ def _read_list(folder: Path, name: str) -> tuple[list[str], Path]:
     for path in _candidates(folder, name):
         if path.suffix == ".txt":
             try:
-                return utils.read_bytes(path).decode("utf-8").split(), path
+                lines = utils.read_bytes(path).decode("utf-8-sig").splitlines()
+                return [name for line in lines if (name := line.strip())], path
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
         try:
@@ -142,7 +143,7 @@ def subjects(names: Sequence[str]) -> np.ndarray:
     """The number before `_` in each file's name, int64; InputError for a name without one."""
     numbers = [name.split("_", 1)[0] for name in names]
     for name, number in zip(names, numbers, strict=True):
-        if "_" not in name or not number.isascii() or not number.isdigit():
+        if "_" not in name or not number.isascii() or not number.isdigit() or len(number) > 18:
             raise InputError(f"{name}: no number of a subject before a _ in this name")
     return np.array(numbers, np.int64).reshape(-1)
 

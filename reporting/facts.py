@@ -158,7 +158,7 @@ def _training(path: Path, content: dict[str, Any], run: Run) -> list[Source]:
     sha = data.get("fingerprint") or data.get("sha256")
     if not run.history or len(content["history"]) > len(run.history):
         run.history, run.options = content["history"], recorded.get("options") or {}
-    run.embedding_sha256 = content.get("embedding_sha256")
+        run.embedding_sha256 = content.get("embedding_sha256")
     best, last = content["best"], content["last"]
     figures = [
         Figure(
@@ -197,10 +197,15 @@ def _verification(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
         figures = [
             Figure("pairs of one person + two", f"{entry['genuine_pairs']:,} + {entry['impostor_pairs']:,}", "", sha)
         ]
+        over_pairs = by.get("accuracy")
         if entry["accuracy_kfold_mean"] is not None:
-            figures.append(
-                Figure("accuracy over folds", percent(entry["accuracy_kfold_mean"]), span(by.get("accuracy")), sha)
-            )
+            # Where folds differ in size, the interval is not of their mean.
+            value = (over_pairs or {}).get("value")
+            own = value is None or abs(value - entry["accuracy_kfold_mean"]) < 1e-9
+            mean = percent(entry["accuracy_kfold_mean"])
+            figures.append(Figure("accuracy over folds", mean, span(over_pairs if own else None), sha))
+            if not own:
+                figures.append(Figure("accuracy of all pairs", percent(value), span(over_pairs), sha))
         else:
             figures.append(
                 Figure(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import identification as script
 from formats.crop_sets import open_crops, write_crops
 from formats.tables import write_identities
 from utils import InputError
-from verification import identification
+from verification import hold_out, identification
 from verification.all_pairs import Side
 from verification.hold_out import split
 from verification.identification import UNRANKED, Roles, answer, closed_roles, closed_set, open_roles, open_set
@@ -158,10 +159,37 @@ def test_a_folder_is_split_by_people(tmp_path):
     assert again["held_out"] == report["held_out"]
     with pytest.raises(InputError, match="holds something else"):
         split(source, tmp_path / "out", 3, seed=1)
+    assert split(source, tmp_path / "out", 2, seed=1)["held_out"] == report["held_out"]
+    # Of a set that has grown, others would be held out, and some be on both sides.
+    before = sorted(path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*"))
+    shutil.copytree(source / "p0", source / "p9")
+    with pytest.raises(InputError, match="holds something else"):
+        split(source, tmp_path / "out", 2, seed=1)
+    assert sorted(path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")) == before
+    shutil.rmtree(source / "p9")
     with pytest.raises(InputError, match="cannot be held out"):
         split(source, tmp_path / "more", 4)
     with pytest.raises(InputError, match="lies in"):
         split(source, source / "out", 2)
+
+
+def test_no_photo_and_no_person_gives_way_to_a_name(tmp_path):
+    source = make_folder(tmp_path / "all", [2, 2, 2, 2])
+    for person in range(4):
+        (source / f"p{person}" / "a").mkdir()
+        for number, name in enumerate(("a/b.png", "a__b.png")):
+            (source / f"p{person}" / name).write_bytes(crop_bytes(100 + 2 * person + number))
+    report = split(source, tmp_path / "out", 2)
+    assert report["held_out"]["photos"] == len(list((tmp_path / "out" / "held-out").glob("*/*"))) == 8
+    names = ["label-1", "a/b", "c", "d", "Bob", "BOB"]
+    items = [(crop_bytes(20 * label + n), label) for label in range(6) for n in range(2)]
+    write_crops(tmp_path / "records", items)
+    write_identities(tmp_path / "records" / "identities.tsv", names)
+    split(tmp_path / "records", tmp_path / "apart", 4, seed=3)
+    folders = list((tmp_path / "apart" / "held-out").iterdir())
+    assert len(folders) == 4 and all(len(list(folder.iterdir())) == 2 for folder in folders)
+    found = set(hold_out._folder_names(names, range(6)).values())
+    assert len(found) == 6 and {"label-1", "label-1~2", "Bob", "label-5"} <= found
 
 
 def test_records_are_split_by_people(tmp_path):

@@ -144,6 +144,14 @@ def test_no_error_is_no_certainty():
     assert nothing.low == 0 and nothing.high == pytest.approx(1 - found.low)
 
 
+def test_people_who_are_all_alike_are_no_certainty():
+    """Their rates differ by rounding alone."""
+    for each, hits in ((3, 2), (10, 9), (7, 3)):
+        right = ([1] * hits + [0] * (each - hits)) * 10
+        found = intervals.rate_interval(right, np.repeat(range(10), each))
+        assert 0 <= found.low < hits / each - 0.1 and hits / each + 0.05 < found.high <= 1
+
+
 def test_probes_of_one_person_are_one_trial():
     """Ten probes of one person that all share one fate tell no more than one."""
     generator = np.random.default_rng(1)

@@ -210,6 +210,37 @@ def test_shards_name_their_crops_and_what_is_wrong(tmp_path):
         open_training_set(tmp_path)
 
 
+def test_shards_of_two_sets_are_not_one(tmp_path):
+    for name in ("casia.tar", "lfw.tar"):
+        shard(tmp_path / name, [0, 0, 1])
+    with pytest.raises(InputError, match=r"several sets \(casia.tar, lfw.tar\); name one of them"):
+        open_training_set(tmp_path)
+    (tmp_path / "lfw.tar").unlink()
+    folder_set(tmp_path)
+    with pytest.raises(InputError, match=r"holds casia.tar beside folders of images \(person-0\)"):
+        open_training_set(tmp_path)
+
+
+def test_a_shard_leaves_nobody_out(tmp_path):
+    """A picture of a kind that is not known is told, not passed over; nobody's label is no person."""
+    entries = [(f"{index}.jpg", data) for index, (data, _) in enumerate(jpegs(3, 1))]
+    entries = [entry for index, entry in enumerate(entries) for entry in (entry, (f"{index}.cls", b"%d" % index))]
+    (tmp_path / "a.tar").write_bytes(tar_bytes([*entries, ("9.heic", b"x"), ("9.cls", b"9")]))
+    with pytest.raises(InputError, match=r"9.heic: has a label, but is no image"):
+        open_training_set(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(tar_bytes([*entries, ("9.jpg", entries[0][1]), ("9.cls", b"-1")]))
+    with pytest.raises(InputError, match=r"9.jpg: the label -1, which is nobody's"):
+        open_training_set(tmp_path / "a.tar")
+    (tmp_path / "list.txt").write_text("a.jpg -1\nb.jpg 0\n")
+    with pytest.raises(InputError, match=r"line 1: the label -1, which is nobody's"):
+        open_training_set(tmp_path / "list.txt")
+
+
+def test_a_pattern_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"x\*\*\.tar: "):
+        open_training_set(tmp_path / "x**.tar")
+
+
 def test_the_index_of_a_shard_is_kept_until_the_shard_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(crop_files, "_WORTH_KEEPING", 0)
     shard(tmp_path / "a0.tar", [0, "Ann", 2])

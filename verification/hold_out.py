@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from typing import Any
 import numpy as np
 
 import utils
-from cropping.photos import identity_of, list_photos
-from formats.crop_sets import CropSet, CropWriter, open_crops
+from cropping.photos import Listing, identity_of, list_photos, note_on_depth
+from formats.crop_sets import CropSet, CropWriter, fingerprint, open_crops
+from formats.names import TakenNames
 from formats.tables import write_identities
 from utils import InputError
 
@@ -38,15 +40,21 @@ def split(source: Path, out: Path, count: int, seed: int = 0) -> dict[str, Any]:
     records = (source / "train.rec").is_file() or source.suffix == ".rec"
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
-    settings = {"source": str(source), "hold_out": count, "seed": seed}
+    content = open_crops(source) if records else list_photos(source)
+    holds = fingerprint(content) if isinstance(content, CropSet) else content.digest
+    settings = {"source": str(source), "contents": holds, "hold_out": count, "seed": seed}
     report_path = out / "report.json"
     settings_path = out / "settings.json"
     if out.exists() and any(out.iterdir()) and _recorded(settings_path) != settings:
         raise InputError(f"{out}: holds something else; give another folder, or remove this one")
     utils.write_json(settings_path, settings)
     report_path.unlink(missing_ok=True)
+    for part in ("train", "held-out"):  # of a killed run
+        shutil.rmtree(out / part, ignore_errors=True)
     report = settings | (
-        _split_records(source, out, count, seed) if records else _split_folder(source, out, count, seed)
+        _split_records(content, out, count, seed)
+        if isinstance(content, CropSet)
+        else _split_folder(source, content, out, count, seed)
     )
     held = sorted(path.relative_to(out / "held-out").as_posix() for path in (out / "held-out").glob("*/*"))
     report["pairs"] = _write_pairs(out / "pairs.csv", held, seed)
@@ -76,8 +84,9 @@ def choose(names: Sequence[str], photos: Sequence[int], count: int, seed: int) -
     return sorted(able[:count])
 
 
-def _split_folder(source: Path, out: Path, count: int, seed: int) -> dict[str, Any]:
-    listing = list_photos(source)
+def _split_folder(source: Path, listing: Listing, out: Path, count: int, seed: int) -> dict[str, Any]:
+    if note := note_on_depth(listing.files):
+        print(f"note: {source}: {note}", file=sys.stderr)
     files: dict[str, list[str]] = {}
     for file in listing.files:
         if identity_of(file):
@@ -89,10 +98,13 @@ def _split_folder(source: Path, out: Path, count: int, seed: int) -> dict[str, A
     with utils.progress(sum(map(len, files.values())), "hold out", unit="photo") as bar:
         for name, own in files.items():
             part = out / ("held-out" if name in held else "train")
+            taken = TakenNames()
             for file in own:
-                # In `held-out` a person's photos lie side by side, whatever folders they came from.
                 inside = file.split("/", 1)[1]
-                _link(source / file, part / name / (inside.replace("/", "__") if name in held else inside))
+                if name in held:  # there a person's photos lie side by side, whatever folders they came from
+                    inside = taken.free(inside.replace("/", "__"))
+                    taken.add(inside)
+                _link(source / file, part / name / inside)
                 bar.update()
     return {
         "layout": "folder",
@@ -107,9 +119,6 @@ def _split_folder(source: Path, out: Path, count: int, seed: int) -> dict[str, A
 
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and (target.samefile(source) or target.stat().st_size == source.stat().st_size):
-        return
-    target.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
@@ -117,15 +126,13 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _split_records(source: Path, out: Path, count: int, seed: int) -> dict[str, Any]:
-    crops: CropSet = open_crops(source)
+def _split_records(crops: CropSet, out: Path, count: int, seed: int) -> dict[str, Any]:
     names = list(crops.identity_names)
     photos = np.bincount(crops.labels, minlength=crops.identities)
     held = choose(names, photos.tolist(), count, seed)
     folders = _folder_names([names[label] for label in held], held)
     new_label = np.cumsum(~np.isin(np.arange(crops.identities), held)) - 1
     order = np.argsort(crops.labels, kind="stable")
-    shutil.rmtree(out / "held-out", ignore_errors=True)  # of a killed run
     with CropWriter(out / "train") as writer, utils.progress(len(crops), "hold out", unit="crop") as bar:
         for index in order.tolist():
             data, label = crops.read(index)
@@ -146,14 +153,16 @@ def _split_records(source: Path, out: Path, count: int, seed: int) -> dict[str, 
 
 
 def _folder_names(names: Sequence[str], labels: Sequence[int]) -> dict[int, str]:
-    """A folder for each person held out: the name where it can be one and is nobody else's, else the label."""
+    """A folder for each person held out: the name where it can be one and is nobody else's, else one by the label."""
     folders: dict[int, str] = {}
+    taken = TakenNames()
     for name, label in zip(names, labels, strict=True):
-        plain = (
-            name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0") and len(os.fsencode(name)) < 200
-        )
-        taken = name.startswith(".") or name in folders.values()
-        folders[label] = name if plain and not taken else f"label-{label}"
+        plain = not name.startswith(".") and not any(mark in name for mark in "/\\\0") and len(os.fsencode(name)) < 200
+        by_label = f"label-{label}"
+        wanted = name if name and plain else by_label
+        free = taken.free(wanted)
+        folders[label] = free if wanted in (free, by_label) else taken.free(by_label)
+        taken.add(folders[label])
     return folders
 
 

@@ -483,7 +483,8 @@ def _rate_bounds(value: float, variance: float, people: int) -> tuple[float, flo
     """Clopper and Pearson's bounds of a rate of this variance; without any variance, of one trial a person."""
     value = min(max(value, 0.0), 1.0)
     spread = value * (1 - value)
-    trials = spread / variance if variance > 0 and spread > 0 else float(people)
+    # Where everybody has the same rate, what is left of the variance is rounding.
+    trials = spread / variance if variance > 1e-12 * spread > 0 else float(people)
     hits = value * trials
     tail = (1 - CONFIDENCE) / 2
     low = special.betaincinv(hits, trials - hits + 1, tail) if hits > 0 else 0.0

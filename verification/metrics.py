@@ -373,7 +373,8 @@ def evaluate(
     elif one_kind:
         what = "their accuracies are counted, but say little" if folds else "no accuracy over folds is given"
         notes.append(f"{one_kind} of {numbers} folds hold pairs of one kind only: {what}")
-    if np.ptp(cosines[~np.isnan(cosines)]) < SAME_COSINE:
+    scored = cosines[~np.isnan(cosines)]
+    if len(scored) > 1 and np.ptp(scored) < SAME_COSINE:
         notes.append(
             "all pairs have one and the same cosine: the model gives one feature for every crop (a training that "
             "collapsed, or input in a range it was not made for; see doctor.py)"

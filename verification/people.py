@@ -13,7 +13,7 @@ import numpy as np
 
 import utils
 from cropping.contents import photos_hash
-from cropping.photos import identity_of, list_photos
+from cropping.photos import identity_of, list_photos, note_on_depth
 from embedding import Embedder, normalise
 from formats.tables import CROP
 from utils import InputError
@@ -91,6 +91,8 @@ def embed_people(
         rows.append(embeddings)
         hashes += window.sha256
     persons = [identity_of(file) for file in files]
+    if note := note_on_depth(files):
+        notes.append(note)
     notes += _repeated(files, persons, hashes)
     return People(
         folder=folder,

@@ -110,7 +110,7 @@ def intervals_text(content: dict[str, Any]) -> str:
         found = entry["by_identity"]
         if found is None:
             continue
-        rows = [("accuracy", found["accuracy"]), ("EER", found["eer"])]
+        rows = [(_accuracy_of(entry), found["accuracy"]), ("EER", found["eer"])]
         rows += [(f"TAR at FAR {far}", row) for far, row in found["tar_at_far"].items()]
         rows = [(label, row) for label, row in rows if row is not None]
         if rows:
@@ -119,6 +119,15 @@ def intervals_text(content: dict[str, Any]) -> str:
             low, high = row["interval_95"]
             lines.append(f"  {label:<18} {_percent(row['value'])} [{100 * low:.2f} ... {100 * high:.2f}]")
     return "\n".join(lines)
+
+
+def _accuracy_of(entry: dict[str, Any]) -> str:
+    """What the accuracy with an interval is: it counts pairs, and the mean over folds counts folds."""
+    if entry["accuracy_kfold_mean"] is None:
+        return "accuracy at the best threshold"
+    value = entry["by_identity"]["accuracy"]
+    same = value is None or "value" not in value or abs(value["value"] - entry["accuracy_kfold_mean"]) < 1e-9
+    return "accuracy" if same else "accuracy of all pairs"
 
 
 def own_threshold(embedder: Embedder) -> float | None:
@@ -399,6 +408,8 @@ def write_set(
     """
     draw_angles(out / f"{stem}-angles", result, model)
     if result.best_threshold is None:
+        for name in ("roc.png", "roc.svg", "errors.png", "errors.tsv"):  # of other pairs that lay there before
+            (out / f"{stem}-{name}").unlink(missing_ok=True)
         return
     errors = errors_at(result, result.best_threshold)
     draw_roc(out / f"{stem}-roc", result, model)

@@ -94,6 +94,8 @@ def read_scores(results: Path) -> list[Scores]:
         content = utils.read_json(path)
         model, entries = content["model"] | {"name": str(content["model"]["name"])}, content["sets"]
         named = [entry for entry in entries if entry.get("scores")]
+        for entry in named:
+            str(entry["name"]), str(entry["sha256"])
         files = [(path.parent / Path(entry["scores"]["file"]).name, entry["scores"]["sha256"]) for entry in named]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a results.json of lfw_eval.py ({error!r})") from error

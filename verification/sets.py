@@ -190,6 +190,11 @@ def _open_bin(path: Path, folds: int, workers: int | None) -> VerificationSet:
     names = [f"image {position} (pair {position // 2})" for position in first_seen]
     pairs, same = np.array([index[image] for image in images]).reshape(-1, 2), np.asarray(same, dtype=bool)
     identities, notes = connected(len(first_seen), pairs, same)
+    alone = int((pairs[:, 0] == pairs[:, 1]).sum())
+    if alone:
+        notes.append(f"{alone} of {len(pairs)} pairs are of a picture and itself")
+    if repeated := len(pairs) - len(np.unique(np.sort(pairs, axis=1), axis=0)):
+        notes.append(f"{repeated} of {len(pairs)} pairs are there before: folds and intervals count them anew")
 
     def decode(row: int) -> np.ndarray:
         return _decode(images[first_seen[row]], f"{path}: {names[row]}")
