@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +68,27 @@ def test_report_and_table(exported):
     assert all(name in stdout for name in ("fp32", "fp16", "int8", "pairs", "detector"))
     written = sorted(path.name for path in (folder / "out").iterdir() if path.name != "cache")
     assert written == ["detector.onnx", *(f"embedding-{name}.onnx" for name in ("fp16", "fp32", "int8")), "export.json"]
+
+
+def test_sets_of_one_name_keep_their_own_figures(exported, tmp_path, monkeypatch, capsys):
+    folder, _ = exported
+    random = np.random.default_rng(5)
+    for name in ("a", "b"):
+        images = [jpeg(random) for _ in range(40)]
+        if name == "a":
+            images[1::4] = images[0::4]
+        (tmp_path / name).mkdir()
+        write_bin(tmp_path / name / "set.bin", images, np.arange(20) % 2 == 0)
+    words = ["export.py", "--checkpoint", folder / "net.pt", "--out", tmp_path / "out", "--device", "cpu"]
+    words += ["--bin", tmp_path / "a" / "set.bin", tmp_path / "b" / "set.bin"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    assert export.main() == 0
+    said = capsys.readouterr().out
+    [row] = [line for line in said.splitlines() if line.startswith("fp32 ") and "MB" in line]
+    first, second = re.findall(r"(\d+\.\d+)% \(", row)
+    assert first == "100.00" and float(second) < 90  # of pairs of one picture, and of noise
+    found = json.loads((tmp_path / "out" / "export.json").read_text())["variants"]["fp32"]["verification"]
+    assert set(found) == {"set", "set-2"} and found["set"]["auc"] != found["set-2"]["auc"]
 
 
 def test_features_are_pytorchs_fed_with_plain_pixels(exported):

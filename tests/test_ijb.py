@@ -332,6 +332,14 @@ def test_lost_probes_and_people_of_a_gallery():
     assert found.ranks[0] == 1 and (found.ranks[1:] > 1000).all()
 
 
+def test_more_lost_probes_than_alarms_allowed_leave_a_rate_open():
+    best = np.array([np.inf, np.inf, *np.linspace(0.5, 0, 18)])
+    mates = np.linspace(1, 0, 10)
+    few, many = one_to_many._detections(mates, np.arange(10), best, np.arange(20), [0.05, 0.1], replicates=20)
+    assert few.tpir is None and few.threshold is None
+    assert many.threshold == 0.5 and many.false_alarms == 2 and many.tpir == 0.5
+
+
 def test_identities_join_what_lists_and_pairs_say():
     lists, features, _ = invented(np.random.default_rng(1), images=6, templates=6)
     lists = replace(lists, templates=np.arange(6))

@@ -453,6 +453,43 @@ def test_wrong_input_is_one_line_and_nothing_is_written(tmp_path, capsys, monkey
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_a_training_is_not_written_over(tmp_path, capsys, monkeypatch, checkpoint):
+    verification_bin.write_bin(tmp_path / "pairs.bin", *bin_of(8))
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "results.json").write_text(json.dumps({"history": [], "best": {}}))
+    words = ["lfw_eval.py", "--checkpoint", checkpoint, "--bin", tmp_path / "pairs.bin", "--out", out]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    assert lfw_eval.main() == 1
+    assert "holds the results of a training" in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text()) == {"history": [], "best": {}}
+
+
+def test_pictures_of_other_pairs_do_not_stay_and_repetitions_are_said(tmp_path, monkeypatch, checkpoint):
+    path, out = tmp_path / "pairs.bin", tmp_path / "out"
+    images, same = bin_of(8)
+    words = ["lfw_eval.py", "--checkpoint", checkpoint, "--bin", path, "--out", out, "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    verification_bin.write_bin(path, [*images, *images[:4], images[0], images[0]], [*same, *same[:2], True])
+    assert lfw_eval.main() == 0
+    [entry] = json.loads((out / "results.json").read_text())["sets"]
+    notes = " ".join(entry["notes"])
+    assert "1 of 11 pairs are of a picture and itself" in notes and "2 of 11 pairs are there before" in notes
+    assert (out / "pairs-roc.png").exists() and (out / "pairs-errors.png").exists()
+    verification_bin.write_bin(path, images[:2], [True])
+    assert lfw_eval.main() == 0
+    assert not list(out.glob("pairs-roc.*")) and not list(out.glob("pairs-errors.*"))
+    [entry] = json.loads((out / "results.json").read_text())["sets"]
+    assert not any("one and the same cosine" in note for note in entry["notes"]), "a single pair has one cosine"
+
+
+def bin_of(pairs):
+    """Crops of noise for a .bin, the first half of the pairs of one person, and which are."""
+    random = np.random.default_rng(0)
+    crops = [random.integers(0, 256, (112, 112, 3), np.uint8) for _ in range(2 * pairs)]
+    return [cv2.imencode(".png", crop)[1].tobytes() for crop in crops], [k < pairs // 2 for k in range(pairs)]
+
+
 def test_sheet_shows_the_worst_and_counts_all(tmp_path, fake_detector, checkpoint):
     small_set(tmp_path, {})
     pairs = sets.open_set(tmp_path, workers=1)

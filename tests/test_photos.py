@@ -131,6 +131,22 @@ def test_a_thumbnail_inside_the_metadata_has_an_end_mark_of_its_own():
     assert reason(data[:-300]) == "truncated"
 
 
+@pytest.mark.parametrize("kind", ["RGBA PNG", "LA PNG", "P PNG", "RGBA WEBP", "RGB PNG", "RGB WEBP"])
+def test_a_crop_has_the_same_pixels_in_training_and_evaluation(kind, tmp_path):
+    mode, form = kind.split()
+    pixels = np.random.default_rng(0).integers(0, 256, (14, 14, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((112, 112))
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(Image.fromarray(pixels[..., 0]).resize((112, 112)))
+    elif mode == "P":
+        image = image.quantize(20)
+    buffer = io.BytesIO()
+    settings = {"lossless": True} if form == "WEBP" else {}
+    image.save(buffer, form, **settings | ({"transparency": 3} if mode == "P" else {}))
+    np.testing.assert_array_equal(photos.decode_crop(buffer.getvalue()), photos.read_crop(buffer.getvalue()))
+
+
 def test_lfw_decodes_as_opencv_does(shared):
     files = sorted((shared / "lfw" / "lfw-deepfunneled").glob("A*/*.jpg"))[:40]
     for file in files:
