@@ -19,6 +19,7 @@ or of the distractors are missing, no figure is given.
 import passive_threads  # noqa: F401  # isort: skip
 
 import contextlib
+import glob
 import hashlib
 import json
 import re
@@ -321,6 +322,9 @@ def _write_results(
     folder: Path, name: str, entrants: Entrants, results: list[Identification], sides: tuple[Side, Side]
 ) -> None:
     """The devkit's two files for each size, and the lists that their numbers refer to."""
+    for kind in ("cmc", "matches"):  # of an earlier run with other lists; their numbers would mean others now
+        for path in folder.glob(f"{kind}_{PROBES}_{DISTRACTORS}_{glob.escape(name)}_*_1.json"):
+            path.unlink()
     for result in results:
         ending = f"{PROBES}_{DISTRACTORS}_{name}_{result.size}_1.json"
         utils.write_text(folder / f"cmc_{ending}", cmc_text(result))

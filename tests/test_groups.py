@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,3 +263,17 @@ def test_other_pairs_and_changed_scores_are_refused(evaluated, tmp_path, capsys)
     assert run(compare, evaluated / "a", other) == 1
     assert run(compare, evaluated / "a") == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_p_is_of_the_groups_that_are_named():
+    """Few pairs have the highest rate by chance; what is beyond chance is another group's."""
+
+    def rate(errors, pairs, low, high):
+        value = errors / pairs
+        by = SimpleNamespace(value=value, low=low, high=high)
+        return SimpleNamespace(errors=errors, pairs=pairs, by_person=by)
+
+    found = groups._spread(
+        [("A", rate(15, 1500, 0.006, 0.017)), ("B", rate(60, 1500, 0.031, 0.051)), ("C", rate(2, 40, 0.0, 0.175))], 0
+    )
+    assert (found.worst, found.best) == ("B", "A") and found.ratio == pytest.approx(4) and found.p < 0.001

@@ -5,7 +5,7 @@ rate (FNMR) the share of pairs of one person that are rejected (Grother, Ngan an
 part 3: demographic effects", NISTIR 8280, 2019). Pairs of two groups are counted apart, because people of two groups
 are easier to tell from each other.
 
-Intervals are by person (`intervals`). The largest ratio of two groups' rates is given with the probability that the
+Intervals are by person (`intervals`). The ratio of the two groups that differ most is given with the probability that
 groups differ as much or more by chance: rates are compared as arcsin sqrt(rate), in which an interval has about the
 same width everywhere; the largest studentised difference is compared with that of groups of equal rates and intervals
 as wide as these. So it is allowed for that one looks for the largest of many differences. Groups are taken to have no
@@ -64,9 +64,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Spread:
-    """The largest ratio of two groups' rates: `worst` has the higher one. ratio: None where the lower rate is zero.
+    """The two groups whose rates differ most beyond chance; `worst` has the higher one.
 
-    p: how often groups that do not differ look as different as these, or more.
+    ratio: None where the lower rate is zero. p: how often groups that do not differ look as different as these, or more.
     """
 
     worst: str
@@ -209,7 +209,7 @@ def _shared(sides: np.ndarray, first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def _spread(rates: Sequence[tuple[str, Rate]], seed: int) -> Spread | None:
-    """The largest ratio, and how often chance does as much; None with fewer than two groups with pairs and people."""
+    """The two that differ most, and how often chance does as much; None with fewer than two with pairs and people."""
     usable = [(name, rate, rate.by_person) for name, rate in rates if rate.pairs >= FEW and rate.by_person is not None]
     if len(usable) < 2:
         return None
@@ -220,7 +220,9 @@ def _spread(rates: Sequence[tuple[str, Rate]], seed: int) -> Spread | None:
     deviation = np.maximum(np.diff(np.arcsin(np.sqrt(ends)), axis=1)[:, 0] / 3.92, 1e-9)
     drawn = np.random.default_rng(seed).normal(size=(SIMULATIONS, len(usable))) * deviation
     chance, seen = _largest_difference(drawn, deviation), _largest_difference(place[None], deviation)[0]
-    low, high = int(value.argmin()), int(value.argmax())
+    # The two that differ most beyond chance, of which p speaks; a group with few pairs may have a higher rate still.
+    differences = np.abs(place[:, None] - place) / np.hypot(deviation[:, None], deviation)
+    low, high = sorted(np.unravel_index(int(differences.argmax()), differences.shape), key=lambda k: value[k])
     return Spread(
         worst=usable[high][0],
         best=usable[low][0],
