@@ -66,7 +66,8 @@ class Group:
 class Spread:
     """The two groups whose rates differ most beyond chance; `worst` has the higher one.
 
-    ratio: None where the lower rate is zero. p: how often groups that do not differ look as different as these, or more.
+    ratio: None where the lower rate is zero. p: how often groups that do not differ look as different as these, or
+    more.
     """
 
     worst: str
