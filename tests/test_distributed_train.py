@@ -64,8 +64,8 @@ def some_steps(line, out, dtype, first, last, small=True):
         schedule = Schedule(settings, order.steps_per_epoch)
         whole = Run(settings, world, data, known, order, schedule, [], print)
         teacher = train.find_teacher(whole) if settings.teacher else None
-    if teacher is not None:
-        teacher.prepare()
+        if teacher is not None:
+            teacher.prepare()
         state = train.build(settings, data.identities, schedule, world, teacher)
         for module in (state.network, state.head, state.distillation):
             if module is not None:
