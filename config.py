@@ -952,7 +952,7 @@ class Export(Model):
     )
     figures: Path | None = option(
         None,
-        "take threshold and figures from this results.json of lfw_eval.py, for this model, instead of measuring",
+        "take threshold and figures of fp32 from this results.json of lfw_eval.py for this model, do not measure",
         group="data",
         metavar="FILE",
     )
