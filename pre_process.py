@@ -57,6 +57,8 @@ def list_input(folder: Path) -> Listing:
     if not any(map(identity_of, listing.files)):
         raise InputError(f"{folder}: holds photos but no folders of identities (expected {folder}/IDENTITY/PHOTO)")
     if note := note_on_depth(listing.files):
+        if len({identity_of(file) for file in listing.files} - {""}) == 1:  # a folder around all people
+            raise InputError(f"{folder}: {note}")
         print(f"note: {folder}: {note}", file=sys.stderr)
     return listing
 

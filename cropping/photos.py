@@ -522,9 +522,10 @@ def note_on_depth(files: Sequence[str]) -> str:
     people, lowest = len({identity_of(file) for file in files} - {""}), min(deeper)
     if len(deeper) == people:
         return ""
+    first = f"{people} folders count as the people" if people > 1 else "one folder counts as one person"
     return (
-        f"the {people} first folders are taken for the people, though their photos lie in {len(deeper)} folders below "
-        f"({lowest} ...); if these are the people, name a folder whose own folders they are"
+        f"{first}, though their photos lie in {len(deeper)} folders below ({lowest} ...); if these are the people, name "
+        "the folder that they lie in, or gather them by extract.py"
     )
 
 

@@ -385,6 +385,22 @@ def test_inputs_of_other_kinds_are_told_what_to_do(painted, shared, tmp_path, ca
     assert "no such folder" in error(tmp_path / "nothing")
     save(tmp_path / "flat" / "1.png", paint(60, 60, []))
     assert "no folders of identities" in error(tmp_path / "flat")
+    for person in ("Ann", "Bob"):
+        save(tmp_path / "around" / "faces" / person / "1.png", paint(60, 60, []))
+    assert "name the folder that they lie in" in error(tmp_path / "around")
+
+
+def test_people_who_lie_deeper_are_pointed_out(painted, tmp_path, capsys):
+    """One folder a person, whose photos lie in folders of their own, or a folder around several people?"""
+    make_photos(tmp_path / "photos", 2, 2)
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "plain") == 0
+    assert "count as the people" not in capsys.readouterr().err
+    for person in list((tmp_path / "photos").iterdir()):
+        for number, file in enumerate(sorted(person.iterdir())):
+            (person / f"day{number}").mkdir()
+            file.rename(person / f"day{number}" / file.name)
+    assert painted("--photos", tmp_path / "photos", "--out", tmp_path / "deep") == 0
+    assert "3 folders count as the people, though their photos lie in" in capsys.readouterr().err
 
 
 def test_outputs_of_others_are_not_overwritten(painted, tmp_path, capsys):
