@@ -524,8 +524,8 @@ def note_on_depth(files: Sequence[str]) -> str:
         return ""
     first = f"{people} folders count as the people" if people > 1 else "one folder counts as one person"
     return (
-        f"{first}, though their photos lie in {len(deeper)} folders below ({lowest} ...); if these are the people, name "
-        "the folder that they lie in, or gather them by extract.py"
+        f"{first}, though their photos lie in {len(deeper)} folders below ({lowest} ...); if these are the people, "
+        "name the folder that they lie in, or gather them by extract.py"
     )
 
 
