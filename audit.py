@@ -49,7 +49,7 @@ from auditing.findings import (
     judge_crops,
     person_limit,
 )
-from auditing.measures import LEAST_SCORE, SIGNS, WIDTH, measure, reject_curve
+from auditing.measures import LEAST_SCORE, SIGNS, WIDTH, measure, readable, reject_curve
 from auditing.space import Placed, choose, whitened
 from cropping.faces import embedded_weights
 from cropping.photos import decode_crop
@@ -85,14 +85,6 @@ class Findings:
 
     def set(self, index: int, kind: str, reason: str, action: str, to: int | None = None) -> None:
         self.kinds[index], self.reasons[index], self.action[index], self.to[index] = kind, reason, action, to
-
-
-def readable(crops: crop_sets.Crops, index: int) -> np.ndarray | None:
-    """A crop as uint8 RGB; None if it cannot be had or decoded."""
-    try:
-        return decode_crop(crops.read(index)[0])
-    except (ValueError, OSError, InputError):
-        return None
 
 
 def open_detector(options: config.Audit) -> RetinaFace | None:

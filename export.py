@@ -46,6 +46,7 @@ from embedding import Embedder, Preprocessing, embedder_of_onnx, normalise, open
 from formats import crop_sets
 from models import name_of
 from networks.catalogue import ARCFACE_TORCH, NETWORKS
+from networks.files import not_finite
 from options import parse, refuse_useless
 from retinaface.weights import load_weights
 from utils import InputError
@@ -436,7 +437,7 @@ def write_backbone(embedder: Embedder, out: Path) -> Path:
             f"{embedder.name}: holds {name or 'another network'}, which is none of InsightFace's networks (ir, "
             "mbf, vit) and has no weights for their key names; ONNX (--layout onnx) goes everywhere"
         )
-    broken = next((key for key, value in network.state_dict().items() if not value.isfinite().all()), None)
+    broken = not_finite(network.state_dict())
     if broken is not None:
         raise InputError(f"{embedder.name}: {broken} is not finite; the run that left it was broken")
     path = out / "backbone.pth"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from auditing.centres import groups, unit_rows
+from auditing.measures import readable
 from config import CROP_SIZE, DETECTION_SIDE
 from cropping.photos import PhotoError, decode_crop, identity_of, list_photos, read_photo
 from formats import crop_sets
@@ -121,10 +122,10 @@ def _people_of_crops(path: Path, embed: Callable[[np.ndarray], np.ndarray], left
     for label, members in groups(crops.labels, crops.identities):
         pictures = {}
         for index in members.tolist():
-            try:
-                pictures[index] = decode_crop(crops.read(index)[0])
-            except (ValueError, OSError, InputError):
+            if (picture := readable(crops, index)) is None:
                 left_out.append(crops.describe(index))
+            else:
+                pictures[index] = picture
         if not pictures:
             continue
         shown = list(pictures)

@@ -20,8 +20,11 @@ from auditing.duplicates import THUMB, thumbnail
 from config import CROP_SIZE
 from cropping.align import TEMPLATE, box_overlap
 from cropping.faces import BOX_IN_CROP
+from cropping.photos import decode_crop
 from embedding import Embedder
+from formats.crop_sets import Crops
 from retinaface import RetinaFace
+from utils import InputError
 
 SIGNS = ("face", "landmarks", "mirror", "shift", "sharpness", "resolution", "filled")
 WIDTH = THUMB * THUMB + len(SIGNS)  # columns of the store of measures
@@ -32,6 +35,14 @@ DETAIL = 0.9
 
 LEAST_SCORE = 0.02  # of a face that is looked at
 _OVERLAP = 0.3  # with where the detector's boxes lie in aligned crops; from here on a face is the one in the middle
+
+
+def readable(crops: Crops, index: int) -> np.ndarray | None:
+    """A crop as uint8 RGB; None if it cannot be had or decoded."""
+    try:
+        return decode_crop(crops.read(index)[0])
+    except (ValueError, OSError, InputError):
+        return None
 
 
 def measure(

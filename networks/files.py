@@ -5,6 +5,7 @@ A plain state_dict, this repository's training checkpoints, arcface_torch's (`st
 parallelism or torch.compile put in front. Which network it is, is for models.network_from_state to say.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,8 @@ def _without_prefixes(state: dict[str, Any]) -> dict[str, Any]:
         if inner and all(key.startswith((prefix, *_HEADS)) for key in state):
             return _without_prefixes(inner)
     return state
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The first key whose values are not all finite; None if there is none."""
+    return next((key for key, value in state.items() if not value.isfinite().all()), None)

@@ -26,7 +26,7 @@ from embedding import Embedder, normalise
 from formats.crop_sets import Crops
 from formats.embeddings import EmbeddingStore
 from networks.catalogue import NETWORKS
-from networks.files import read_state
+from networks.files import not_finite, read_state
 from training.augment import Augmentation
 from training.distributed import World
 from training.margin import CENTRE_STD, MarginHead
@@ -71,7 +71,7 @@ def load_weights(network: nn.Module, init: str, name: str, embedding_size: int) 
         raise InputError(
             f"--init {path}: its embedding has {size} dimensions, not {embedding_size}; give --embedding-size {size}"
         )
-    broken = next((key for key, value in weights.items() if not value.isfinite().all()), None)
+    broken = not_finite(weights)
     if broken is not None:
         raise InputError(f"--init {path}: {broken} is not finite; the run that left it was broken")
     network.load_state_dict(weights)
