@@ -4,9 +4,10 @@
     python lfw_eval.py --checkpoint b.pt --lfw data/lfw --out results/b --cache results/cache
     python compare.py results/a/results.json results/b/results.json --out results/a-b
 
-Two tests for every set that both have measured (the same pairs and photos, by their hash; others are refused):
-McNemar's exact test, which takes pairs as independent, and a paired bootstrap by identity, which knows that pairs share
-people and is the one to believe. The last line is the sentence for a paper. With --out, comparison.json has everything.
+Every set that both have measured (the same pairs and photos, by their hash; others are refused) is compared by a paired
+bootstrap by identity, which knows that pairs share people and, for TAR, that each model's threshold hangs on them, too.
+Beside the accuracy stands McNemar's exact test, which takes pairs as independent; the bootstrap is the one to believe.
+The last line is the sentence for a paper. With --out, comparison.json has everything.
 """
 
 import passive_threads  # noqa: F401  # isort: skip
@@ -21,8 +22,8 @@ import config
 import utils
 from options import parse
 from utils import InputError
-from verification.intervals import Comparison, compare, compare_rates, correct_pairs
-from verification.metrics import OperatingPoint, curve, evaluate, operating_point, worst_scores
+from verification.intervals import compare, compare_tars, correct_pairs, mcnemar
+from verification.metrics import curve, evaluate, operating_point
 from verification.scores import Scores, read_scores
 
 
@@ -102,32 +103,25 @@ def compare_sets(one: Scores, other: Scores, names: tuple[str, str], options: co
         sides = np.arange(2 * len(one.same)).reshape(-1, 2)
         sides[one.same, 1] = sides[one.same, 0]
     accuracy = compare(correct[0], correct[1], one.same, sides, seed=options.seed)
-    tars = []
-    for far in options.far:
-        points = [operating_point(curve(scores.cosines, scores.same), far) for scores in (one, other)]
-        if all(point.resolved for point in points):
-            tars.append({"far": far, **_tar(points, one, other, sides, options.seed)})
+    curves = [curve(scores.cosines, scores.same) for scores in (one, other)]
+    points = {far: [operating_point(found, far) for found in curves] for far in options.far}
+    resolved = [far for far, pair in points.items() if all(point.resolved for point in pair)]
+    tars = compare_tars(one.cosines, other.cosines, one.same, sides, resolved, seed=options.seed)
+    only_a, only_b = (int((first & ~second).sum()) for first, second in (correct, correct[::-1]))
+    tests = {"only_a_correct": only_a, "only_b_correct": only_b, "p_mcnemar": mcnemar(only_a, only_b)}
     found = {
         "name": one.entry["name"],
         "sha256": one.entry["sha256"],
         "pairs": len(one.same),
         "identities": accuracy.identities,
         # Over all pairs, as the difference is: where folds differ in size, their mean is another number.
-        "accuracy": {"a": float(correct[0].mean()), "b": float(correct[1].mean()), **accuracy.to_json()},
-        "tar_at_far": tars,
+        "accuracy": {"a": float(correct[0].mean()), "b": float(correct[1].mean()), **accuracy.to_json()} | tests,
+        "tar_at_far": [
+            {"far": far, "a": points[far][0].tar, "b": points[far][1].tar, **tars[far].to_json()} for far in resolved
+        ],
         "notes": notes,
     }
     return found | {"sentence": sentence(found, *names)}
-
-
-def _tar(points: list[OperatingPoint], one: Scores, other: Scores, sides: np.ndarray, seed: int) -> dict[str, Any]:
-    genuine = one.same
-    accepted = [
-        worst_scores(scores.cosines, scores.same)[genuine] >= point.threshold
-        for scores, point in zip((one, other), points, strict=True)
-    ]
-    difference: Comparison = compare_rates(accepted[0], accepted[1], sides[genuine, 0], seed=seed)
-    return {"a": points[0].tar, "b": points[1].tar, **difference.to_json()}
 
 
 def sentence(found: dict[str, Any], a: str, b: str) -> str:
@@ -149,13 +143,17 @@ def sentence(found: dict[str, Any], a: str, b: str) -> str:
 def text(found: dict[str, Any]) -> str:
     """The figures of one set as text."""
     lines = [f"{found['name']}: {found['pairs']} pairs, sha256 {found['sha256']}"]
-    rows = [("accuracy", found["accuracy"]), *((f"TAR at FAR {row['far']:g}", row) for row in found["tar_at_far"])]
-    for label, row in rows:
+    accuracy = found["accuracy"]
+    mcnemar_says = (
+        f"; McNemar {accuracy['only_a_correct']} : {accuracy['only_b_correct']}, p = {accuracy['p_mcnemar']:.2g}"
+    )
+    rows = [("accuracy", accuracy, mcnemar_says)]
+    rows += [(f"TAR at FAR {row['far']:g}", row, "") for row in found["tar_at_far"]]
+    for label, row, more in rows:
         low, high = (100 * end for end in row["interval_95"])
         lines.append(
             f"  {label:<18} A {100 * row['a']:.2f} %  B {100 * row['b']:.2f} %  A - B {100 * row['difference']:+.2f} "
-            f"[{low:+.2f} ... {high:+.2f}] by identity, p = {row['p_by_identity']:.2g}; McNemar "
-            f"{row['only_a_correct']} : {row['only_b_correct']}, p = {row['p_mcnemar']:.2g}"
+            f"[{low:+.2f} ... {high:+.2f}] by identity, p = {row['p_by_identity']:.2g}{more}"
         )
     return "\n".join([*lines, *(f"  {note}" for note in found["notes"]), "", found["sentence"]])
 

@@ -89,21 +89,16 @@ class PairIntervals:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models, A and B, on the same pairs (or probes).
+    """Two models, A and B, on the same pairs.
 
     difference: rate of A minus rate of B, with `low` and `high` of its 95 % interval by identity. p_identity: how
-    often, both ways, a draw of people turns the difference round or removes it. only_a, only_b: how many pairs A alone
-    and B alone answers correctly. p_mcnemar: the exact two-sided test that these two numbers differ by chance alone,
-    which counts pairs as independent (McNemar, Psychometrika 12, 1947).
+    often, both ways, a draw of people turns the difference round or removes it.
     """
 
     difference: float
     low: float
     high: float
     p_identity: float
-    only_a: int
-    only_b: int
-    p_mcnemar: float
     identities: int
     replicates: int
 
@@ -113,9 +108,6 @@ class Comparison:
             "difference": self.difference,
             "interval_95": [self.low, self.high],
             "p_by_identity": self.p_identity,
-            "only_a_correct": self.only_a,
-            "only_b_correct": self.only_b,
-            "p_mcnemar": self.p_mcnemar,
             "identities": self.identities,
             "replicates": self.replicates,
         }
@@ -290,19 +282,38 @@ def compare(
     """Compare the accuracy of two models: which pairs bool [P] each answers correctly; same bool [P], identities
     [P, 2]."""
     people = _People.of_pairs(identities, np.asarray(same, dtype=bool))
-    return _compare(np.asarray(correct_a, bool), np.asarray(correct_b, bool), people, replicates, seed)
+    difference = _Mean(np.asarray(correct_a, np.float64) - np.asarray(correct_b, np.float64))
+    return _comparisons(difference, people, replicates, seed)[0]
 
 
-def compare_rates(
-    outcomes_a: ArrayLike, outcomes_b: ArrayLike, identities: ArrayLike, *, replicates: int = REPLICATES, seed: int = 0
-) -> Comparison:
-    """Compare two models by the outcomes bool [n] of the same probes, whose people are `identities` [n]."""
-    people = _People.of_probes(identities)
-    return _compare(np.asarray(outcomes_a, bool), np.asarray(outcomes_b, bool), people, replicates, seed)
+def compare_tars(
+    cosines_a: ArrayLike,
+    cosines_b: ArrayLike,
+    same: ArrayLike,
+    identities: ArrayLike,
+    far_levels: Sequence[float],
+    *,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> dict[float, Comparison]:
+    """Compare the TAR of two models at each FAR, which the pairs have to resolve; the rest as in `pair_intervals`.
+
+    Each draw has its own two thresholds: with few false accepts, most of what makes two equally good models differ is
+    where their thresholds fell.
+    """
+    kind = np.asarray(same, dtype=bool)
+    tar_a, tar_b = (
+        _TarAtFar(worst_scores(np.asarray(cosines, np.float64), kind), kind, far_levels)
+        for cosines in (cosines_a, cosines_b)
+    )
+    people = _People.of_pairs(identities, kind)
+    found = _comparisons(lambda weights: tar_a(weights) - tar_b(weights), people, replicates, seed)
+    return dict(zip(far_levels, found, strict=True))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p of McNemar's test: `only_a` pairs that A alone has right, `only_b` that B alone has."""
+    """The exact two-sided p of McNemar's test, which counts pairs as independent (Psychometrika 12, 1947): `only_a`
+    pairs that A alone has right, `only_b` that B alone has."""
     total = only_a + only_b
     return float(min(1.0, 2 * special.bdtr(min(only_a, only_b), total, 0.5))) if total else 1.0
 
@@ -492,27 +503,18 @@ def _rate_bounds(value: float, variance: float, people: int) -> tuple[float, flo
     return float(low), float(high)
 
 
-def _compare(
-    correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], people: _People, replicates: int, seed: int
-) -> Comparison:
-    statistic = _Mean(correct_a.astype(np.float64) - correct_b)
+def _comparisons(statistic: Statistic, people: _People, replicates: int, seed: int) -> list[Comparison]:
+    """A comparison for each figure of a statistic that is a difference."""
     bootstrap = _Bootstrap(statistic, people, replicates, seed)
-    low, high = bootstrap.percentiles(0)
-    replica = bootstrap.replicas[0]
-    # One is added above and below: with so many replicates no smaller p can be told (Davison and Hinkley 1997, 4.11).
-    sides = [(1 + np.count_nonzero(replica <= 0)), (1 + np.count_nonzero(replica >= 0))]
-    only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
-    return Comparison(
-        difference=float(bootstrap.values[0]),
-        low=low,
-        high=high,
-        p_identity=min(1.0, 2 * min(sides) / (replicates + 1)),
-        only_a=only_a,
-        only_b=only_b,
-        p_mcnemar=mcnemar(only_a, only_b),
-        identities=people.count,
-        replicates=replicates,
-    )
+    found = []
+    for row, value in enumerate(bootstrap.values.tolist()):
+        low, high = bootstrap.percentiles(row)
+        replica = bootstrap.replicas[row]
+        # One more above and below: no smaller p can be told by so many replicates (Davison and Hinkley 1997, 4.11).
+        sides = [(1 + np.count_nonzero(replica <= 0)), (1 + np.count_nonzero(replica >= 0))]
+        p_value = min(1.0, 2 * min(sides) / (replicates + 1))
+        found.append(Comparison(value, min(low, value), max(high, value), p_value, people.count, replicates))
+    return found
 
 
 # --- figures of weighted rows ---------------------------------------------------------------------------------------
