@@ -160,7 +160,7 @@ def inner_mistakes(embedder: Embedder, checkpoint: Path) -> Iterator[tuple[str, 
     device = embedder.model.device
     way = embedder.preprocessing
     yield "training mode", Embedder.from_network(_InTrainingMode(network), device, preprocessing=way)
-    content = utils.load_checkpoint(checkpoint, mmap=True)
+    content = utils.read_tensors(checkpoint, mmap=True, stand_ins=True)
     if "format" in content:
         centres = storage.open_stored(checkpoint).content["head"]["centres"][:]
         if len(centres) == 0:

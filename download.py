@@ -175,13 +175,16 @@ def _receive(url: str, part: Path) -> None:
         if error.code in (429, 500, 502, 503, 504):
             raise _CutOffError(f"the server answered {error.code} {error.reason}") from error
         raise _RefusedError(f"the server answered {error.code} {error.reason}") from error
+    except ValueError as error:  # UnicodeError is one: a name that no server can have
+        raise _RefusedError(f"no such address, or a redirect to none ({error})") from error
     with response:
         if response.status == 206:
             total: int | None = _total_of_range(response.headers.get("Content-Range", ""), have)
         else:
             have = 0
             length = response.headers.get("Content-Length")
-            total = int(length) if length and length.isdigit() else None
+            known = length and length.isascii() and length.isdecimal() and len(length) <= 18
+            total = int(length) if known else None
             if response.headers.get_content_type() == "text/html":
                 raise _RefusedError("the answer is a web page, not a model")
             # The old part goes before the new tag comes, so that a kill between the two cannot marry them.

@@ -261,6 +261,13 @@ class Embedder:
             mirror = "mirror image inside the graph"
         return f"{way.channels} 0..{way.pixel_range:g}, mean {mean}, std {std}, {mirror}"
 
+    @property
+    def as_stated(self) -> bool:
+        """Is it fed as its metadata says? Only then does the threshold there hold. Options can change no more than the
+        mirror image."""
+        stated = self.metadata.get("mirror")
+        return stated in (None, "graph") or self.preprocessing.mirror == (stated == "caller")
+
     def describe(self) -> dict[str, Any]:
         """What a report has to say about the model, ready for JSON."""
         return {

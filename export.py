@@ -66,6 +66,7 @@ OF_ONNX = (
 # Float32 in another order of additions: the largest difference seen over all networks is 1e-5 of a feature's length.
 TOLERANCE = 1e-4
 CALIBRATION_CROPS = 256
+MEASURED = ("threshold", "figures")  # keys of the metadata
 CHECK_BATCHES = (1, 2, 5)
 
 # What remains to be done outside of a graph that normalises: hand over pixels from 0 to 255.
@@ -246,11 +247,14 @@ def to_int8(model: bytes, batches: Iterator[np.ndarray], scratch: Path) -> bytes
 
 
 def with_metadata(model: bytes, metadata: dict[str, str]) -> bytes:
-    """The model with these texts as its metadata, beside those of other names that it had."""
+    """The model with these texts as its metadata, beside those of other names that it had.
+
+    What was measured on the model as it was (`MEASURED`) does not stay.
+    """
     import onnx
 
     proto = onnx.load_from_string(model)
-    others = {entry.key: entry.value for entry in proto.metadata_props}
+    others = {entry.key: entry.value for entry in proto.metadata_props if entry.key not in MEASURED}
     del proto.metadata_props[:]
     onnx.helper.set_model_props(proto, others | metadata)
     onnx.checker.check_model(proto)
@@ -351,7 +355,8 @@ class Exporter:
     def write(self, model: bytes, name: str) -> dict[str, Any]:
         """Check a variant, measure it, write it with its metadata; returns its entry of export.json."""
         path = self.options.out / f"embedding-{name}.onnx"
-        metadata = self.outside.to_metadata(mirror_in_graph=self.options.mirror_inside)
+        mirrors = self.options.mirror_inside or self.embedder.metadata.get("mirror") == "graph"
+        metadata = self.outside.to_metadata(mirror_in_graph=mirrors)
         metadata |= {"source": self.embedder.name, "source_sha256": str(self.embedder.sha256), "variant": name}
         metadata["insightface"] = fed_by_insightface(model, self.outside)
         exported = embedder_of_onnx(with_metadata(model, metadata), path.name)

@@ -152,6 +152,14 @@ def _identify(sides: list[Side], options: config.Identification) -> tuple[Any, A
         }
     found: dict[str, Any] = {}
     notes = []
+    if len(sides) == 2:
+        faceless = np.setdiff1d(gallery.labels, gallery.labels[present])
+        lost = int(np.isin(probes.labels, faceless).sum())
+        if lost:
+            notes.append(
+                f"{len(faceless)} people have no gallery photo with a face: their {lost} probes can find nobody, and "
+                "count as misses"
+            )
     for name, choose in roles.items():
         seeds = range(options.splits if len(sides) == 1 else 1)
         try:
@@ -310,6 +318,9 @@ def draw(out: Path, pairs: AllPairs, results: dict[str, Any], model: str) -> Non
                 )  # fmt: skip
         plotting.title(axes, f"all pairs, {model}", f"EER {percent(results['verification']['eer'])}; lines: FAR")
         figure.legend(loc="outside lower center", ncols=2)
+    for name in ("cmc", "dir"):  # of an earlier run, which may have had a set that this one lacks
+        for suffix in (".png", ".svg"):
+            (out / f"{name}{suffix}").unlink(missing_ok=True)
     if results["closed_set"]:
         closed = results["closed_set"]
         with plotting.drawing(out / "cmc", 7, 4.5) as figure:

@@ -352,6 +352,8 @@ def _write_report(
     largest = {outcome.entrants.treatment: outcome for outcome in outcomes}  # sizes ascend
     drawn = [curves.from_result(outcome.result, outcome.name) for outcome in largest.values()]
     curves.draw(out, drawn, f"MegaFace Challenge 1, {name}")
+    for stale in out.glob("misses-*.png"):  # of a treatment that an earlier run had
+        stale.unlink()
     for treatment, outcome in largest.items():
         sheet = misses_sheet(outcome, *sides, name, options.sheet)
         plotting.save_png(out / f"misses-{treatment}.png", sheet)

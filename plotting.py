@@ -36,6 +36,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#000000",
 )
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, BLACK)
+DASHES = ("-", "--", "-.", ":")
 
 _LOOK: dict[Any, Any] = {
     "font.size": 10,
@@ -53,6 +54,12 @@ _LOOK: dict[Any, Any] = {
     "svg.hashsalt": "figures",  # otherwise element names are random
 }
 DPI = 150
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour and dashes of the line with this number, for `plot`: 28 that can be told apart."""
+    turn, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)]}
 
 
 @contextlib.contextmanager

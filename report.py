@@ -25,7 +25,7 @@ from options import parse
 from reporting.card import card
 from reporting.facts import Run, read_run
 from reporting.page import page
-from verification.scores import plain_name
+from verification.scores import distinct_names
 
 
 @utils.command
@@ -39,12 +39,10 @@ def main() -> None:
         runs = [joined(runs)]
     title = options.title or "Report on " + " and ".join(run.label for run in runs)
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    cards = {
-        options.out.with_name("MODEL_CARD.md" if len(runs) == 1 else f"MODEL_CARD-{plain_name(run.label)}.md"): card(
-            run
-        )
-        for run in runs
-    }
+    stems = [f"MODEL_CARD-{name}" for name in distinct_names([run.label for run in runs])]
+    if len(runs) == 1:
+        stems = ["MODEL_CARD"]
+    cards = {options.out.with_name(f"{stem}.md"): card(run) for stem, run in zip(stems, runs, strict=True)}
     utils.write_text(options.out, page(runs, title, command))
     for path, text in cards.items():
         utils.write_text(path, text)

@@ -110,13 +110,14 @@ def _read_features(path: Path, lists: Lists) -> tuple[np.ndarray, dict[str, Any]
     """The same from an .npz with `features` [n, D] and `names` [n], in any order."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            features, names = stored["features"], stored["names"].astype(str).tolist()
+            features, names = stored["features"], stored["names"].astype(str)
     except FileNotFoundError:
         raise
     except Exception as error:  # foreign bytes make the readers raise nearly anything
         raise InputError(f"{path}: not an .npz file with features and names") from error
-    if features.ndim != 2 or features.dtype.kind != "f" or len(features) != len(names):
-        raise InputError(f"{path}: features are {features.dtype} {features.shape} for {len(names)} names")
+    if features.ndim != 2 or not features.size or features.dtype.kind != "f" or names.shape != features.shape[:1]:
+        raise InputError(f"{path}: features are {features.dtype} {features.shape} for names {names.shape}")
+    names = names.tolist()
     row = {name: number for number, name in enumerate(names)}
     if len(row) != len(names):
         raise InputError(f"{path}: a name stands there twice")

@@ -28,7 +28,6 @@ from options import parse
 from utils import InputError
 
 LOWEST_FAR = 1e-8  # no challenge resolves less: a hundred probes, a million distractors
-DASHES = ("-", "--", "-.", ":")
 HEIGHT, LINE = 4.6, 0.2  # inches: the figure, and each line of its legend
 LONGEST_LABEL = 60  # characters that fit below the axes
 
@@ -125,13 +124,12 @@ def _smallest(curve: Curves) -> float:
 
 def _stairs(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, number: int, *, left: float, right: float) -> None:
     """A curve that holds each value until the next point. What lies left of the axis is drawn at its border."""
-    style = DASHES[number // len(plotting.COLOURS) % len(DASHES)]
     x = np.append(np.maximum(x, left), right)
-    axes.step(x, 100 * np.append(y, y[-1]), where="post", label=label, linestyle=style)
+    axes.step(x, 100 * np.append(y, y[-1]), where="post", label=label, **plotting.line_style(number))
 
 
 def _finish(axes: Axes, rates: Sequence[np.ndarray]) -> None:
-    bottom = 100 * plotting.rate_floor(min(float(rate.min()) for rate in rates if len(rate)))
+    bottom = 100 * plotting.rate_floor(min((float(rate.min()) for rate in rates if len(rate)), default=0.0))
     axes.set_ylim(bottom, 100 + (100 - bottom) / 50)
 
 

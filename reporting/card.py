@@ -93,7 +93,8 @@ def model_of(run: Run) -> tuple[str, str | None]:
     if run.embedding_sha256 is not None:
         named = [name for name, digest in counted if digest == run.embedding_sha256 and name != "embedding.pt"]
         return (named or ["embedding.pt"])[0], run.embedding_sha256
-    return counted.most_common(1)[0][0] if counted else (run.label, None)
+    known = [model for model, _ in counted.most_common() if model[1] is not None]
+    return (known or list(counted) or [(run.label, None)])[0]
 
 
 def _plain(text: str) -> str:

@@ -28,9 +28,10 @@ def training_curves(runs: Sequence[Run]) -> dict[str, bytes]:
             with plotting.drawing(path, 5.5, 3.4) as figure:
                 axes = figure.add_subplot(xlabel="step" if name.endswith(BY_STEP) else "epoch")
                 axes.set_title(name, loc="left")
-                for colour, (label, series) in zip(plotting.COLOURS, lines, strict=False):
+                for number, (label, series) in enumerate(lines):
                     x, y = zip(*series, strict=True)
-                    axes.plot(x, y, color=colour, label=label, marker="." if len(series) < 40 else "")
+                    marker = "." if len(series) < 40 else ""
+                    axes.plot(x, y, **plotting.line_style(number), label=label, marker=marker)
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 if len(runs) > 1:
                     axes.legend(fontsize=8)

@@ -50,6 +50,14 @@ class Source:
     notes: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """TypeError where a file has something else than texts in the place of texts."""
+        hashes = [digest for _, digest in [*self.models, *self.data]] + [row.data_sha256 for row in self.figures]
+        texts = [name for name, _ in [*self.models, *self.data]] + self.notes + self.texts + [self.subject]
+        for value in [*texts, *(digest for digest in hashes if digest is not None)]:
+            if not isinstance(value, str):
+                raise TypeError(f"{value!r} is no text")
+
 
 @dataclass
 class Run:
@@ -156,6 +164,10 @@ def _training(path: Path, content: dict[str, Any], run: Run) -> list[Source]:
     data = content.get("data") or {}
     name = str(data.get("name") or data.get("path") or "training data")
     sha = data.get("fingerprint") or data.get("sha256")
+    for row in content["history"]:
+        float(row["epoch"]), [float(entry["accuracy"]) for entry in (row.get("verification") or {}).values()]
+    if not isinstance(recorded.get("options") or {}, dict):
+        raise TypeError(f"{path.with_name('run.json')}: its options are none")
     if not run.history or len(content["history"]) > len(run.history):
         run.history, run.options = content["history"], recorded.get("options") or {}
         run.embedding_sha256 = content.get("embedding_sha256")
@@ -185,7 +197,7 @@ def _training(path: Path, content: dict[str, Any], run: Run) -> list[Source]:
         figures.append(Figure(f"accuracy on {set_name}, best epoch", percent(entry["accuracy"]), interval, measured_on))
     skipped = content.get("unreadable_crops") or []
     notes = [f"{len(skipped)} crops could not be read and were replaced"] if skipped else []
-    model = ("embedding.pt", run.embedding_sha256)
+    model = ("embedding.pt", content.get("embedding_sha256"))
     return [Source(path, "Training", name, _command(path, content), [model], [(name, sha)], figures, notes=notes)]
 
 
@@ -389,7 +401,8 @@ def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
         for point in row.get("verification", []):
             if point.get("resolved"):
                 figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
-    pictures = sorted(path.parent.glob("*.png"))[:6]
+    sheets = [f"misses-{treatment}.png" for treatment in dict.fromkeys(row["noise"] for row in content["results"])]
+    pictures = _pictures(path.parent, "cmc.png", "roc.png", *sheets)
     return [
         Source(path, "MegaFace", "Challenge 1", _command(path, content), [_model(content)], data, figures, pictures)
     ]

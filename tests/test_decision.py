@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding import Preprocessing
+from embedding import Embedder, Preprocessing
 from utils import InputError
 from verification.decision import Decision, Normal, find_decision
 
@@ -20,7 +20,8 @@ WAY = dataclasses.asdict(Preprocessing())
 
 
 def model(**metadata):
-    return SimpleNamespace(name="net.onnx", metadata=metadata, sha256=SHA, preprocessing=Preprocessing())
+    runs = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    return Embedder(runs, Preprocessing(), name="net.onnx", sha256=SHA, engine="test", metadata=metadata)
 
 
 def write(path: Path, content) -> Path:
@@ -117,6 +118,16 @@ def test_threshold_in_the_models_own_metadata_wins_over_files_beside_it(tmp_path
     stated = model(threshold={"cosine": 0.5, "data": "lfw"}, figures={"angles": ANGLES})
     found = find_decision(stated, tmp_path / "net.onnx")
     assert found.threshold == pytest.approx(60) and "lfw" in found.source
+
+
+def test_threshold_in_the_metadata_is_of_the_mirror_image_that_it_names(tmp_path):
+    stated = {"threshold": {"cosine": 0.5, "data": "lfw"}}
+    for mirror in ("caller", "graph"):
+        assert find_decision(model(mirror=mirror, **stated), tmp_path / "net.onnx").threshold == pytest.approx(60)
+    with pytest.raises(InputError, match=r"no threshold is known for this model fed in this way .*mirror: none"):
+        find_decision(model(mirror="none", **stated), tmp_path / "net.onnx")
+    write(tmp_path / "results.json", evaluated(entry(0.0)))
+    assert find_decision(model(mirror="none", **stated), tmp_path / "net.onnx").threshold == pytest.approx(90)
 
 
 def test_metadata_may_hold_several_rates(tmp_path):

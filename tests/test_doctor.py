@@ -218,3 +218,12 @@ def test_command(tmp_path):
     assert report["verdict"] in run.stdout
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1 and run.stderr == "error: give either --lfw DIR or --bin FILE\n"
+
+
+def test_a_trainers_own_file_has_its_inner_mistakes_tried(tmp_path):
+    """Also where the weights lie beside a head, as arcface_torch's checkpoints have them."""
+    network = build_network("mbf", embedding_size=512).eval()
+    wrapped = {"state_dict_backbone": network.state_dict(), "state_dict_softmax_fc": {"weight": torch.zeros(3, 512)}}
+    torch.save(wrapped, tmp_path / "checkpoint_gpu_0.pt")
+    found = list(doctor.inner_mistakes(Embedder.from_network(network, "cpu"), tmp_path / "checkpoint_gpu_0.pt"))
+    assert [name for name, _ in found] == ["training mode"]

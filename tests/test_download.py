@@ -72,6 +72,12 @@ def send(handler, data, *, status=200, announced=None, send_only=None, tag='"v1"
     handler.wfile.write(body if send_only is None else body[:send_only])
 
 
+def redirect(handler, where):
+    handler.send_response(302)
+    handler.send_header("Location", where)
+    handler.end_headers()
+
+
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
@@ -246,12 +252,8 @@ def test_more_than_any_model_or_the_disk_is_refused_before_it_comes(tmp_path):
 
 @pytest.mark.parametrize("where", ["ftp://127.0.0.1/net.pt", "file:///etc/passwd", "data:,PK"])
 def test_redirect_to_another_protocol_is_refused(tmp_path, where):
-    def answer(handler):
-        handler.send_response(302)
-        handler.send_header("Location", where)
-        handler.end_headers()
-
-    with serving(answer) as server, pytest.raises(InputError, match=r"redirects from http to ftp|answered 302"):
+    refused = pytest.raises(InputError, match=r"redirects from http to ftp|answered 302")
+    with serving(lambda handler: redirect(handler, where)) as server, refused:
         download.fetch(f"{server.url}/net.pt", tmp_path)
 
 
@@ -264,6 +266,9 @@ def test_redirect_from_https_to_http_is_refused():
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
+        (lambda handler: send(handler, b"no model", announced="9" * 5000), "not a .pt model"),
+        (lambda handler: redirect(handler, "http://[::1/net.pt"), "no such address, or a redirect to none"),
+        (lambda handler: redirect(handler, f"http://{'a' * 70}.org/net.pt"), "no such address, or a redirect to none"),
         (lambda handler: handler.send_error(404), "404"),
         (lambda handler: send(handler, b"<html>log in</html>", content_type="text/html"), "web page"),
         (lambda handler: send(handler, b"no model at all"), "not a .pt model"),

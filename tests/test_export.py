@@ -186,6 +186,20 @@ def test_a_foreign_file_becomes_one_that_speaks_for_itself(exported, tmp_path, m
     assert code == 1 and "copied as it is" in err
 
 
+def test_what_was_measured_does_not_go_into_a_copy_unmeasured(exported, tmp_path, monkeypatch, capsys):
+    """A copy in other arithmetic, or of another feeding, has no threshold; a mirror image inside stays inside."""
+    folder, _ = exported
+    source = folder / "out" / "embedding-fp32.onnx"
+    assert "threshold" in load_embedder(source).metadata
+    code, _, err = run(
+        monkeypatch, capsys, "--checkpoint", source, "--out", tmp_path / "out", "--variants", "fp32", "fp16"
+    )
+    assert code == 0, err
+    for name in ("fp32", "fp16"):
+        said = load_embedder(tmp_path / "out" / f"embedding-{name}.onnx").metadata
+        assert said["mirror"] == "graph" and "threshold" not in said and "figures" not in said
+
+
 def test_figures_of_lfw_eval_need_not_be_measured_again(exported, tmp_path, monkeypatch, capsys):
     folder, _ = exported
     words = ["lfw_eval.py", "--checkpoint", folder / "net.pt", "--bin", folder / "pairs.bin", "--far", "0.1", "0.2"]

@@ -130,7 +130,9 @@ def test_numbers_become_ranges():
     ]
     assert as_groups(["1", "2", "1"]) == ["1", "2", "1"]
     assert parse_column("age:30,50") == ("age", [30.0, 50.0]) and parse_column("sex") == ("sex", None)
-    for text in ("age:", "age:x"):
+    assert as_groups(["20", "nan", "60"], [30, 50]) == ["under 30", "", "50 and more"]
+    assert set(as_groups([*ages, "nan"])) == {*as_groups(ages), ""}
+    for text in ("age:", "age:x", "age:nan"):
         with pytest.raises(InputError, match="borders are numbers"):
             parse_column(text)
     with pytest.raises(InputError, match="is no number"):

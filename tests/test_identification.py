@@ -118,6 +118,17 @@ def test_closed_and_open_set_by_hand():
     assert tenth == {"fpir": 0.1, "resolved": False, "non_mated_probes": 2}
 
 
+def test_people_whose_gallery_photo_shows_no_face_are_no_strangers():
+    """Their probes miss, in both sets."""
+    gallery = Side(np.array([[1.0, 0], [np.nan, np.nan]]), np.array([0, 1]))
+    probes = Side(np.array([[1.0, 0], [0.0, 1], [0.6, 0.8]]), np.array([0, 1, 2]))
+    mated = np.array([True, True, False])
+    found = answer(gallery, probes, Roles(np.array([0]), np.arange(3), mated))
+    assert found.mated.tolist() == mated.tolist() and found.rank.tolist() == [1, UNRANKED, UNRANKED]
+    assert closed_set([answer(gallery, probes, Roles(np.array([0]), np.arange(2), mated[:2]))])["cmc"] == [0.5]
+    assert open_set([found], [1.0])["dir_at_fpir"][0]["dir"] == 0.5
+
+
 def test_strangers_without_a_face_raise_no_alarm_and_are_counted():
     gallery = Side(np.eye(2), np.array([0, 1]))
     probes = Side(np.array([[1.0, 0], [np.nan, np.nan], [0.8, 0.6]]), np.array([0, 5, 6]))
@@ -295,6 +306,17 @@ def test_given_roles_and_a_table_of_scores(tmp_path, monkeypatch, model):
     rows = [line.split("\t") for line in (tmp_path / "s.tsv").read_text().splitlines()]
     assert rows[0] == ["first", "second", "same", "cosine"] and len(rows) == 1 + 6 * 8
     assert sum(row[2] == "1" for row in rows[1:]) == found["verification"]["genuine_pairs"] == 8
+    assert (tmp_path / "out" / "dir.png").is_file()
+    # Again into the same folder: one of the three has no face in the gallery any more, and nobody is a stranger.
+    for number in (0, 1):
+        (tmp_path / "gallery" / "person 1" / f"{number}.png").write_bytes(b"no picture")
+    for person in (3, 4):
+        shutil.rmtree(tmp_path / "probes" / f"person {person}")
+    assert run(monkeypatch, *model, *words, "--out", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["closed_set"]["probes"] == 4 and found["closed_set"]["ranks"][0]["rate"] <= 0.5
+    assert found["open_set"] is None and not (tmp_path / "out" / "dir.png").exists()
+    assert any("1 people have no gallery photo with a face: their 2 probes" in note for note in found["notes"])
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,29 @@ def test_lists_of_groups_become_one_set(tmp_path):
     assert ((found.identities[found.pairs[:, 0]] == found.identities[found.pairs[:, 1]]) == found.same).all()
 
 
+def test_lists_that_count_people_on_their_own(tmp_path):
+    """Person 1 of a list is person 1 of another only where both name a photo of theirs."""
+    touch(tmp_path, *(f"{name}.jpg" for name in "abcdefg"))
+    first = write(tmp_path / "A.csv", "file1,file2,id1,id2\na.jpg,b.jpg,1,1\na.jpg,c.jpg,1,2\n")
+    second = write(tmp_path / "B.csv", "file1,file2,id1,id2\nd.jpg,e.jpg,1,1\nd.jpg,f.jpg,1,2\nc.jpg,g.jpg,3,3\n")
+    found = open_lists(tmp_path, [first, second])
+    who = {file.stem: number for file, number in zip(found.files, found.identities.tolist(), strict=True)}
+    assert who["a"] == who["b"] and who["d"] == who["e"] and who["c"] == who["g"]
+    assert len({who["a"], who["c"], who["d"], who["f"]}) == 4
+
+
+def test_nobody_is_no_identity(tmp_path):
+    path = write(tmp_path / "list.csv", "file1,file2,id1,id2\na.jpg,b.jpg,,\n")
+    with pytest.raises(InputError, match="line 2: an identity is empty"):
+        read_pair_list(path)
+
+
+def test_the_whole_name_comes_before_the_name_without_its_end(tmp_path):
+    touch(tmp_path, "a/img.jpg", "a/img.0001.jpg", "a/other.jpg")
+    path = write(tmp_path / "list.txt", "a/img.0001 a/other 1\n")
+    assert [file.name for file in find_files(tmp_path, read_pair_list(path), path)] == ["img.0001.jpg", "other.jpg"]
+
+
 def test_people_by_folders_or_by_chains(tmp_path):
     touch(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg", "c/1.jpg")
     by_folder = write(tmp_path / "folders.txt", "a/1.jpg a/2.jpg 1\na/1.jpg b/1.jpg 0\nb/1.jpg c/1.jpg 0\n")

@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 import report
 from reporting.card import card
+from reporting.curves import training_curves
 from reporting.facts import read_run
 
 MODEL, OTHER, DATA = "a" * 64, "b" * 64, "d" * 64
@@ -316,3 +318,74 @@ def test_a_path_or_a_seed_is_no_hash(tmp_path):
     for file in (tmp_path / "crops" / "faces.tsv", tmp_path / "split" / "pairs.csv"):
         assert f"- data {file.name}: `{hashlib.sha256(file.read_bytes()).hexdigest()}`" in text
     assert "| people held out | 50 | - |" in text and "- of faces, seed 0" in text
+
+
+def test_every_training_is_of_its_own_network(tmp_path):
+    """Two trainings below one folder: the figures of the second are none of the first one's network."""
+    put(tmp_path / "a", training())
+    other = training(OTHER)
+    other["best"]["verification"]["val"]["accuracy"] = 0.4321
+    put(tmp_path / "b", other)
+    run = read_run(tmp_path, "runs")
+    assert [source.models[0][1] for source in run.sources] == [MODEL, OTHER]
+    text = card(run)
+    assert "43.21 %" not in text and "measured on another model (bbbbbbbbbbbb)" in text
+
+
+def test_results_of_two_models_are_never_one_card_for_want_of_a_hash(tmp_path):
+    for name, model, accuracy in (("x", MODEL, 0.6543), ("y", OTHER, 0.8765)):
+        put(tmp_path / name, verification(name, model=model, accuracy=accuracy))
+    put(tmp_path / "old", {key: value for key, value in training().items() if key != "embedding_sha256"})
+    text = card(read_run(tmp_path, "run"))
+    assert ("65.43 %" in text) != ("87.65 %" in text) and "measured on another model" in text
+
+
+def test_runs_of_names_that_files_cannot_tell_apart(tmp_path, monkeypatch):
+    for name, model in (("a b", MODEL), ("a_b", OTHER)):
+        put(tmp_path / name, verification(model=model))
+    assert run(monkeypatch, tmp_path / "a b", tmp_path / "a_b", "--out", tmp_path / "r.html") == 0
+    cards = [path.read_text() for path in sorted(tmp_path.glob("MODEL_CARD-*.md"))]
+    assert len(cards) == 2 and {MODEL in text for text in cards} == {True, False}
+
+
+def test_all_of_many_trainings_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *xy, **how: drawn.append(how) or plot(axes, *xy, **how))
+    runs = [read_run(put(tmp_path / f"run{number}", training()), str(number)) for number in range(9)]
+    training_curves(runs)
+    lines = [(how["label"], how["color"], how["linestyle"]) for how in drawn]
+    assert len(lines) == 9 * 3 and len({line[1:] for line in lines}) == 9
+
+
+def test_columns_of_one_file_are_called_by_their_models(tmp_path, monkeypatch):
+    levels = [{"level": 1, "fnmr": {"value": 0.1, "interval_95": [0, 1]}}]
+    models = [{"label": name, "name": name, "sha256": sha, "factors": {"yaw": {"levels": levels}}}
+              for name, sha in (("one.onnx", MODEL), ("two.onnx", OTHER))]  # fmt: skip
+    put(tmp_path / "st", {"people": {"identities": 5}, "models": models, "environment": {}})
+    assert run(monkeypatch, tmp_path / "st", "--out", tmp_path / "r.html") == 0
+    assert "<th>st, one.onnx</th><th>st, two.onnx</th>" in (tmp_path / "r.html").read_text()
+    for name in ("x", "y"):
+        put(tmp_path / "run" / name / "lfw", verification())
+    assert run(monkeypatch, tmp_path / "run", "--out", tmp_path / "r.html") == 0
+    assert "<th>run, x/lfw</th><th>run, y/lfw</th>" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["sets"][0].update(sha256=5),
+        lambda content: content["sets"][0].update(notes=[1]),
+        lambda content: content["model"].update(sha256=[1]),
+        lambda content: content.update(training(), history=[1]),
+        lambda content: content.update(training(), history=[{"loss": 1.0}]),
+        lambda content: content.update(training(), history=[{"epoch": 1, "verification": {"val": 1}}]),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(tmp_path, monkeypatch, capsys, change):
+    content = verification()
+    change(content)
+    put(tmp_path / "run" / "bad", content)
+    put(tmp_path / "run" / "good", verification("good"))
+    assert run(monkeypatch, tmp_path / "run", "--out", tmp_path / "r.html") == 0
+    assert "bad/results.json: damaged" in capsys.readouterr().out

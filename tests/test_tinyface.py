@@ -207,7 +207,11 @@ def test_tiny_faces_are_aligned_on_their_landmarks(tiny_lfw):
 def test_errors_are_one_line(tmp_path, run, shared):
     folder = shared / "ijb" / "small" / "tinyface"
     np.savez(tmp_path / "few.npz", features=np.ones((1, 4), np.float32), names=["1_2.jpg"])
+    np.savez(tmp_path / "column.npz", features=np.ones((1, 4), np.float32), names=[["1_2.jpg"]])
+    np.savez(tmp_path / "narrow.npz", features=np.ones((1, 0), np.float32), names=["1_2.jpg"])
     for arguments, message in [
+        (("--features", tmp_path / "column.npz", "--lists", folder), "features are float32 (1, 4) for names (1, 1)"),
+        (("--features", tmp_path / "narrow.npz", "--lists", folder), "features are float32 (1, 0) for names (1,)"),
         (("--lists", folder), "give --checkpoint FILE or --features FILE.npz"),
         (("--features", "x.npz"), "give --tinyface DIR"),
         (("--features", tmp_path / "few.npz", "--lists", folder), "has no features of 535 files"),

@@ -1,5 +1,6 @@
 """Figures of verification against brute force, hand-computed cases and properties; sets of pairs against damage."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -320,6 +321,14 @@ def test_verify_matches_the_embedding_by_hand(tmp_path, network):
     embeddings = raw / np.linalg.norm(raw, axis=1, keepdims=True)
     expected = (embeddings[0] @ embeddings[1], embeddings[2] @ embeddings[3])
     assert result.cosines == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_set_without_a_crop_is_named(tmp_path, network):
+    path = tmp_path / "two.bin"
+    verification_bin.write_bin(path, [encoded(0)[0], encoded(1)[0]], [True])
+    pairs = dataclasses.replace(sets.open_set(path), missing={0: "no face found", 1: "no face found"})
+    with pytest.raises(InputError, match="none of its 2 photos gives a crop"):
+        features.verify(network, pairs)
 
 
 PLAIN = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1))

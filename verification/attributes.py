@@ -9,6 +9,7 @@ Numbers with more than `DISTINCT` values become ranges: at the borders given (`a
 
 import csv
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,8 @@ def _scalars(text: str, where: str) -> dict[str, str]:
 
 
 def as_groups(values: Sequence[str], borders: Sequence[float] | None = None) -> list[str]:
-    """Values as names of groups: numbers of many values, or with `borders`, as ranges; "" stays unknown."""
+    """Values as names of groups: numbers of many values, or with `borders`, as ranges; "" stays unknown, and so does
+    "nan" among numbers."""
     known = sorted({value for value in values if value})
     numbers = {}
     for value in known:
@@ -118,6 +120,9 @@ def as_groups(values: Sequence[str], borders: Sequence[float] | None = None) -> 
             if borders is not None:
                 raise InputError(f"borders are given, but {value[:40]!r} is no number") from None
             return list(values)
+    if any(map(math.isfinite, numbers.values())):
+        values = [value if math.isfinite(numbers.get(value, 0)) else "" for value in values]
+        known = sorted({value for value in values if value})
     if borders is None:
         if len(known) <= DISTINCT:
             return list(values)
@@ -137,6 +142,9 @@ def parse_column(text: str) -> tuple[str, list[float] | None]:
     if not colon:
         return name, None
     try:
-        return name, [float(border) for border in borders.split(",")]
+        numbers = [float(border) for border in borders.split(",")]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
+        return name, numbers
     except ValueError:
         raise InputError(f"--groups {text}: borders are numbers, as in {name}:30,50") from None

@@ -153,13 +153,16 @@ def _measured(embedder: Embedder, checkpoint: Path, figures: Path | None) -> tup
         if found is None:
             raise InputError(f"--figures {figures}: no set there has both kinds of pairs, so it holds no threshold")
         return found, ""
+    why = ""
     if "threshold" in embedder.metadata:
-        return _from_metadata(embedder), ""
+        if embedder.as_stated:
+            return _from_metadata(embedder), ""
+        why = f" fed in this way (the threshold in its metadata is of mirror: {embedder.metadata['mirror']})"
     beside = checkpoint.parent / "results.json"
     if not beside.is_file():
-        return None, ""
+        return None, why
     found, wrong = _from_results(beside, embedder)
-    return (None, f" ({beside}: {wrong})") if wrong else (found, "")
+    return (None, f"{why} ({beside}: {wrong})") if wrong else (found, "")
 
 
 def _from_metadata(embedder: Embedder) -> _Figures:
@@ -176,7 +179,7 @@ def _from_metadata(embedder: Embedder) -> _Figures:
         else:
             best = _cosine(threshold["cosine"])
         return _Figures(source, points, best, _normals(known.get("angles")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{embedder.name}: the threshold in its metadata is not understood ({error!r})") from error
 
 
@@ -201,7 +204,7 @@ def _from_results(path: Path, embedder: Embedder) -> tuple[_Figures | None, str]
             best = _cosine(entry["threshold_best"]["cosine"])
             found = _Figures(f"{path}, {name}", points, best, _normals(entry["angles"]))
             return found, _mismatch(measured, embedder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a results.json of train.py or lfw_eval.py ({error!r})") from error
     return None, ""
 

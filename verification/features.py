@@ -76,6 +76,8 @@ def _cosines(features: np.ndarray, pairs: VerificationSet, model: str) -> np.nda
 def _features(embedder: Embedder, pairs: VerificationSet, cache_dir: Path | None) -> np.ndarray:
     chunks = []
     parts = chunks_of(pairs)
+    if not parts:
+        raise InputError(f"{pairs.name}: none of its {len(pairs.crops)} photos gives a crop")
     with utils.progress(sum(map(len, parts)), f"{pairs.name}: features", unit="crop") as bar:
         # One thread decodes ahead of the network, two chunks at most.
         for crops in faces.ordered_map(lambda part: pairs.crops[part], parts, 1):

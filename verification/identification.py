@@ -11,7 +11,7 @@ identification rate FPIR(t) is the share of non-mated probes that have anybody w
 at the laxest t whose FPIR does not exceed the one named.
 
 A probe without a face finds nobody: a miss if it is mated, no false positive if it is not. Photos without a face do not
-enter a gallery.
+enter a gallery; probes of a person who has no other photo there stay mated, and miss.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,8 @@ class Roles:
 @dataclass(frozen=True)
 class Answers:
     """What a gallery says of probes: for each, its person int64 [P], whether it is mated, the mate's score (minus
-    infinity where there is none), the best score of anybody else, and the mate's rank (`UNRANKED` without one)."""
+    infinity where there is none, or none with a face), the best score of anybody else, and the mate's rank (`UNRANKED`
+    without a score)."""
 
     people: Integers
     mated: NDArray[np.bool_]
@@ -126,7 +127,7 @@ def answer(gallery: Side, probes: Side, roles: Roles) -> Answers:
         ranked = own > -np.inf
         rank[start + rows[ranked]] = 1 + (scores[rows[ranked]] >= own[ranked, None]).sum(axis=1)
         other[part] = scores.max(axis=1)
-    return Answers(labels, has_mate, mate, other, rank, len(people))
+    return Answers(labels, roles.mated, mate, other, rank, len(people))
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

@@ -322,7 +322,11 @@ class _Reader:
         return self.finish(_numbers_of(folds) if folds else None, identities=identities, columns=columns)
 
     def _same(self, line: int, cells: list[str], where: dict[str, int]) -> bool:
-        by_id = cells[where["id1"]] == cells[where["id2"]] if "id1" in where else None
+        by_id = None
+        if "id1" in where:
+            if not (cells[where["id1"]] and cells[where["id2"]]):
+                raise InputError(f"{self.at(line)}: an identity is empty: nobody knows who that is")
+            by_id = cells[where["id1"]] == cells[where["id2"]]
         if "same" not in where:
             return bool(by_id)
         flag = _flag(cells[where["same"]])
@@ -413,7 +417,7 @@ def _find(root: Path, name: str, listings: dict[Path, dict[str, Path]]) -> Path 
     if file.is_file():
         return file
     stem = os.path.splitext(file.name)[0]  # noqa: PTH122 - a Path drops what looks like a suffix in a name without one
-    places = [(file.parent, stem), (file.parent, file.name)]
+    places = [(file.parent, file.name), (file.parent, stem)]
     if "/" not in name:
         places.append((root / stem.rpartition("_")[0], stem))
     for parent, wanted in places:
@@ -441,24 +445,26 @@ def open_lists(folder: str | Path, paths: Sequence[Path], folds: int = FOLDS) ->
     """Read lists and find their photos below `folder`. One file is one photo, whichever lists name it.
 
     Several lists make one set: its folds are cut anew, and its column `list` says which list a pair is from (the
-    file's name without suffix and without `_pairs`, as RFW's are called).
+    file's name without suffix and without `_pairs`, as RFW's are called). Person 1 of one list is person 1 of another
+    only where both name a photo of theirs: each list may count on its own.
     """
     lists = [read_pair_list(path, folds) for path in paths]
     labels = [re.sub(r"[_-]?pairs$", "", path.stem, flags=re.IGNORECASE) or path.stem for path in paths]
     if len(set(labels)) < len(labels):
         labels = [str(path) for path in paths]
     index: dict[Path, int] = {}
-    identities: list[str | None] = []
+    claims: list[tuple[int, tuple[str, str]]] = []  # photo, and who a list says it shows
     pairs: list[np.ndarray] = []
     columns: dict[str, list[tuple[str, str]]] = {name: [] for one in lists for name in one.columns}
     origin: list[tuple[str, str]] = []
     for one, path, label in zip(lists, paths, labels, strict=True):
         files = find_files(folder, one, path)
         for position, file in enumerate(files):
-            if index.setdefault(file, len(identities)) == len(identities):
-                # LFW's format knows people by their folders, and RFW keeps those of a group in a folder of its own.
-                known = str(file.parent) if one.numbered else one.identities[position] if one.identities else None
-                identities.append(known)
+            photo = index.setdefault(file, len(index))
+            if one.numbered:  # by folders: RFW keeps those of a group in a folder of its own
+                claims.append((photo, ("", str(file.parent))))
+            elif one.identities:
+                claims.append((photo, (str(path), one.identities[position])))
         pairs.append(np.array([index[file] for file in files], dtype=np.int64)[one.pairs])
         for column, values in columns.items():
             values += one.columns.get(column, [("", "")] * len(one.same))
@@ -467,7 +473,7 @@ def open_lists(folder: str | Path, paths: Sequence[Path], folds: int = FOLDS) ->
     itself = np.flatnonzero(both[:, 0] == both[:, 1])
     if len(itself):
         raise InputError(f"{paths[0]}: pairs {list(index)[both[itself[0], 0]]} with itself, under two names")
-    numbers, notes = _identities(identities, list(index), both, same)
+    numbers, notes = _identities(_united(claims, len(index)), list(index), both, same)
     return PhotoPairs(
         files=list(index),
         pairs=both,
@@ -477,6 +483,15 @@ def open_lists(folder: str | Path, paths: Sequence[Path], folds: int = FOLDS) ->
         columns=columns | ({"list": origin} if len(lists) > 1 else {}),
         notes=[note for one in lists for note in one.notes] + notes,
     )
+
+
+def _united(claims: Sequence[tuple[int, tuple[str, str]]], photos: int) -> list[str | None]:
+    """A name for the person of each photo, None where no list says who it is; people who share a photo are one."""
+    people = {person: photos + number for number, person in enumerate(dict.fromkeys(person for _, person in claims))}
+    links = np.array([(photo, people[person]) for photo, person in claims], dtype=np.int64).reshape(-1, 2)
+    numbers, _ = connected(photos + len(people), links, np.ones(len(links), dtype=bool))
+    told = {photo for photo, _ in claims}
+    return [str(number) if photo in told else None for photo, number in enumerate(numbers[:photos].tolist())]
 
 
 def _identities(

@@ -4,6 +4,7 @@ Crops are never held all at once: a window of photos is found, aligned and embed
 cache where it can. So a killed run goes on where it was, and a second model needs no second detection.
 """
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,12 @@ class People:
     notes: list[str] = field(default_factory=list)
 
     def side(self, numbers: dict[str, int]) -> Side:
-        """The photos with numbers for their people; people without one get the next."""
-        return Side(self.embeddings, np.array([numbers.setdefault(person, len(numbers)) for person in self.persons]))
+        """The photos with numbers for their people; people without one get the next.
+
+        A name counts in composed letters: a disk of macOS may hold the other way of writing the same one.
+        """
+        names = [unicodedata.normalize("NFC", person) for person in self.persons]
+        return Side(self.embeddings, np.array([numbers.setdefault(name, len(numbers)) for name in names]))
 
     def path(self, index: int) -> Path:
         """The file of a photo."""

@@ -131,8 +131,8 @@ def _accuracy_of(entry: dict[str, Any]) -> str:
 
 
 def own_threshold(embedder: Embedder) -> float | None:
-    """The threshold (cosine) that a model file states in its metadata."""
-    stated = embedder.metadata.get("threshold")
+    """The threshold (cosine) that a model file states in its metadata; None if it is fed otherwise than that says."""
+    stated = embedder.metadata.get("threshold") if embedder.as_stated else None
     return float(stated["cosine"]) if isinstance(stated, dict) and "cosine" in stated else None
 
 

@@ -47,10 +47,15 @@ def plain_name(name: str) -> str:
 
 
 def stems(sets: Sequence[VerificationSet]) -> list[str]:
-    """A file name for each set: its own name without what file systems dislike, numbered where two are the same."""
+    """A file name for each set, see `distinct_names`."""
+    return distinct_names([pairs.name for pairs in sets])
+
+
+def distinct_names(texts: Sequence[str]) -> list[str]:
+    """A file name for each text: without what file systems dislike, numbered where two are the same."""
     names: list[str] = []
-    for pairs in sets:
-        plain = plain_name(pairs.name)
+    for text in texts:
+        plain = plain_name(text)
         count = 1
         name = plain
         while name.lower() in (other.lower() for other in names):
@@ -95,7 +100,9 @@ def read_scores(results: Path) -> list[Scores]:
         model, entries = content["model"] | {"name": str(content["model"]["name"])}, content["sets"]
         named = [entry for entry in entries if entry.get("scores")]
         for entry in named:
-            str(entry["name"]), str(entry["sha256"])
+            source = entry.get("source", {})
+            if not (isinstance(entry["name"], str) and isinstance(entry["sha256"], str) and isinstance(source, dict)):
+                raise TypeError("a set needs a name, a sha256 and a source")
         files = [(path.parent / Path(entry["scores"]["file"]).name, entry["scores"]["sha256"]) for entry in named]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a results.json of lfw_eval.py ({error!r})") from error
