@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 import config
+import retinaface
 import utils
 from auditing import decisions as decided
-from auditing import report
+from auditing import duplicates, measures, report
 from auditing.against import people_of, same_photo
 from auditing.centres import Centres, Rows, nearest_other, unit_rows
 from auditing.decisions import Decisions, read_decisions
@@ -66,6 +67,8 @@ from verification.sets import open_set
 
 SHEET = 24  # findings of a kind on a sheet
 CONFIRMED = "confirmed by a person"
+# What decides the measures of a crop, besides the detector's weights.
+MEASURED_BY = (measures.__file__, duplicates.__file__, *Path(retinaface.__file__).parent.glob("*.py"))
 
 
 class Findings:
@@ -104,6 +107,7 @@ def embed(
     shard = Shard.parse(options.shard)
     key = {"data": fingerprint, "model": embedder.fingerprint, "measures": [THUMB, *SIGNS], "shifts": options.shifts}
     key["faces"] = embedded_weights() if options.faces else None
+    key["code"] = [utils.code_sha256(*MEASURED_BY), utils.versions("opencv-python", "opencv-python-headless")]
     folder = options.out / "embeddings"
     features = EmbeddingStore(folder / "features", key, len(crops), embedder.dim)
     measures = EmbeddingStore(folder / "measures", key, len(crops), WIDTH, "float16")
@@ -526,23 +530,27 @@ def apply(options: config.AuditApply) -> None:
     crops = crop_sets.open_training_set(options.data, skip_unreadable=True)
     fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
     kept, left = selection.select(crops, fingerprint, options.audit, relabel=options.relabel)
-    if not crop_sets.claim(options.out, "apply.json", {"data": fingerprint, "kept": left}):
-        order = np.argsort(kept.labels, kind="stable").tolist()
-        lines = ["key\tlabel\tcrop"]
-        with crop_sets.CropWriter(options.out) as writer, utils.progress(len(kept), "write", unit="crop") as bar:
-            for index in order:
-                payload, label = kept.read(index)
-                key = writer.write(payload, label)
-                lines.append(f"{key}\t{label}\t{tables.escape(kept.describe(index))}")
-                bar.update()
-            # Before the block ends, and with it the set is there.
-            tables.write_identities(
-                options.out / "identities.tsv", kept.identity_names, np.bincount(kept.labels).tolist()
-            )
-            text = "\n".join(lines) + "\n"
-            utils.write_bytes(options.out / "sources.tsv", text.encode("utf-8", "surrogateescape"))
-            write_faces(options, kept, order, len(crops))
+    with crop_sets.claimed(options.out, "apply.json", {"data": fingerprint, "kept": left}) as there:
+        if not there:
+            write_set(options, kept, len(crops))
     print(f"{options.out}: {len(kept):,} of {len(crops):,} crops, {kept.identities:,} identities; {kept.notes[-1]}")
+
+
+def write_set(options: config.AuditApply, kept: selection.SelectedCrops, crops: int) -> None:
+    """The crops in the order of their labels, and where each of them is from."""
+    order = np.argsort(kept.labels, kind="stable").tolist()
+    lines = ["key\tlabel\tcrop"]
+    with crop_sets.CropWriter(options.out) as writer, utils.progress(len(kept), "write", unit="crop") as bar:
+        for index in order:
+            payload, label = kept.read(index)
+            key = writer.write(payload, label)
+            lines.append(f"{key}\t{label}\t{tables.escape(kept.describe(index))}")
+            bar.update()
+        # Before the block ends, and with it the set is there.
+        tables.write_identities(options.out / "identities.tsv", kept.identity_names, np.bincount(kept.labels).tolist())
+        text = "\n".join(lines) + "\n"
+        utils.write_bytes(options.out / "sources.tsv", text.encode("utf-8", "surrogateescape"))
+        write_faces(options, kept, order, crops)
 
 
 def write_faces(options: config.AuditApply, kept: selection.SelectedCrops, order: Sequence[int], crops: int) -> None:

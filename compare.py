@@ -107,7 +107,7 @@ def compare_sets(one: Scores, other: Scores, names: tuple[str, str], options: co
     points = {far: [operating_point(found, far) for found in curves] for far in options.far}
     resolved = [far for far, pair in points.items() if all(point.resolved for point in pair)]
     tars = compare_tars(one.cosines, other.cosines, one.same, sides, resolved, seed=options.seed)
-    only_a, only_b = (int((first & ~second).sum()) for first, second in (correct, correct[::-1]))
+    only_a, only_b = int((correct[0] & ~correct[1]).sum()), int((correct[1] & ~correct[0]).sum())
     tests = {"only_a_correct": only_a, "only_b_correct": only_b, "p_mcnemar": mcnemar(only_a, only_b)}
     found = {
         "name": one.entry["name"],

@@ -196,7 +196,8 @@ class CropDataset(torch.utils.data.Dataset):
 
     def _encoded(self, indices: np.ndarray, values: np.ndarray) -> Batch:
         crops = [self._read(index) for index in indices.tolist()]
-        images = torch.frombuffer(bytearray(b"".join(crop for crop, _ in crops)), dtype=torch.uint8)
+        joined = bytearray(b"".join(crop for crop, _ in crops))
+        images = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
         labels = torch.tensor([label for _, label in crops])
         sizes = torch.tensor([len(crop) for crop, _ in crops])
         colours = pack_colours(self.recipe, values)

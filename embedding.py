@@ -578,7 +578,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def _is_triple(value: Any) -> bool:
@@ -648,7 +648,7 @@ def _check_onnx(path: Path) -> str:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         name = entries.get("location", "")
         numbers = entries.get("offset", "0"), entries.get("length", "0")
-        if not all(number.isdecimal() for number in numbers):
+        if not all(number.isascii() and number.isdecimal() and len(number) < 20 for number in numbers):
             raise InputError(f"{path}: the place of its weights in {name!r} is not understood")
         ends[name] = max(ends.get(name, 0), sum(map(int, numbers)))
     parts = [_external_file(path, name, end) for name, end in sorted(ends.items())]
@@ -666,7 +666,13 @@ def _external_file(path: Path, name: str, end: int) -> Path:
     """A file of weights beside an ONNX file, at least `end` bytes long."""
     folder = path.parent.resolve()
     part = path.parent / name
-    if not name or Path(name).is_absolute() or not part.resolve().is_relative_to(folder):
+    try:
+        inside = bool(name) and not Path(name).is_absolute() and part.resolve(strict=True).is_relative_to(folder)
+    except FileNotFoundError:
+        inside = part.resolve().is_relative_to(folder)
+    except (OSError, ValueError):  # a name that no file can have
+        inside = False
+    if not inside:
         raise InputError(f"{path}: wants weights from {name!r}, which is not in the model's own folder; refused")
     if not part.is_file():
         what = "is not a plain file" if part.exists() else "is not there"

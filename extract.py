@@ -51,7 +51,8 @@ from options import parse
 from processes import Shard
 from utils import InputError
 
-STATUSES = ("extracted", "renamed", "skipped", "refused", "damaged")
+GONE = "gone"  # by somebody else's hand since it was extracted
+STATUSES = ("extracted", "renamed", "skipped", "refused", "damaged", GONE)
 COLUMNS = ("source", "member", "status", "reason", "path", "bytes", "sha256")
 
 _STATE = ".extract"  # hidden folder below the output: journals, state, lock
@@ -169,6 +170,7 @@ class Shelf:
             names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         strange = {name for name in names if name not in self._owners}
         self._others = {name for name in strange if names[name]}  # the user's own; a link would lead elsewhere
+        self.found: list[str] = []  # of these, those that people were given
         self._taken = TakenNames({*strange, *self._owners, *_LISTINGS, _STATE})
         self._files: OrderedDict[str, TakenNames] = OrderedDict()
         self._reserved: dict[str, set[str]] = {}
@@ -195,7 +197,9 @@ class Shelf:
         wanted = safe_name(identity)
         # A folder that was there before we came is the person's whose name it has.
         used = wanted if wanted in self._others and wanted == identity else self._taken.free(wanted)
-        self._others.discard(used)
+        if used in self._others:
+            self._others.discard(used)
+            self.found.append(used)
         self._taken.add(used)
         self._ledger.append("\t".join((*person, used)))  # before the folder, so that none is without an owner
         self._folders[person], self._owners[used] = used, person
@@ -348,6 +352,12 @@ class Extraction:
                 f"({identity!r} became {folder!r}); --prefix gives names of your own, --join says that they are the "
                 "same people"
             )
+        if self._shelf.found:
+            notes.append(
+                f"{len(self._shelf.found)} identities joined folders that were there before "
+                f"({self._shelf.found[0]!r}); if these are different people, give another --out"
+            )
+            self._shelf.found.clear()
         return notes
 
     def _note_parent(self, member: Member) -> None:
@@ -432,6 +442,7 @@ class Workplace:
         self.folder = out / _STATE
         self._file = self.folder / "sources.json"
         self.entries = self._read()
+        self.gone: dict[str, dict[int, Row]] = {}  # by source: rows whose files are missing and not extracted again
 
     def _read(self) -> list[dict[str, Any]]:
         """The states as they were written; `InputError` if anything else is found."""
@@ -537,6 +548,8 @@ def _extract(sources: list[tuple[Source, dict[str, Any]]], out: Path) -> tuple[W
     for journal in journals.values():
         for row in journal.missing.values():
             shelf.reserve(row.path)
+    given_paths = {entry["path"] for _, _, entry in given}
+    workplace.gone = {path: journal.missing for path, journal in journals.items() if path not in given_paths}
     for name in _LISTINGS:  # they would not tell the truth while this runs
         (out / name).unlink(missing_ok=True)
     for source, chosen, entry in given:
@@ -571,7 +584,10 @@ def _write_listing(workplace: Workplace, given: set[str]) -> tuple[list[str], li
             nobodys = 0
             shown: list[str] = []
             journal = Ledger(workplace.journal(entry))
-            for row in map(Row.from_line, journal.lines()):
+            gone = workplace.gone.get(entry["path"], {})
+            for number, row in enumerate(map(Row.from_line, journal.lines())):
+                if number in gone:
+                    row = Row(GONE, f"no longer at {row.path}", member=row.member)
                 counts[row.status] += 1
                 if row.path:
                     identities.add(row.path.partition("/")[0])
@@ -590,6 +606,8 @@ def _write_listing(workplace: Workplace, given: set[str]) -> tuple[list[str], li
             report.append({"source": entry["path"], **state, "members": counts.total(), **counts, **other})
             if nobodys:
                 shown.append(f"  refused: {nobodys} x {archives.NOBODY}")
+            if gone:
+                lines.append(f"note: {len(gone)} files of {entry['path']} are gone; name it again to have them back")
             if entry["path"] in given:
                 lines += _describe(report[-1], reasons, shown)
     totals = {name: sum(part[name] for part in report) for name in ("members", *STATUSES)}

@@ -56,7 +56,7 @@ _LOOK: dict[Any, Any] = {
 DPI = 150
 
 
-def line_style(number: int) -> dict[str, str]:
+def line_style(number: int) -> dict[str, Any]:
     """Colour and dashes of the line with this number, for `plot`: 28 that can be told apart."""
     turn, colour = divmod(number, len(COLOURS))
     return {"color": COLOURS[colour], "linestyle": DASHES[turn % len(DASHES)]}

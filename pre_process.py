@@ -27,8 +27,8 @@ from typing import Any, cast
 import config
 import utils
 from cropping.align import Rule
-from cropping.chunks import Chunks, Tally, Work, describe, process, waiting_for
-from cropping.faces import FaceFinder, Photo, Turn, detector_settings, encode_jpeg, open_detector, realign
+from cropping.chunks import MADE_BY, Chunks, Tally, Work, describe, process, waiting_for
+from cropping.faces import FaceFinder, Photo, Turn, detector_settings, encode_jpeg, made_by, open_detector, realign
 from cropping.photos import Listing, identity_of, in_order, list_photos, note_on_depth
 from formats.crop_sets import CropWriter
 from formats.tables import NO_CROP, FaceRow, FaceTable, row_text, table_text, write_identities
@@ -140,6 +140,7 @@ def settings_of(options: config.PreProcess, listing: Listing) -> dict[str, Any]:
         "min_face": options.min_face,
         "jpeg_quality": options.jpeg_quality,
         **({"reduced": True} if options.reduced else {}),
+        MADE_BY: made_by(),
     }
 
 

@@ -13,6 +13,7 @@ import os
 import pickle
 import platform
 import re
+import secrets
 import stat
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
@@ -171,17 +172,20 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
+_TOKEN = secrets.token_hex(4)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
 
     On an exception `path` is untouched and the temporary file is removed; a full disk's names `path`, which a write
     alone does not know. Readers never see half a file. The temporary name is fixed per process, so what a `kill -9`
-    leaves behind is `.<name>.<pid>.tmp`.
+    leaves behind is `.<name>.<pid>-<token>.tmp`; by the token, two containers' processes do not share a name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{_TOKEN}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -217,7 +221,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, busy: str | None = None, *, forks: bool = False) -> Iterator[None]:
+def locked(path: str | Path, busy: str | None = None, *, forks: bool = False, leave: bool = True) -> Iterator[None]:
     """Hold a lock among processes for as long as the block lasts; a killed process holds none.
 
     `path` is a file for the lock alone, or one that is only added to. With `busy`, a `Busy` of that text if
@@ -225,20 +229,37 @@ def locked(path: str | Path, busy: str | None = None, *, forks: bool = False) ->
     lock, which ends with this one whatever becomes of them. A file system that has no locks (Lustre, unless mounted
     with `flock`) gets a file `PATH.owner`, made exclusively: what a killed process on the same machine left is taken
     over, one of another machine's is waited for or told about, because nothing can say whether that process still runs.
+    Without `leave`, the file is gone afterwards.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = fcntl.lockf if forks else fcntl.flock  # the kernel gives one to a process, the other to an open file
-    with open(path, "ab") as file:
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "ab"))
+            try:
+                lock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:  # POSIX lets lockf fail with either
+                raise Busy(str(busy)) from error
+            except OSError:
+                stack.enter_context(_owned(path.with_name(f"{path.name}.owner"), busy))
+                break
+            if leave or _is_at(path, file):
+                break
+            file.close()  # whoever had the lock has removed the file; another one may be there by now
         try:
-            lock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX lets lockf fail with either
-            raise Busy(str(busy)) from error
-        except OSError:
-            with _owned(path.with_name(f"{path.name}.owner"), busy):
-                yield
-            return
-        yield
+            yield
+        finally:
+            if not leave:
+                path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether a path leads to an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))  # noqa: PTH116 - the pair of fstat
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -191,9 +191,10 @@ def make(options: InjectFaults) -> None:
     wanted = {name: value for name, value in vars(options).items() if name not in ("data", "test_people", "out")}
     recipe = wanted | {"sources": [crop_sets.fingerprint(crops) for crops in sources]}
     entries = plan(options, sources[0].labels, sources[1].labels if len(sources) > 1 else None)
-    if crop_sets.claim(options.out, "faults.json", recipe):
-        return
-    write(options, entries, sources)
+    with crop_sets.claimed(options.out, "faults.json", recipe) as there:
+        if there:
+            return
+        write(options, entries, sources)
     counts = {name: sum(name in fault for entry in entries for fault in entry.faults) for name in
               ("exchanged", "stranger", "split", "merged", "duplicate", "test")}  # fmt: skip
     print(f"{options.out}: {len(entries)} crops; " + ", ".join(f"{name} {count}" for name, count in counts.items()))

@@ -14,8 +14,10 @@ import io
 import json
 import os
 import shutil
+import sys
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -29,6 +31,7 @@ from formats.tables import STATUSES, FaceRow, iterate_faces, parse_table, table_
 from processes import Shard
 from utils import InputError
 
+MADE_BY = "made_by"  # of the settings: code and libraries
 PARTS = ".parts"  # folder of the finished chunks, there until they are merged
 CHUNK = 8 * WINDOW  # a multiple, so that no window spans two chunks
 
@@ -42,7 +45,8 @@ class Chunks:
     """The finished chunks of a run in `out`, and the report that says that the run is complete.
 
     `settings` is everything that the result depends on but for the photos' contents. An `out` that holds (parts of) a
-    run with other settings is an `InputError` naming the differences: nothing is mixed and nothing is deleted.
+    run with other settings is an `InputError` naming the differences: nothing is mixed and nothing is deleted. Other
+    code or libraries (`MADE_BY`, a flat dictionary in `settings`) are no reason to refuse what is finished, only said.
 
     The photos themselves lie in `folder`. Each row has its photo's hash; while the `stamp` of the listing is the one
     that was recorded, nobody has written to them, and otherwise the photos of all rows so far are hashed again: if they
@@ -69,9 +73,10 @@ class Chunks:
         self._outputs = outputs
         record = self._parts / "settings.json"
         finished, begun = self._recorded(self._report), self._recorded(record)
-        for found in (finished, begun):
-            if found is not None:
-                self._compare(found["settings"])
+        if finished is not None:
+            self._compare(_without(finished["settings"]), _without(self.settings))
+        if begun is not None:
+            self._compare(begun["settings"], self.settings)
         present = [name for name in outputs if (self.out / name).exists()]
         if finished is not None and len(present) == len(outputs):
             self._check_sizes(finished)
@@ -79,6 +84,10 @@ class Chunks:
                 self._check_photos(iterate_faces(self.out / "faces.tsv"), self.items)
                 utils.write_json(self._report, finished | {"stamp": self.stamp})
             shutil.rmtree(self._parts, ignore_errors=True)
+            changes = _changes(finished["settings"], self.settings)
+            if changes:
+                print(f"note: {self.out}: was finished by other code or libraries ({changes}); it was not made anew",
+                      file=sys.stderr)  # fmt: skip
             return True
         if finished is None and begun is None and present:
             raise InputError(f"{self.out / present[0]}: exists, but no record of how it was made; give another folder")
@@ -88,7 +97,10 @@ class Chunks:
             self._check_photos(rows, sum(len(self.numbers(chunk)) for chunk in done))
         if begun is None or begun["stamp"] != self.stamp:
             utils.write_json(record, {"settings": self.settings, "stamp": self.stamp})
-        self._report.unlink(missing_ok=True)  # it speaks of outputs that are gone
+        if finished is not None:
+            with self._lock("merge"):
+                if self._recorded(self._report) == finished:  # nobody has finished anew meanwhile
+                    self._report.unlink()  # it speaks of outputs that are gone
         return False
 
     def _recorded(self, path: Path) -> dict[str, Any] | None:
@@ -123,10 +135,9 @@ class Chunks:
                 f"give another folder than {self.out}, or remove that one"
             )
 
-    def _compare(self, found: dict[str, Any]) -> None:
-        names = [name for name in {**found, **self.settings} if found.get(name) != self.settings.get(name)]
-        if names:
-            changes = ", ".join(f"{name} was {found.get(name)} and is now {self.settings.get(name)}" for name in names)
+    def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        changes = _changes(found, wanted)
+        if changes:
             raise InputError(
                 f"{self.out}: holds a run with other settings ({changes}); give another folder, or remove this one"
             )
@@ -177,7 +188,7 @@ class Chunks:
                 read = [archive.read(str(index)) if str(index) in kept else None for index in range(len(rows))]
         except FileNotFoundError:
             raise
-        except (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, ValueError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, ValueError, OSError) as error:
             raise InputError(f"{path}: damaged ({error}); remove it and run the same command again") from error
         if len(rows) != len(self.numbers(chunk)):
             raise InputError(f"{path}: {len(rows)} rows instead of {len(self.numbers(chunk))}; remove it and run again")
@@ -288,3 +299,14 @@ def describe(report: dict[str, Any]) -> str:
     for suffix, count in report.get("companions", {}).items():
         lines.append(f"{count:>10,} other files not read: {suffix}")
     return "\n".join(lines)
+
+
+def _without(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != MADE_BY}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two settings, in words; "" if nothing does."""
+    flat = [_without(settings) | settings.get(MADE_BY, {}) for settings in (before, now)]
+    names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    return ", ".join(f"{name} was {flat[0].get(name)} and is now {flat[1].get(name)}" for name in names)

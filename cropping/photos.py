@@ -171,7 +171,7 @@ def _may_be_transparent(encoded: bytes) -> bool:
     if encoded.startswith(b"\x89PNG"):
         return encoded[25:26] in (b"\4", b"\6") or b"tRNS" in encoded[: encoded.find(b"IDAT")]
     if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        return encoded[12:16] == b"VP8L" or (encoded[12:16] == b"VP8X" and bool(encoded[20] & 0x10))
+        return encoded[12:16] == b"VP8L" or (encoded[12:16] == b"VP8X" and bool(encoded[20:21] and encoded[20] & 0x10))
     return False
 
 
@@ -576,11 +576,15 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result | None]]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                try:
+                    is_folder, is_file = entry.is_dir(), entry.is_file()
+                except OSError:  # links in a circle
+                    is_folder = is_file = False
+                if is_folder:
                     if is_litter(entry.name):
                         continue
                     waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))
-                elif entry.is_file():
+                elif is_file:
                     yield f"{prefix}{entry.name}", entry.stat()
                 elif entry.is_symlink():  # a photo that is missing, or none
                     yield f"{prefix}{entry.name}", None

@@ -588,7 +588,8 @@ def _read_file(folder: Path, name: str, limits: Limits) -> bytes:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             return _photo(file, name, os.fstat(file.fileno()).st_size, limits)
     except OSError as error:
-        raise NotTaken("damaged", f"cannot be read: {error.strerror}") from error
+        why = f"cannot be read: {error.strerror}; once it can, extract it into another folder"
+        raise NotTaken("damaged", why) from error
 
 
 def _walk(root: Path) -> Iterator[tuple[str, int, int]]:

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,9 +138,16 @@ class FolderCrops:
         entries = [
             entry for entry in os.scandir(folder) if not entry.name.startswith(".") and not is_litter(entry.name)
         ]
-        folders = sorted(entry.name for entry in entries if entry.is_dir())
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and not self._leads_back(folder, entry))
         images = [e.name for e in entries if not e.is_dir() and Path(e.name).suffix.lower() in IMAGE_SUFFIXES]
         return folders, sorted(images)
+
+    def _leads_back(self, folder: Path, entry: os.DirEntry[str]) -> bool:
+        """Whether an entry of a folder is a link to one of the folders that led here."""
+        if not entry.is_symlink():
+            return False
+        ways = [folder, *(above for above in folder.parents if above.is_relative_to(self.root))]
+        return os.path.realpath(entry.path) in map(os.path.realpath, ways)
 
     def _below(self, folders: list[str]) -> list[str] | None:
         """The folders one level deeper, if that is where all images lie."""
@@ -265,7 +273,8 @@ class ShardCrops:
         """Offset, size (int64 [n] each) and label of each crop of a shard, from its index if that is kept."""
         kept = path.with_name(f".{path.name}.index")
         key = f"{_INDEX} {size} {path.stat().st_mtime_ns}"
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        # A damaged index is made anew; a zip's reader has many ways to say so.
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
             with np.load(kept, allow_pickle=False) as stored:
                 offsets, lengths, codes = (stored[name] for name in ("offsets", "lengths", "codes"))
                 names = json.loads(stored["names"].tobytes())

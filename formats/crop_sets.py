@@ -5,12 +5,13 @@ shards, a list of files, or a folder per identity.
 record is checked before the first step. `CropWriter` writes the layout that mxnet and every public loader read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -333,6 +334,9 @@ class CropWriter:
         self.out_dir = Path(out_dir)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._shape = (height, width)
+        self._stack = contextlib.ExitStack()
+        busy = f"{self.out_dir}: another process is writing crops there"
+        self._stack.enter_context(utils.locked(self.out_dir / ".writing.lock", busy, leave=False))
         self._partial = {name: self.out_dir / f".{name}.partial" for name in ("train.rec", "train.idx", "property")}
         self._starts: list[int] = []  # key of the first image of each identity
         self._key = 0
@@ -367,15 +371,22 @@ class CropWriter:
     def __enter__(self) -> "CropWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         try:
             if kind is None:
                 self._finish()
+        except OSError as failed:
+            error = failed
+            raise
         finally:
-            self._rec.close()
-            self._idx.close()
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say of which file
+                error.filename = str(self.out_dir / "train.rec")
+            for file in (self._rec, self._idx):
+                with contextlib.suppress(OSError):  # on a full disk, closing writes again and fails again
+                    file.close()
             for path in self._partial.values():
                 path.unlink(missing_ok=True)
+            self._stack.close()
 
     def _finish(self) -> None:
         if not self._starts:
@@ -404,23 +415,26 @@ def _crop_record(label: float | list[float], key: int, payload: bytes) -> bytes:
     return pack(RecordHeader(flag, np.array(numbers, np.float32), key), payload)
 
 
-def claim(folder: Path, record: str, recipe: dict[str, Any]) -> bool:
-    """Whether a folder holds the set that `recipe` (JSON) makes; else it is noted there that it is going to.
+@contextlib.contextmanager
+def claimed(folder: Path, record: str, recipe: dict[str, Any]) -> Iterator[bool]:
+    """A section that one process at a time enters: whether a folder holds the set that `recipe` (JSON) makes; else it
+    is noted there that it is going to.
 
     `record` is the name of that note. Raises `InputError` if the folder holds another set: none is overwritten.
     """
     recipe = json.loads(json.dumps(recipe))
-    if (folder / "train.rec").exists():
-        try:
-            same = utils.read_json(folder / record) == recipe
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            raise InputError(f"{folder}: holds another set of crops; give another folder")
-        return True
-    folder.mkdir(parents=True, exist_ok=True)
-    utils.write_json(folder / record, recipe)
-    return False
+    with utils.locked(folder / ".claim.lock", f"{folder}: another process is writing crops there", leave=False):
+        there = (folder / "train.rec").exists()
+        if there:
+            try:
+                same = utils.read_json(folder / record) == recipe
+            except (OSError, ValueError):
+                same = False
+            if not same:
+                raise InputError(f"{folder}: holds another set of crops; give another folder")
+        else:
+            utils.write_json(folder / record, recipe)
+        yield there
 
 
 def write_crops(out_dir: str | Path, items: Iterable[tuple[bytes, int]], height: int = 112, width: int = 112) -> int:

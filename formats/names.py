@@ -4,10 +4,13 @@ Whatever is foreign passes `relative_path` before it is joined to a folder, and 
 of a file or folder that we write. Neither asks what a name means, only what a file system would make of it.
 """
 
+import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from utils import InputError
 
@@ -77,8 +80,25 @@ def is_litter(name: str) -> bool:
 
 
 def same_name(name: str) -> str:
-    """What names are compared by: some file systems ignore case, some ignore how accents are composed."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    """What names are compared by: some file systems ignore case, some how accents are composed, those of Windows also
+    dots and blanks at the end."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).rstrip(". ") or name
+
+
+_WHOLE = re.compile(r"[+-]?\d+(?:\.0*)?")
+
+
+def label_text(value: Any) -> str:
+    """A label as text, a whole number in its shortest form; "" for one that nobody has: none, NaN, an infinite one."""
+    text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    if (isinstance(value, float) and not math.isfinite(value)) or text == "nan":  # as pandas writes what is not there
+        return ""
+    return str(int(float(text))) if _WHOLE.fullmatch(text) and len(text) < 16 else text
+
+
+def is_nobodys(label: str) -> bool:
+    """Whether a label's text is a number below zero, which several libraries give to photos of nobody."""
+    return label.startswith("-") and label[1:].isdecimal()
 
 
 def printable(text: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from formats.names import is_nobodys, label_text
 from utils import InputError
 
 MAGIC = b"PAR1"
@@ -55,9 +56,9 @@ class Table:
     def _row(self, image: Any, label: Any) -> Row:
         data = image.get("bytes") if isinstance(image, dict) else image
         file = image.get("path") if isinstance(image, dict) else ""
-        # -1 is what the datasets library gives for "no label".
-        unknown = label is None or (isinstance(label, int) and label < 0) or label != label
-        text = None if unknown else str(label).strip()
+        text = label_text(label)
+        if is_nobodys(text):
+            text = ""
         if isinstance(label, int) and 0 <= label < len(self._names):
             text = self._names[label]
         name = Path(str(file or "").replace("\\", "/")).name

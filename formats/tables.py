@@ -190,8 +190,8 @@ class FaceTable:
                 raise InputError(f"{path}: the last line is cut off")
             cells = self._data[at:end].split(b"\t", 2)
             file_name = unescape(cells[1].decode("utf-8", "surrogateescape")) if len(cells) == 3 else ""
-            if not file_name or file_name in self._offsets:
-                problem = f"a second row for {file_name}" if file_name else "no file name"
+            if not file_name or "\0" in file_name or file_name in self._offsets:
+                problem = f"a second row for {file_name}" if file_name in self._offsets else "no file name"
                 raise InputError(f"{path}, line {self._line(at)}: {problem}")
             self._offsets[file_name] = at
             at = end + 1

@@ -9,9 +9,10 @@ import mmap
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import utils
+from formats.names import is_nobodys, label_text
 
 MAX_LABEL = 1 << 20  # bytes of a .cls or .json that are read
 MAX_GROUP = 64  # members of one key
@@ -20,7 +21,6 @@ LABEL_KEYS = ("label", "identity", "class")  # in the .json, the first that is t
 BLOCK = 512  # bytes of a tar's header
 _REGULAR, _NAMES = (b"0", b"\0"), (b"L", b"x")  # types of members
 _BLANKS = b" " * 8  # what stands for the checksum in its own sum
-_NUMBER = re.compile(r"[+-]?\d+(?:\.0*)?")
 
 
 def key_of(name: str) -> str:
@@ -41,28 +41,30 @@ def label_of(sidecars: Mapping[str, bytes]) -> str:
     """
     found: dict[str, str] = {}
     for name, data in sidecars.items():
-        label = _from_json(data) if name.lower().endswith(".json") else data.decode("utf-8", "surrogateescape").strip()
+        is_json = name.lower().endswith(".json")
+        label = label_text(_from_json(data) if is_json else data.decode("utf-8", "surrogateescape"))
         if label:
-            found[name] = str(int(float(label))) if _NUMBER.fullmatch(label) and len(label) < 16 else label
+            found[name] = label
     labels = set(found.values())
     if not labels:
         raise ValueError("no label: neither a .cls nor label, identity or class in a .json of this key")
-    if any(label.startswith("-") and label[1:].isdecimal() for label in labels):
+    if any(map(is_nobodys, labels)):
         raise ValueError(f"the label {min(labels)}, which is nobody's")
     if len(labels) > 1:
         raise ValueError(f"two labels: {' and '.join(f'{label} in {name}' for name, label in found.items())}")
     return labels.pop()
 
 
-def _from_json(data: bytes) -> str:
+def _from_json(data: bytes) -> Any:
     try:
         value = utils.parse_json(data)
     except ValueError:
-        return ""
-    if not isinstance(value, dict):
-        return ""
-    label = next((value[key] for key in LABEL_KEYS if value.get(key) is not None), "")
-    return str(label).strip() if isinstance(label, str | int | float) and not isinstance(label, bool) else ""
+        return None
+    return (
+        next((value[key] for key in LABEL_KEYS if value.get(key) is not None), None)
+        if isinstance(value, dict)
+        else None
+    )
 
 
 def has_labels(head: bytes) -> bool:

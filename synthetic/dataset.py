@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,8 +30,9 @@ import warp as wp
 from threadpoolctl import threadpool_limits
 
 import utils
+from cropping import align
 from cropping.align import align_face
-from cropping.chunks import Chunks
+from cropping.chunks import MADE_BY, Chunks
 from formats.crop_sets import CropWriter
 from formats.tables import IDENTITY_COLUMNS, identity_line
 from megaface import facescrub
@@ -51,6 +53,15 @@ CROP_QUALITY = 95
 PIECE = 64
 # What a process may take of a GPU: its context, and the buffers of a batch of 64 photos at 256 px (10 MB each).
 GPU_BYTES = 1.5e9
+
+
+# What decides how the photos look and where they are cut.
+CODE = (*Path(__file__).parent.glob("*.py"), Path(align.__file__))
+
+
+def made_by() -> dict[str, str]:
+    """Code and libraries that decide the photos, for the record of a run."""
+    return {"code": utils.code_sha256(*CODE)[:12], **utils.versions("anny", "warp-lang", "opencv-python", "numpy")}
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class People(Chunks):
     """The finished identities of a run; a chunk is an identity, counted from 0."""
 
     def __init__(self, out: Path, plan: Plan) -> None:
-        super().__init__(out, plan.identities, plan.__dict__)
+        super().__init__(out, plan.identities, {**plan.__dict__, MADE_BY: made_by()})
         self.count = plan.identities
         self.plan = plan
 
@@ -163,7 +174,7 @@ class People(Chunks):
             with zipfile.ZipFile(path) as archive:
                 names = sorted(name for name in archive.namelist() if name != "rows.tsv")
                 return archive.read("rows.tsv").decode(), [archive.read(name) for name in names]
-        except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: damaged ({error}); remove it and run the same command again") from error
 
 

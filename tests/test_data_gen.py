@@ -426,6 +426,8 @@ def test_a_crop_that_exif_turns_is_turned_wherever_it_is_decoded(tmp_path):
     images, labels, skipped = data_gen.to_device(dataset[(0, np.array([0, 1]))], dataset, torch.device("cpu"))
     assert labels.tolist() == [0, 0] and skipped == []
     assert np.abs(np.rot90(plain, -1).astype(int) - images[1].numpy()).mean() < 4
+    alone, _, _ = data_gen.to_device(dataset[(0, np.array([1]))], dataset, torch.device("cpu"))  # nothing left to it
+    assert torch.equal(alone[0], images[1])
     # Evaluation, on files that anybody made, sees the same pixels; it alone refuses half a JPEG with an end mark.
     grey = encoded(plain[:, :, 0], ".png")
     for crop in (items[0][0], items[1][0], grey):

@@ -514,11 +514,26 @@ def test_no_path_leads_out(name):
     assert Path(os.path.normpath(inside)).parent.parent == Path("/out")
 
 
-def test_what_was_in_the_output_folder_is_left_alone(tmp_path):
+def test_what_was_in_the_output_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "raw" / "A").mkdir(parents=True)
     (tmp_path / "raw" / "A" / "1.jpg").write_bytes(b"the user's own")
     assert run(tmp_path / "raw", make_zip(tmp_path / "s.zip", {"A/1.jpg": photo(1)})) == 0
     assert tree(tmp_path / "raw") == {"A/1.jpg": b"the user's own", "A/1~2.jpg": photo(1)}
+    assert "1 identities joined folders that were there before ('A')" in capsys.readouterr().out
+
+
+def test_what_was_removed_is_not_reported_as_there(tmp_path, capsys):
+    first, second = (
+        make_zip(tmp_path / "s.zip", {"A/1.jpg": photo(1)}),
+        make_zip(tmp_path / "t.zip", {"B/1.jpg": photo(2)}),
+    )
+    assert run(tmp_path / "raw", first) == 0
+    (tmp_path / "raw" / "A" / "1.jpg").unlink()
+    assert run(tmp_path / "raw", second) == 0
+    assert f"note: 1 files of {first} are gone" in capsys.readouterr().out
+    assert [row["status"] for row in check_listing(tmp_path / "raw")] == ["gone", "extracted"]
+    assert run(tmp_path / "raw", first) == 0
+    assert [row["status"] for row in check_listing(tmp_path / "raw")] == ["extracted", "extracted"]
 
 
 # --------------------------------------------------------------------------------------------------------- damage

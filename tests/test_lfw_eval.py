@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import lfw_eval
 import models
 import plotting
+from cropping import align
 from embedding import Preprocessing, load_embedder
 from formats import verification_bin
 from utils import InputError
@@ -228,7 +229,7 @@ class FakeDetector:
         return SimpleNamespace(
             boxes=np.float32([[40, 40, 110, 130]] * count).reshape(-1, 4),
             scores=np.float32([0.99] * count),
-            landmarks=np.float32([lfw.align.TEMPLATE + 20] * count).reshape(-1, 5, 2),
+            landmarks=np.float32([align.TEMPLATE + 20] * count).reshape(-1, 5, 2),
         )
 
 

@@ -47,5 +47,12 @@ def test_every_name_becomes_a_safe_one(name):
     assert names.safe_name(safe) == safe
 
 
+def test_names_that_windows_takes_for_one_are_one():
+    taken = names.TakenNames(["bob"])
+    for name in ("Bob", "bob.", "bob ", "bob. ."):
+        assert names.same_name(taken.free(name)) not in {names.same_name("bob"), names.same_name(name)}
+    assert names.same_name(".") != names.same_name("..")
+
+
 def test_a_terminal_obeys_no_printable_text():
     assert names.printable("a\x1b[31m\n\u009b\\\ud800") == "a\\x1b[31m\\x0a\\x9b\\\\\\ud800"

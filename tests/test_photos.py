@@ -392,8 +392,15 @@ def test_listing_follows_links_but_not_in_circles(tmp_path):
     (photos / "p").symlink_to(tmp_path / "elsewhere" / "p")
     (photos / "q" / "circle").symlink_to(photos)
     (photos / "q" / "broken.jpg").symlink_to(photos / "nowhere")
+    (photos / "q" / "itself.jpg").symlink_to("itself.jpg")
     os.mkfifo(photos / "q" / "pipe.jpg")
-    assert list_photos(photos).files == ["p/1.jpg", "q/1.jpg", "q/broken.jpg"]
+    assert list_photos(photos).files == ["p/1.jpg", "q/1.jpg", "q/broken.jpg", "q/itself.jpg"]
+
+
+@pytest.mark.parametrize("size", range(12, 24))
+def test_the_beginning_of_a_webp_is_no_crop(size):
+    with pytest.raises(ValueError, match=r"."):
+        photos.decode_crop(b"RIFF\xd6T\0\0WEBPVP8X\n\0\0\0\x10\0\0\0"[:size])
 
 
 def test_listing_keeps_names_that_are_not_utf8(tmp_path):

@@ -322,6 +322,40 @@ def test_other_settings_are_not_mixed_in(painted, tmp_path, capsys, change, name
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_code_is_not_mixed_in_and_not_passed_over(painted, tmp_path, monkeypatch, capsys, finished):
+    """Half a set goes on with the code that began it; a whole one stays, and says that it is older."""
+    photos, out = make_photos(tmp_path / "photos", 2), tmp_path / "crops"
+    assert painted("--photos", photos, "--out", out, *([] if finished else ["--shard", "1/2"])) == 0
+    before, now = contents(out), pre_process.made_by()
+    monkeypatch.setattr(pre_process, "made_by", lambda: now | {"another": "1.0"})
+    assert painted("--photos", photos, "--out", out) == (0 if finished else 1)
+    error = capsys.readouterr().err
+    assert "another was None and is now 1.0" in error and ("was not made anew" in error) == finished
+    assert contents(out) == before
+
+
+def test_a_report_that_another_process_has_just_written_stays(tmp_path, monkeypatch):
+    late, other = (Chunks(tmp_path, 2, {}) for _ in range(2))
+    assert not other.open(["faces.tsv"])
+    row = FaceRow("A", "A/1.jpg", "no_crop", "no face")
+
+    def recorded(path):
+        found = read(path)
+        if path.name == "settings.json" and not (tmp_path / "report.json").exists():
+            other.save(0, [(row, None), (row, None)])
+            (tmp_path / "faces.tsv").write_bytes(table_text([row, row]))
+            with other.merging():
+                other.finish({})
+        return found
+
+    read = late._recorded
+    monkeypatch.setattr(late, "_recorded", recorded)
+    late.open(["faces.tsv"])
+    assert (tmp_path / "report.json").exists()
+    assert Chunks(tmp_path, 2, {}).open(["faces.tsv"])
+
+
 def test_realigning_changes_what_is_asked_for(painted, tmp_path, monkeypatch):
     photos = make_photos(tmp_path / "photos")
     assert painted("--photos", photos, "--out", tmp_path / "first") == 0

@@ -1,10 +1,12 @@
 """RecordIO against what mxnet wrote and read, properties of frames and layouts, and every kind of damage."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import multiprocessing
+import os
 import pickle
 import shutil
 import struct
@@ -18,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from formats import crop_sets, recordio
-from formats.crop_sets import CropSet, CropWriter, open_crops, write_crops
+from formats.crop_sets import CropSet, CropWriter, claimed, open_crops, write_crops
 from formats.recordio import MAGIC, RecordHeader, RecordReader, frame, pack, unpack
 from utils import InputError
 
@@ -206,6 +208,54 @@ def test_an_interrupted_set_is_not_there(tmp_path):
         open_crops(tmp_path / "killed")
     write_crops(tmp_path / "killed", identities(2, 1))
     assert {path.name: path.read_bytes() for path in (tmp_path / "killed").iterdir()} == whole
+
+
+def test_two_writers_of_one_folder_do_not_mix(tmp_path):
+    with CropWriter(tmp_path) as first:
+        first.write(JPEG, 0)
+        with pytest.raises(InputError, match="another process is writing crops there"):
+            CropWriter(tmp_path)
+        first.write(JPEG, 1)
+    assert len(open_crops(tmp_path)) == 2 and not list(tmp_path.glob(".*"))
+
+
+def test_a_set_is_claimed_by_one_recipe(tmp_path):
+    with claimed(tmp_path, "made.json", {"a": 1}) as there:
+        assert not there
+        with pytest.raises(InputError, match="another process"), claimed(tmp_path, "made.json", {"a": 2}):
+            pass
+        write_crops(tmp_path, identities(2, 1))
+    with claimed(tmp_path, "made.json", {"a": 1}) as there:
+        assert there
+    with pytest.raises(InputError, match="holds another set"), claimed(tmp_path, "made.json", {"a": 2}):
+        pass
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_leaves_no_part_and_names_the_file(tmp_path, monkeypatch):
+    writer = CropWriter(tmp_path)
+    writer.write(JPEG, 0)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    for name in ("_rec", "_idx"):  # closing writes what is buffered, and fails like the rest
+        file = getattr(writer, name)
+        monkeypatch.setattr(writer, name, Full(file))
+    with pytest.raises(OSError, match=r"train\.rec"), writer:
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+class Full:
+    """A file that cannot be closed for want of space."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def close(self):
+        self.file.close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 @pytest.mark.parametrize("labels", [[1], [0, 2], [0, 1, 0], [0, -1]])

@@ -5,12 +5,13 @@ import json
 import pickle
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from helpers.training import finish, folder_set, jpegs, options, start, train_main
 from test_extract import tar_bytes
 
-from formats import crop_files, crop_sets, recordio
+from formats import crop_files, crop_sets, recordio, webdataset
 from formats.crop_sets import open_training_set
 from formats.parquet import open_table
 from formats.recordio import RecordHeader, frame, pack
@@ -281,10 +282,31 @@ def test_parquet_with_a_column_twice_is_one_line(tmp_path):
         open_table(path)
 
 
-@pytest.mark.parametrize("labels", [[-1, 0], [float("nan"), 1.0], [None, 1]])
+@pytest.mark.parametrize(
+    "labels", [[-1, 0], [float("nan"), 1.0], [None, 1], [-1.0, 1.0], ["-1", "1"], ["nan", "1"], [float("inf"), 1.0]]
+)
 def test_a_label_that_says_there_is_none_is_no_person(tmp_path, labels):
     path = _table(tmp_path / "x.parquet", [("image", [b"1", b"2"]), ("label", labels)])
-    assert [row.label is None for row in open_table(path).read()] == [True, False]
+    assert [row.label for row in open_table(path).read()] == [None, str(int(float(labels[1])))]
+
+
+@pytest.mark.parametrize("label", [b"NaN", b"Infinity", b'"nan"', b"-1", b"-1.0", b"null"])
+def test_photos_of_a_shard_without_a_label_are_no_person(label):
+    with pytest.raises(ValueError, match=r"no label|nobody's"):
+        webdataset.label_of({"1.json": b'{"label": ' + label + b"}"})
+
+
+def test_links_in_a_circle_are_no_folders_of_people(tmp_path):
+    picture = cv2.imencode(".jpg", np.zeros((112, 112, 3), np.uint8))[1].tobytes()
+    for above, links, back in (("flat", "flat", "."), ("deep/a", "deep/a", ".."), ("far/a", "far/a", "../../far")):
+        for person in ("ann", "bob"):
+            (tmp_path / above / person).mkdir(parents=True)
+            (tmp_path / above / person / "1.jpg").write_bytes(picture)
+        for name in ("x", "y"):
+            (tmp_path / links / name).symlink_to(back)
+    assert open_training_set(tmp_path / "flat").identity_names == ["ann", "bob"]
+    for root in ("deep", "far"):
+        assert open_training_set(tmp_path / root).identity_names == ["a/ann", "a/bob"]
 
 
 def test_every_kind_is_a_whole_protocol(shared):

@@ -27,10 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import retinaface
 import utils
 from config import CROP_SIZE
-from cropping import align, faces, photos
+from cropping import faces
 from cropping.align import Rule
 from cropping.faces import FaceFinder
 from formats import cached, tables
@@ -353,8 +352,5 @@ def detector_hash(weights: str | Path | None, device: str) -> str:
         digest.update(name.encode())
         for array in arrays:
             digest.update(np.ascontiguousarray(array).data)
-    package = sorted(Path(retinaface.__file__).parent.glob("*.py"))
-    code = utils.code_sha256(*package, *(module.__file__ for module in (align, faces, photos)))
-    libraries = utils.versions("torch", "onnxruntime", "opencv-python", "opencv-python-headless", "pillow")
-    digest.update(json.dumps([code, libraries, device]).encode())
+    digest.update(json.dumps([faces.made_by(), device]).encode())
     return digest.hexdigest()
