@@ -7,12 +7,13 @@
 #
 # PYTHON=python3.12    another interpreter
 # ENV=current          no .venv: the packages of PYTHON as they are (an environment that has torch already)
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 ifeq ($(ENV),current)
+PYTHON ?= $(shell command -v python || command -v python3)
 BIN := $(shell $(PYTHON) -c "import sys, pathlib; print(pathlib.Path(sys.executable).parent)")
 RUN := $(shell $(PYTHON) -c "import sys; print(sys.executable)")
 else
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 endif
@@ -59,9 +60,12 @@ docs: setup
 	$(RUN) -m mkdocs build --strict
 
 ifeq ($(ENV),current)
-setup setup-synthetic:
+setup:
 	@$(RUN) -c "import torch, torchvision, cv2, scipy, numba, onnx, onnxruntime, tensorboard, tqdm, matplotlib" || { \
 	  echo "ENV=current: $(RUN) misses what is named above; pip install -r requirements.txt -c constraints.txt"; exit 1; }
+setup-synthetic: setup
+	@$(RUN) -c "import anny, warp" || { \
+	  echo "ENV=current: $(RUN) misses what is named above; pip install -r requirements-synthetic.txt"; exit 1; }
 else
 setup: $(VENV)/.base
 setup-synthetic: $(VENV)/.synthetic

@@ -27,7 +27,8 @@ class Train(Device):
 
     data: Path = option(
         REQUIRED,
-        "training crops: a folder with train.rec (InsightFace layout), a .rec file, or a folder of identity folders",
+        "training crops: a folder with train.rec (InsightFace layout), a .rec file or its chunks, WebDataset tars, a "
+        "list of PATH LABEL, or folders of identity folders (docs/data.md)",
         group="data",
         metavar="PATH",
     )
@@ -461,7 +462,7 @@ class Feeding(Device):
     )
     batch_size: int | None = option(
         None,
-        "crops per batch; none means 16 on a CPU, 256 on a GPU",
+        "crops per batch; none means 32 on a CPU (16 for .onnx), 256 on a GPU",
         group="machine",
         metavar="N",
         at_least=1,
@@ -636,8 +637,8 @@ class Identification(Model, PhotoFaces):
 
     checkpoint: str | None = option(  # type: ignore[assignment]  # may be left out here
         None,
-        "the model: a training checkpoint, a state_dict under the released key names, an .onnx embedding model, an "
-        "address, or released for the published network",
+        "the model: weights of a network of ours, of InsightFace's or AdaFace's (docs/networks.md), an .onnx embedding "
+        "model, an address, or released for the published network",
         group="model",
         metavar="FILE",
     )

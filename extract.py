@@ -4,7 +4,7 @@
     python extract.py MsCelebV1-Faces-Aligned.tsv --out data/raw
     python extract.py part1.tar.gz part2.tar.gz more_photos/ faces_emore/train.rec --out data/raw
     python extract.py shards/*.tar --out data/raw                    # WebDataset, labels in .cls or .json
-    python extract.py glint360k_00 --out data/raw                    # a split archive: its first part, or its folder
+    python extract.py photos.tar.00 --out data/raw                   # a split archive: its first part, or its folder
     python extract.py a/faces b/faces --prefix a b --out data/raw    # two sets whose identities have the same names
 
 Result: `data/raw/<identity>/<name>.<ext>` with the original bytes, `listing.tsv` (source, member, status, reason, path,

@@ -11,7 +11,7 @@ Ways, in turn in one process, batches of `--batch` crops without their mirror im
   compile     the same by torch.compile
   bf16        --precision bf16: bfloat16 autocast, the last layers in float32
   onnx        export.py's graph in onnxruntime, float32
-  int8        the same with 8-bit convolutions, ranges from the first half of the crops (export.py --int8)
+  int8        the same with 8-bit convolutions, ranges from the first half of the crops (export.py --variants int8)
 
 Columns: crops per CPU second of a thread (what a busy machine does little harm to) times the number of threads; the
 share of the rate of large products of the same type (for int8: of float32's), measured in the same run; first call,

@@ -8,8 +8,8 @@ lists used in OUT_ROOT/otherFiles. It needs none of the devkit's binaries, a few
 of half an hour for a million distractors. Where the devkit crashes, hangs or writes garbage there is an error that
 names the file, and no results file. With fewer than 100 probes the ROC's impostors are the scores of all probes.
 
-Score matrices are written only when asked for (--score-matrices). --devkit DIR runs the official binaries in DIR
-instead, checks what they return and write, and compares their results with this program's.
+Score matrices are written only when asked for (--score-matrices). --devkit DIR runs the official binaries in DIR, too,
+checks what they return and write, and compares their results with this program's.
 """
 
 import argparse

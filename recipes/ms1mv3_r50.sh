@@ -12,7 +12,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?"usage: recipes/ms1mv3_r50.sh CROPS OUT [GPUS] [more options]"}
 out=${2:?"usage: recipes/ms1mv3_r50.sh CROPS OUT [GPUS] [more options]"}
-gpus=${3:-1}
-shift $(($# < 3 ? $# : 3))
+shift 2
+gpus=1
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+  gpus=$1
+  shift
+fi
 torchrun --standalone --nproc_per_node="$gpus" train.py --data "$data" --out "$out" --resume \
   --network ir50 --batch-size 1024 --epochs 20 --schedule poly --lr 0.1 --margin 0.5 --scale 64 --compile "$@"
