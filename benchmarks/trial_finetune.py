@@ -10,8 +10,8 @@ are what the base network is trained on (or, with --synthetic, people who do not
 few: from nothing; from the base with random centres; from the base with mean centres. Each is measured on --lfw and
 --bin. All runs use the one recipe below, tuned runs a lower rate for the network (--tuned-lr) and --lr for the head.
 
-Everything lies in --scratch: the same command goes on where it was stopped, and prints the table in the end. The few are
-1,480 crops of 131 people of `faces_large`; with --epochs 10 a run takes 7 CPU minutes.
+Everything lies in --scratch: the same command goes on where it was stopped, and prints the table in the end. The few
+are 1,480 crops of 131 people of `faces_large`; with --epochs 10 a run takes 7 CPU minutes.
 """
 
 import argparse
