@@ -556,11 +556,15 @@ def _extract(sources: list[tuple[Source, dict[str, Any]]], out: Path) -> tuple[W
         journal = journals[entry["path"]]
         if entry["finished"] and not journal.missing:
             print(f"{source.path}: extracted already")
+            # The fingerprint of a file is that of samples, so that an archive of 100 GB need not be read for it.
+            if source.path.is_file() and entry.get("changed") not in (None, source.path.stat().st_mtime_ns):
+                print(f"note: {source.path} was written to since; if other photos are in it now, give another --out")
             continue
         extraction = Extraction(source, journal, shelf, chosen["prefix"], chosen["join"])
         entry["broken"] = extraction.run()
         entry["notes"] = extraction.notes() or entry["notes"]
         entry |= {"finished": True, "rows": journal.count, "check": journal.check}
+        entry["changed"] = source.path.stat().st_mtime_ns
         workplace.save()
     for journal in journals.values():
         journal.close()

@@ -100,12 +100,17 @@ def check_beginning(options: Train) -> None:
 
 def check_unused(options: Train) -> None:
     """Refuse what was given and would do nothing: whoever gave it wanted something else."""
+    foreign = options.network in models.NETWORKS and models.NETWORKS[options.network].family != "released"
     of_teacher = ("weight", "online", "embeddings", "mean", "std", "channels")
     useless: list[tuple[bool, str, Sequence[str]]] = [
         (options.teacher is None, "there is no --teacher", [f"teacher_{name}" for name in of_teacher]),
         (options.exclude is None, "there is no audit to --exclude by", ["relabel"]),
         (options.teacher_online, "with --teacher-online none are kept", ["teacher_embeddings"]),
         (options.loss == "none", "--loss none has no head", HEAD_ONLY),
+        (options.schedule != "steps", f"--schedule {options.schedule} has none", ["milestones"]),
+        (not options.small_epochs, "without --small-epochs all crops are whole", ["small_side"]),
+        (options.optimizer == "adamw", "is of --optimizer sgd", ["momentum"]),
+        (foreign, f"{options.network} is not of the released family", ["use_se"]),
     ]
     refuse_useless(options, useless)
 

@@ -732,7 +732,10 @@ def test_a_finished_source_is_not_read_again_but_repaired(tmp_path, capsys):
     first, rows = tree(out), (out / "listing.tsv").read_bytes()
     times = {path: (out / path).stat().st_mtime_ns for path in first}
     assert run(out, source) == 0
-    assert "extracted already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "extracted already" in said and "was written to since" not in said
+    os.utime(source, ns=(1, 1))
+    assert run(out, source) == 0 and f"note: {source} was written to since" in capsys.readouterr().out
     assert {path: (out / path).stat().st_mtime_ns for path in first} == times
     (out / "Ann" / "1.jpg").unlink()
     (out / "Bob" / "1.jpg").write_bytes(b"")

@@ -407,6 +407,10 @@ def test_options_that_do_not_go_together_are_one_line(crops, weights, tmp_path):
         ({"teacher_online": True}, "--teacher-online: there is no --teacher"),
         ({"teacher": weights, "teacher_online": True, "teacher_embeddings": tmp_path}, "with --teacher-online none"),
         ({"teacher": weights, "loss": "none", "sub_centres": 3}, "--sub-centres: --loss none has no head"),
+        ({"schedule": "cosine", "milestones": [3.0]}, "--milestones: --schedule cosine has none"),
+        ({"small_side": 48}, "--small-side: without --small-epochs all crops are whole"),
+        ({"optimizer": "adamw", "momentum": 0.5}, "--momentum: is of --optimizer sgd"),
+        ({"network": "mfn_half", "use_se": False}, "mfn_half is not of the released family"),
         ({"init": weights, "embedding_size": 8}, "its embedding has 16 dimensions, not 8; give --embedding-size 16"),
     ]
     for changes, message in cases:
