@@ -5,9 +5,11 @@
 
 Photos of LFW are put into bins by yaw (from the landmarks), blur (how far the sharpest photos have to be blurred to be
 as soft) and size (pixels between the eyes). In each bin, a genuine pair is one of its photos and one of the same person
-from the easiest bin; it is lost below the threshold that gives --far among all pairs of two people. Beside it stands
-what stress.py says of the bin's median. Real photos differ in more than one thing, so levels are not comparable;
-orders are: the rank correlation (Spearman) over the bins of each model, over all bins of all models, and of the models.
+from the easiest bin; it is lost below the threshold that gives --far among all pairs of two people. Beside the share
+that is lost, and the mean angle, stands what stress.py says of the bin's median. Real photos differ in more than one
+thing, so levels are not comparable; orders are: the rank correlation (Spearman) over the bins of each model, over all
+bins of all models, and of the models (three or more; by how much the angle rises from the first bin to the last). Ranks
+are of angles: within what a set such as LFW has of yaw and blur, people who do not exist may lose no pair at all.
 Size has no counterpart in stress.py as long as no face is smaller than a crop; its bins are listed all the same.
 """
 
@@ -89,18 +91,20 @@ def threshold(unit: np.ndarray, people: np.ndarray, far: float) -> float:
     return float(np.argmax(above <= far * above[0]) / 100_000 - 1)
 
 
-def lost(unit: np.ndarray, people: np.ndarray, bins: np.ndarray, limit: float) -> list[tuple[int, int]]:
-    """(genuine pairs, how many of them are lost) of each bin: one photo in it, the other in bin 0."""
+def lost(unit: np.ndarray, people: np.ndarray, bins: np.ndarray, limit: float) -> list[tuple[int, int, float]]:
+    """(genuine pairs, how many of them are lost, mean angle in degrees) of each bin: one photo in it, the other in
+    bin 0."""
     rows = []
     for number in range(bins.max() + 1):
-        pairs = missed = 0
+        pairs, missed, angles = 0, 0, 0.0
         for person in np.unique(people[bins == number]):
             easy, hard = np.flatnonzero((people == person) & (bins == 0)), (people == person) & (bins == number)
             cosines = unit[hard] @ unit[easy].T
             if number == 0:
                 cosines = cosines[np.triu_indices(len(easy), 1)]
             pairs, missed = pairs + cosines.size, missed + int((cosines < limit).sum())
-        rows.append((pairs, missed))
+            angles += float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).sum())
+        rows.append((pairs, missed, angles / max(pairs, 1)))
     return rows
 
 
@@ -119,31 +123,41 @@ def correlation(first: list[float], second: list[float]) -> float | None:
 def compare(
     units: list[np.ndarray], people: np.ndarray, values: np.ndarray, curves: list[Any], options: StressTruth
 ) -> dict[str, Any]:
-    """One factor: losses of each bin and model, beside the curves (levels, losses) of stress.py, and their ranks."""
+    """One factor: losses and angles of each bin and model, beside the curves (levels, losses, angles) of stress.py, and
+    the ranks of the angles."""
     bins = in_bins(values, options.bins)
     medians = [float(np.median(values[bins == number])) for number in range(options.bins)]
     limits = [threshold(unit, people, options.far) for unit in units]
     real = [lost(unit, people, bins, limit) for unit, limit in zip(units, limits, strict=True)]
-    rates = [[missed / max(pairs, 1) for pairs, missed in rows] for rows in real]
-    record: dict[str, Any] = {"medians": medians, "pairs": [pairs for pairs, _ in real[0]], "real": rates}
-    record["order of bins"] = [correlation(medians, row) for row in rates]
+    angles = [[angle for _, _, angle in rows] for rows in real]
+    record: dict[str, Any] = {
+        "medians": medians,
+        "pairs": [pairs for pairs, _, _ in real[0]],
+        "real": [[missed / max(pairs, 1) for pairs, missed, _ in rows] for rows in real],
+        "real angles": angles,
+        "order of bins": [correlation(medians, row) for row in angles],
+    }
     if all(curve is not None for curve in curves):
-        said = [np.interp(medians, *curve).tolist() for curve in curves]
+        said = [np.interp(medians, levels, found).tolist() for levels, _, found in curves]
+        rises = [[row[-1] - row[0] for row in rows] for rows in (angles, said)]
         record |= {
-            "stress": said,
-            "each model": [correlation(*rows) for rows in zip(rates, said, strict=True)],
-            "all models": correlation(np.ravel(rates).tolist(), np.ravel(said).tolist()),
-            "models": correlation([float(np.mean(row)) for row in rates], [float(np.mean(row)) for row in said]),
+            "stress": [np.interp(medians, levels, losses).tolist() for levels, losses, _ in curves],
+            "stress angles": said,
+            "each model": [correlation(*rows) for rows in zip(angles, said, strict=True)],
+            "all models": correlation(np.ravel(angles).tolist(), np.ravel(said).tolist()),
+            "models": correlation(*rises),
         }
     return record
 
 
-def curve_of(model: dict[str, Any], name: str | None) -> tuple[list[float], list[float]] | None:
-    """(levels, losses) of a factor, from the reference photo on; None if it was not moved."""
+def curve_of(model: dict[str, Any], name: str | None) -> tuple[list[float], list[float], list[float]] | None:
+    """(levels, losses, angles) of a factor, from the reference photo on; None if it was not moved."""
     if name is None or name not in model["factors"]:
         return None
     levels = model["factors"][name]["levels"]
-    return [0.0, *(abs(row["level"]) for row in levels)], [0.0, *(row["fnmr"]["value"] for row in levels)]
+    losses = [0.0, *(row["fnmr"]["value"] for row in levels)]
+    angles = [0.0, *(row["mean_genuine_angle"]["value"] for row in levels)]
+    return [0.0, *(abs(row["level"]) for row in levels)], losses, angles
 
 
 @utils.command
@@ -194,14 +208,15 @@ def main() -> None:
     utils.write_json(options.out / "results.json", {"far": options.far, "photos": len(crops), "models": labels,
                                                     "factors": record, "environment": utils.environment()})  # fmt: skip
     for name, found in record.items():
-        print(f"\n{name}, {len(crops)} photos; lost, real | stress.py, at the bins' medians")
-        print(f"{'':24}" + "".join(f"{abs(median):>16.1f}" for median in found["medians"]))
+        print(f"\n{name}, {len(crops)} photos; real | stress.py, at the bins' medians")
+        print(f"{'':30}" + "".join(f"{abs(median):>16.1f}" for median in found["medians"]))
         for k, label in enumerate(labels):
-            said = [f" | {value:.1%}" for value in found["stress"][k]] if "stress" in found else [""] * options.bins
-            print(
-                f"{label[:22]:24}"
-                + "".join(f"{f'{r:.1%}{s}':>16}" for r, s in zip(found["real"][k], said, strict=True))
-            )
+            for what, key, style in (("lost", "", ".1%"), ("angle", " angles", ".1f")):
+                real, said = found[f"real{key}"][k], found.get(f"stress{key}")
+                cells = [f"{value:{style}}" for value in real]
+                if said is not None:
+                    cells = [f"{cell} | {value:{style}}" for cell, value in zip(cells, said[k], strict=True)]
+                print(f"{f'{label[:22]}, {what}':30}" + "".join(f"{cell:>16}" for cell in cells))
         for what in ("order of bins", "each model", "all models", "models"):
             if what in found:
                 print(f"rank correlation, {what}: {found[what]}")

@@ -35,10 +35,11 @@ def test_thresholds_and_losses_are_those_of_plain_loops(monkeypatch):
     limit = threshold(unit, people, 0.05)
     accepted = sum(cosine >= limit for cosine in impostor)
     assert accepted / len(impostor) <= 0.05 < (accepted + 2) / len(impostor)
-    for number, (count, missed) in enumerate(lost(unit, people, bins, limit)):
+    for number, (count, missed, angle) in enumerate(lost(unit, people, bins, limit)):
         wanted = [float(unit[a] @ unit[b]) for a, b in pairs
                   if people[a] == people[b] and sorted((bins[a], bins[b])) == [0, number]]  # fmt: skip
         assert count == len(wanted) and missed == sum(cosine < limit for cosine in wanted)
+        assert angle == pytest.approx(np.degrees(np.arccos(wanted)).mean(), abs=1e-3)
 
 
 def test_orders_that_agree_and_one_that_does_not():
@@ -52,10 +53,13 @@ def test_orders_that_agree_and_one_that_does_not():
         rows = middles[people] + strength * values[:, None] * random.standard_normal((400, 32))
         units.append((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     options = StressTruth(checkpoint=["a", "b"], stress=None, lfw=None, far=0.01)
-    steep = ([0.0, 0.5, 1.0], [0.0, 0.4, 0.9])
-    flat = ([0.0, 0.5, 1.0], [0.0, 0.1, 0.3])
+    steep = ([0.0, 0.5, 1.0], [0.0, 0.0, 0.9], [0.0, 40.0, 90.0])
+    flat = ([0.0, 0.5, 1.0], [0.0, 0.0, 0.3], [0.0, 10.0, 30.0])
     found = compare(units, people, values, [flat, steep], options)
     assert found["order of bins"][1] == pytest.approx(1) and found["all models"] > 0.8
     assert found["each model"][1] == pytest.approx(1)
-    assert compare(units, people, values, [None, None], options).keys() == {"medians", "pairs", "real", "order of bins"}
+    three = compare([*units, units[0]], people, values, [flat, steep, flat], options)
+    assert three["models"] == pytest.approx(1)
+    alone = compare(units, people, values, [None, None], options)
+    assert alone.keys() == {"medians", "pairs", "real", "real angles", "order of bins"}
     assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1) and correlation([1, 2, 3], [1, 1, 1]) is None
