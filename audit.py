@@ -68,7 +68,7 @@ from verification.sets import open_set
 SHEET = 24  # findings of a kind on a sheet
 CONFIRMED = "confirmed by a person"
 # What decides the measures of a crop, besides the detector's weights.
-MEASURED_BY = (measures.__file__, duplicates.__file__, *Path(retinaface.__file__).parent.glob("*.py"))
+MEASURED_BY = (measures.__file__, duplicates.__file__, *retinaface.CODE)
 
 
 class Findings:

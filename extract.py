@@ -442,7 +442,7 @@ class Workplace:
         self.folder = out / _STATE
         self._file = self.folder / "sources.json"
         self.entries = self._read()
-        self.gone: dict[str, dict[int, Row]] = {}  # by source: rows whose files are missing and not extracted again
+        self.gone: dict[str, dict[int, Row]] = {}  # by source: rows whose files were missing when this run began
 
     def _read(self) -> list[dict[str, Any]]:
         """The states as they were written; `InputError` if anything else is found."""
@@ -548,8 +548,7 @@ def _extract(sources: list[tuple[Source, dict[str, Any]]], out: Path) -> tuple[W
     for journal in journals.values():
         for row in journal.missing.values():
             shelf.reserve(row.path)
-    given_paths = {entry["path"] for _, _, entry in given}
-    workplace.gone = {path: journal.missing for path, journal in journals.items() if path not in given_paths}
+    workplace.gone = {path: journal.missing for path, journal in journals.items()}
     for name in _LISTINGS:  # they would not tell the truth while this runs
         (out / name).unlink(missing_ok=True)
     for source, chosen, entry in given:
@@ -588,7 +587,7 @@ def _write_listing(workplace: Workplace, given: set[str]) -> tuple[list[str], li
             nobodys = 0
             shown: list[str] = []
             journal = Ledger(workplace.journal(entry))
-            gone = workplace.gone.get(entry["path"], {})
+            gone = {} if entry["path"] in given else workplace.gone[entry["path"]]
             for number, row in enumerate(map(Row.from_line, journal.lines())):
                 if number in gone:
                     row = Row(GONE, f"no longer at {row.path}", member=row.member)

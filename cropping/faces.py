@@ -570,7 +570,7 @@ def embedded_weights() -> str:
 def made_by() -> dict[str, Any]:
     """Code and libraries that decide the crop of a photo, for the record of a run."""
     own = (Path(__file__).with_name(name) for name in ("align.py", "faces.py", "photos.py"))
-    code = utils.code_sha256(*own, *Path(retinaface.__file__).parent.glob("*.py"))
+    code = utils.code_sha256(*own, *retinaface.CODE)
     libraries = ("torch", "onnxruntime", "opencv-python", "opencv-python-headless", "pillow", "pillow-heif")
     return {"code": code[:12], **utils.versions(*libraries)}
 

@@ -171,7 +171,8 @@ def _may_be_transparent(encoded: bytes) -> bool:
     if encoded.startswith(b"\x89PNG"):
         return encoded[25:26] in (b"\4", b"\6") or b"tRNS" in encoded[: encoded.find(b"IDAT")]
     if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        return encoded[12:16] == b"VP8L" or (encoded[12:16] == b"VP8X" and bool(encoded[20:21] and encoded[20] & 0x10))
+        extended = encoded[12:16] == b"VP8X" and len(encoded) > 20
+        return encoded[12:16] == b"VP8L" or (extended and bool(encoded[20] & 0x10))
     return False
 
 

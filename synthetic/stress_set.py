@@ -19,13 +19,12 @@ import torch
 
 import retinaface
 import utils
-from cropping import align
 from cropping.align import align_face
 from cropping.faces import embedded_weights
 from formats import cached
 from processes import Shard
 from retinaface import RetinaFace
-from synthetic import factors
+from synthetic import dataset, factors
 from synthetic.parameters import Identity, draw_identity
 from synthetic.photo import encode
 from synthetic.render import Renderer
@@ -33,7 +32,7 @@ from synthetic.render import Renderer
 CROP_QUALITY = 95  # JPEG, as in stage 2
 DETECT_TOGETHER = 32
 # What decides how the photos look, where they are cut and what the detector says of them.
-CODE = (*Path(__file__).parent.glob("*.py"), Path(align.__file__), *Path(retinaface.__file__).parent.glob("*.py"))
+CODE = (*dataset.CODE, *retinaface.CODE)
 PACKAGES = ("anny", "warp-lang")
 SEED = 20260101  # of what is random in pictures and cuts: the same for everybody's photo of a level
 
