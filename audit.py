@@ -41,6 +41,7 @@ from auditing.findings import (
     TEST,
     UNUSABLE,
     WRONG,
+    Findings,
     Limits,
     PairFinding,
     compare,
@@ -66,28 +67,8 @@ from verification.metrics import curve, operating_point
 from verification.sets import open_set
 
 SHEET = 24  # findings of a kind on a sheet
-CONFIRMED = "confirmed by a person"
 # What decides the measures of a crop, besides the detector's weights.
 MEASURED_BY = (measures.__file__, duplicates.__file__, *retinaface.CODE)
-
-
-class Findings:
-    """All that is known of each crop, filled in step by step."""
-
-    def __init__(self, crops: crop_sets.Crops) -> None:
-        count = len(crops)
-        self.crops, self.labels = crops, crops.labels
-        self.names = crops.identity_names
-        self.kinds = [KEEP] * count
-        self.reasons = [""] * count
-        self.score = np.full(count, np.nan)
-        self.action = ["keep"] * count
-        self.to: list[int | None] = [None] * count
-        self.pairs: list[PairFinding] = []
-        self.pair_actions: dict[str, str] = {}
-
-    def set(self, index: int, kind: str, reason: str, action: str, to: int | None = None) -> None:
-        self.kinds[index], self.reasons[index], self.action[index], self.to[index] = kind, reason, action, to
 
 
 def open_detector(options: config.Audit) -> RetinaFace | None:
@@ -262,59 +243,6 @@ def look_for_people(
     return summaries, evidence
 
 
-def decide(
-    decisions: Decisions, found: Findings, nearest: np.ndarray, duplicates: Sequence[tuple[Duplicate, int]]
-) -> None:
-    """What training does with each finding, a person's decisions honoured; says how many found nothing to decide."""
-    names = {
-        index: decided.name_of_crop(kind, index, int(nearest[index]))
-        for index, kind in enumerate(found.kinds)
-        if kind not in (KEEP, DUPLICATE)
-    }
-    copies = {decided.name_of_duplicate(pair.first + pair.second - drop, drop): drop for pair, drop in duplicates}
-    if gone := decisions.about_nothing([*names.values(), *copies, *map(decided.name_of_pair, found.pairs)]):
-        print(f"{gone} of {len(decisions)} decisions reject what is not found now")
-    for index, name in names.items():
-        if decisions.rejected(name):
-            found.reasons[index] += "; rejected by a person"
-        elif found.kinds[index] == WRONG:
-            found.action[index], found.to[index] = "move", int(nearest[index])
-        else:
-            found.action[index] = "drop"
-    dropped = {drop for name, drop in copies.items() if not decisions.rejected(name)}
-    for drop in copies.values():
-        if found.action[drop] == "keep" or found.kinds[drop] == DUPLICATE:
-            found.action[drop] = "drop" if drop in dropped else "keep"
-        if drop not in dropped:
-            found.reasons[drop] += "; rejected by a person"
-    usual = {MERGE: "merge", SPLIT: "split", TEST: "drop"}
-    for pair in found.pairs:
-        name = decided.name_of_pair(pair)
-        found.pair_actions[name] = "keep" if decisions.rejected(name) else usual[pair.kind]
-    confirm(decisions, found, usual)
-
-
-def confirm(decisions: Decisions, found: Findings, usual: dict[str, str]) -> None:
-    """Act on what a person confirmed as it was then, whether or not it is found now."""
-    known = {decided.subject(decided.name_of_pair(pair)) for pair in found.pairs}
-    for kind, first, *rest in sorted(decisions.confirmed, key=lambda name: name[0] == DUPLICATE):
-        if kind in usual:
-            crops = tuple(rest[0]) if kind == SPLIT else ()
-            if any(found.labels[crop] != first for crop in crops):
-                raise InputError(f"--decisions: crops {rest[0]} of {SPLIT} are not all of label {first}")
-            pair = PairFinding(kind, first, "" if kind == SPLIT else str(rest[0]), np.nan, CONFIRMED, crops)
-            name = decided.name_of_pair(pair)
-            if decided.subject(name) not in known:
-                found.pairs.append(pair)
-                found.pair_actions[name] = usual[kind]
-            continue
-        crop, to = (rest[0], None) if kind == DUPLICATE else (first, rest[0] if rest else None)
-        # Whose the second photo is matters more than that it is the second: it may be moved.
-        if (found.kinds[crop], found.to[crop]) != (kind, to) and (kind != DUPLICATE or found.action[crop] == "keep"):
-            reason = f"{found.reasons[crop]}; {CONFIRMED}".removeprefix("; ")
-            found.set(crop, kind, reason, "drop" if to is None else "move", to)
-
-
 def write_tables(
     out: Path, found: Findings, own: np.ndarray, other: np.ndarray, nearest: np.ndarray,
     norms: np.ndarray, signs: np.ndarray,
@@ -474,7 +402,7 @@ def audit(options: config.Audit) -> None:
     )
     found.pairs += find_splits(features, found.labels, centres, bounds, found.names)
     against, evidence = look_for_people(options, found, features, centres, embed_crops)
-    decide(decisions, found, nearest, duplicates)
+    decided.decide(decisions, found, nearest, duplicates)
     curves = quality(options, embedder) if options.quality_on is not None else []
     # From here on files are replaced. The record goes first and comes last, so that without it nothing is an audit.
     (options.out / selection.RECORD).unlink(missing_ok=True)

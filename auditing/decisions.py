@@ -15,11 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import utils
-from auditing.findings import DUPLICATE, MERGE, SPLIT, STRANGER, TEST, UNUSABLE, WRONG, PairFinding
+from auditing.duplicates import Duplicate
+from auditing.findings import DUPLICATE, KEEP, MERGE, SPLIT, STRANGER, TEST, UNUSABLE, WRONG, Findings, PairFinding
 from utils import InputError
 
 CONFIRM, REJECT = "confirm", "reject"
+CONFIRMED = "confirmed by a person"
 
 
 def name_of_crop(kind: str, crop: int, to: int | None = None) -> str:
@@ -118,3 +122,56 @@ def _is_name(text: str, crops: int, identities: int) -> bool:
         return False
     checks = parts[name[0]]
     return len(name) == len(checks) + 1 and all(check(part) for check, part in zip(checks, name[1:], strict=True))
+
+
+def decide(
+    decisions: Decisions, found: Findings, nearest: np.ndarray, duplicates: Sequence[tuple[Duplicate, int]]
+) -> None:
+    """What training does with each finding, a person's decisions honoured; says how many found nothing to decide."""
+    names = {
+        index: name_of_crop(kind, index, int(nearest[index]))
+        for index, kind in enumerate(found.kinds)
+        if kind not in (KEEP, DUPLICATE)
+    }
+    copies = {name_of_duplicate(pair.first + pair.second - drop, drop): drop for pair, drop in duplicates}
+    if gone := decisions.about_nothing([*names.values(), *copies, *map(name_of_pair, found.pairs)]):
+        print(f"{gone} of {len(decisions)} decisions reject what is not found now")
+    for index, name in names.items():
+        if decisions.rejected(name):
+            found.reasons[index] += "; rejected by a person"
+        elif found.kinds[index] == WRONG:
+            found.action[index], found.to[index] = "move", int(nearest[index])
+        else:
+            found.action[index] = "drop"
+    dropped = {drop for name, drop in copies.items() if not decisions.rejected(name)}
+    for drop in copies.values():
+        if found.action[drop] == "keep" or found.kinds[drop] == DUPLICATE:
+            found.action[drop] = "drop" if drop in dropped else "keep"
+        if drop not in dropped:
+            found.reasons[drop] += "; rejected by a person"
+    usual = {MERGE: "merge", SPLIT: "split", TEST: "drop"}
+    for pair in found.pairs:
+        name = name_of_pair(pair)
+        found.pair_actions[name] = "keep" if decisions.rejected(name) else usual[pair.kind]
+    confirm(decisions, found, usual)
+
+
+def confirm(decisions: Decisions, found: Findings, usual: dict[str, str]) -> None:
+    """Act on what a person confirmed as it was then, whether or not it is found now."""
+    known = {subject(name_of_pair(pair)) for pair in found.pairs}
+    for kind, first, *rest in sorted(decisions.confirmed, key=lambda name: name[0] == DUPLICATE):
+        if kind in usual:
+            crops = tuple(rest[0]) if kind == SPLIT else ()
+            if any(found.labels[crop] != first for crop in crops):
+                raise InputError(f"--decisions: crops {rest[0]} of {SPLIT} are not all of label {first}")
+            pair = PairFinding(kind, first, "" if kind == SPLIT else str(rest[0]), np.nan, CONFIRMED, crops)
+            name = name_of_pair(pair)
+            if subject(name) not in known:
+                found.pairs.append(pair)
+                found.pair_actions[name] = usual[kind]
+            continue
+        crop, to = (rest[0], None) if kind == DUPLICATE else (first, rest[0] if rest else None)
+        # Whose the second photo is matters more than that it is the second: it may be moved.
+        if (found.kinds[crop], found.to[crop]) != (kind, to) and (kind != DUPLICATE or found.action[crop] == "keep"):
+            reason = f"{found.reasons[crop]}; {CONFIRMED}".removeprefix("; ")
+            found.set(crop, kind, reason, "drop" if to is None else "move", to)

@@ -46,6 +46,7 @@ from auditing.centres import (
     robust_centres,
     unit_rows,
 )
+from formats import crop_sets
 
 KEEP, WRONG, STRANGER, UNUSABLE, DUPLICATE = "", "wrong person", "stranger", "unusable", "duplicate"
 MERGE, SPLIT, TEST = "two labels, one person", "one label, two people", "in the test set"
@@ -122,6 +123,25 @@ class PairFinding:
     score: float
     reason: str
     crops: tuple[int, ...] = ()  # the evidence, crops of the training set
+
+
+class Findings:
+    """What is known of crops and of pairs of identities, and what training does with them, filled in step by step."""
+
+    def __init__(self, crops: crop_sets.Crops) -> None:
+        count = len(crops)
+        self.crops, self.labels = crops, crops.labels
+        self.names = crops.identity_names
+        self.kinds = [KEEP] * count
+        self.reasons = [""] * count
+        self.score = np.full(count, np.nan)
+        self.action = ["keep"] * count
+        self.to: list[int | None] = [None] * count
+        self.pairs: list[PairFinding] = []
+        self.pair_actions: dict[str, str] = {}
+
+    def set(self, index: int, kind: str, reason: str, action: str, to: int | None = None) -> None:
+        self.kinds[index], self.reasons[index], self.action[index], self.to[index] = kind, reason, action, to
 
 
 def _quantile(values: np.ndarray, share: float, otherwise: float) -> float:

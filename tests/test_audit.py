@@ -28,6 +28,7 @@ from auditing.findings import (
     TEST,
     UNUSABLE,
     WRONG,
+    Findings,
     Limits,
     PairFinding,
     chance_threshold,
@@ -1073,6 +1074,6 @@ def test_a_confirmed_copy_of_somebody_else_is_moved_to_them(tmp_path):
     crops = crop_sets.open_training_set(record_set(tmp_path / "crops", identities=2, each=2))
     names = [decided.name_of_duplicate(0, 2), decided.name_of_crop(WRONG, 2, 1), decided.name_of_duplicate(1, 3)]
     for order in (names, names[::-1]):
-        found = audit.Findings(crops)
-        audit.decide(decided.Decisions(dict.fromkeys(order, "confirm")), found, np.zeros(4, np.int64), [])
+        found = Findings(crops)
+        decided.decide(decided.Decisions(dict.fromkeys(order, "confirm")), found, np.zeros(4, np.int64), [])
         assert found.action == ["keep", "keep", "move", "drop"] and found.to == [None, None, 1, None]
