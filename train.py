@@ -94,8 +94,10 @@ def check_beginning(options: Train) -> None:
         raise InputError(f"--freeze {' '.join(options.freeze)}: there is nothing to keep without --init")
     if options.freeze_epochs is not None and options.freeze == ["none"]:
         raise InputError("--freeze-epochs: nothing is frozen; give --freeze all, or stages and a number")
-    if options.loss == "none" and options.freeze == ["all"]:
+    if options.freeze == ["all"] and options.loss == "none":
         raise InputError("--freeze all: with --loss none there is nothing else to train")
+    if options.freeze == ["all"] and options.teacher is not None and options.freeze_epochs is None:
+        raise InputError("--teacher: --freeze all leaves no network that could learn from it; give --freeze-epochs")
 
 
 def check_unused(options: Train) -> None:
@@ -105,6 +107,7 @@ def check_unused(options: Train) -> None:
     useless: list[tuple[bool, str, Sequence[str]]] = [
         (options.teacher is None, "there is no --teacher", [f"teacher_{name}" for name in of_teacher]),
         (options.exclude is None, "there is no audit to --exclude by", ["relabel"]),
+        (not options.val, "there is no --val", ["val_every"]),
         (options.teacher_online, "with --teacher-online none are kept", ["teacher_embeddings"]),
         (options.loss == "none", "--loss none has no head", HEAD_ONLY),
         (options.schedule != "steps", f"--schedule {options.schedule} has none", ["milestones"]),
@@ -219,6 +222,8 @@ def resume(run: Run, state: State) -> dict[str, list[Any]]:
     if found is not None:
         changes = checkpoints.check_same_run(run, found)
         checkpoints.restore(state, found, world)
+        if note := reporting.forget_lost_epochs(run, state):
+            run.log(note)
         if world.is_main:
             storage.keep(found.path)
     return changes
@@ -353,9 +358,11 @@ def choose_workers(options: Train, world: World) -> int:
 
 def open_run(options: Train, world: World, log: monitor.RunLog) -> Run:
     """Open the data and the log: everything that does not change. Collective."""
-    labelled = options.loss != "none"
-    crops = crop_sets.open_training_set(options.data, skip_unreadable=options.skip_unreadable, labelled=labelled)
-    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=options.skip_unreadable)
+    # An audit speaks of crops with labels, and drops those that cannot be read.
+    labelled = options.loss != "none" or options.exclude is not None
+    skip = options.skip_unreadable or options.exclude is not None
+    crops = crop_sets.open_training_set(options.data, skip_unreadable=skip, labelled=labelled)
+    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=skip)
     if options.exclude is not None:
         crops, fingerprint = select(crops, fingerprint, options.exclude, relabel=options.relabel)
     if options.decode == "gpu":
@@ -486,7 +493,6 @@ def make_good(
 def train(options: Train, world: World, log: monitor.RunLog) -> int:
     """Run from the start or the last checkpoint to the end. Returns the exit code."""
     check_options(options, world)
-    termination = Termination()
     run = open_run(options, world, log)
     order, schedule = run.order, run.schedule
     amp = options.amp if options.amp is not None else world.device.type == "cuda"
@@ -502,6 +508,7 @@ def train(options: Train, world: World, log: monitor.RunLog) -> int:
         teacher.prepare()
     model = ready_to_train(state, freezing, options, world)
     begin(run, state, changes, amp)
+    termination = Termination()  # until here a signal simply ends the process: what is kept is written whole
     feeding = models.feeding_of(state.network)
 
     recipe, encoded = Augmentation.named(options.augment), options.decode == "gpu"
@@ -528,7 +535,7 @@ def train(options: Train, world: World, log: monitor.RunLog) -> int:
                 run.log(f"step {step}: nothing is frozen any more")
             state.head.margin = schedule.margin(step)
             torch.manual_seed(step_seed(options.seed, step, world.rank))
-            total = torch.zeros((), device=world.device)
+            total, top1 = torch.zeros((), device=world.device), torch.zeros((), device=world.device)
             for part in range(options.accumulate):
                 began = time.perf_counter()
                 batch = next(batches)
@@ -548,12 +555,13 @@ def train(options: Train, world: World, log: monitor.RunLog) -> int:
                         share, loss, stats = loss_of(state, model(inputs), labels, images, batch.indices)
                     (share / options.accumulate).backward()
                 total += loss.detach() / options.accumulate
+                top1 += stats["top1"] / options.accumulate
             if state.distillation is not None:
                 state.distillation.sum_gradients()
             shown = (step + 1) % options.log_every == 0
             norm = gradient_norm(state, world) if shown else None
             apply_gradients(state, options, schedule.learning_rate(step))
-            window.add(total, stats)
+            window.add(total, stats | {"top1": top1})
             state.step += 1
             if shown:
                 reporter.read(norm)

@@ -54,11 +54,15 @@ def subject(name: str) -> tuple[Any, ...]:
 
 
 class Decisions:
-    """Names that were confirmed, and the subjects of all that was decided, as {subject: CONFIRM or REJECT}."""
+    """Names that were confirmed, and the subjects of all that was decided, as {subject: CONFIRM or REJECT}.
+
+    Of several decisions about one subject the last one counts.
+    """
 
     def __init__(self, decided: dict[str, str]) -> None:
-        self.confirmed = [json.loads(name) for name, what in decided.items() if what == CONFIRM]
-        self._decided = {subject(name): what for name, what in decided.items()}
+        last = {subject(name): name for name in decided}
+        self.confirmed = [json.loads(name) for name in last.values() if decided[name] == CONFIRM]
+        self._decided = {about: decided[name] for about, name in last.items()}
 
     def __len__(self) -> int:
         return len(self._decided)
@@ -143,6 +147,14 @@ def decide(
             found.action[index], found.to[index] = "move", int(nearest[index])
         else:
             found.action[index] = "drop"
+    for name, drop in list(copies.items()):
+        _, kept, _ = json.loads(name)
+        only = found.kinds[drop] == DUPLICATE and list(copies.values()).count(drop) == 1
+        if only and [DUPLICATE, drop, kept] in decisions.confirmed:
+            # Of the two it was the other one that was to go.
+            found.set(drop, KEEP, "", "keep")
+            found.score[drop] = np.nan
+            del copies[name]
     dropped = {drop for name, drop in copies.items() if not decisions.rejected(name)}
     for drop in copies.values():
         if found.action[drop] == "keep" or found.kinds[drop] == DUPLICATE:
@@ -170,6 +182,8 @@ def confirm(decisions: Decisions, found: Findings, usual: dict[str, str]) -> Non
                 found.pairs.append(pair)
                 found.pair_actions[name] = usual[kind]
             continue
+        if kind == DUPLICATE and found.action[first] == "drop" and found.kinds[first] != DUPLICATE:
+            continue  # the one to be kept goes for a reason of its own, so the other one is no second one any more
         crop, to = (rest[0], None) if kind == DUPLICATE else (first, rest[0] if rest else None)
         # Whose the second photo is matters more than that it is the second: it may be moved.
         if (found.kinds[crop], found.to[crop]) != (kind, to) and (kind != DUPLICATE or found.action[crop] == "keep"):

@@ -15,14 +15,15 @@ import pytest
 import skimage.data
 import torch
 from helpers import ijb_tree
-from helpers.training import jpegs, pair_set, record_set
+from helpers.training import jpegs, pair_set, record_set, write_audit
 
 import audit
-import utils
 from auditing import decisions as decided
 from auditing import duplicates, report, space
 from auditing.centres import NEAREST, Centres, nearest_other, robust_centres, unit_rows
+from auditing.duplicates import Duplicate
 from auditing.findings import (
+    DUPLICATE,
     KEEP,
     STRANGER,
     TEST,
@@ -471,20 +472,6 @@ def test_a_reject_curve_falls_for_a_sign_that_knows_and_not_for_one_that_does_no
 
 
 # --- what training makes of it -----------------------------------------------------------
-
-
-def write_audit(folder, crops, actions, identity_rows=(), fingerprint=None):
-    rows = []
-    for index in range(len(crops)):
-        action, to = actions.get(index, ("keep", None))
-        label = int(crops.labels[index])
-        rows.append(
-            [index, crops.describe(index), label, label, "", None, None, None, None, action, to, *[None] * 8, ""]
-        )
-    selection.write_table(folder / selection.CROPS, selection.CROP_COLUMNS, rows)
-    selection.write_table(folder / selection.IDENTITIES, selection.IDENTITY_COLUMNS, list(identity_rows))
-    utils.write_json(folder / selection.RECORD, {"data": {"fingerprint": fingerprint or crop_sets.fingerprint(crops)}})
-    return folder / selection.CROPS
 
 
 @pytest.fixture
@@ -1077,3 +1064,26 @@ def test_a_confirmed_copy_of_somebody_else_is_moved_to_them(tmp_path):
         found = Findings(crops)
         decided.decide(decided.Decisions(dict.fromkeys(order, "confirm")), found, np.zeros(4, np.int64), [])
         assert found.action == ["keep", "keep", "move", "drop"] and found.to == [None, None, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "decisions", "kinds"),
+    [
+        (DUPLICATE, [(0, 1)], [KEEP, DUPLICATE]),  # found the other way round: as the person said
+        (DUPLICATE, [(1, 0)], [DUPLICATE, KEEP]),
+        (DUPLICATE, [(0, 1), (1, 0)], [DUPLICATE, KEEP]),  # of two decisions about the pair the later one
+        (STRANGER, [(0, 1)], [STRANGER, KEEP]),  # the one to be kept goes for another reason
+        (KEEP, [(0, 1)], [KEEP, DUPLICATE]),  # not found any more
+    ],
+)
+def test_of_a_photo_that_is_there_twice_one_stays(tmp_path, kind, decisions, kinds):
+    """A later audit, by another network, may find the same pair the other way round, or a fault of the kept one."""
+    crops = crop_sets.open_training_set(record_set(tmp_path / "crops", identities=2, each=2))
+    found = Findings(crops)
+    if kind != KEEP:
+        found.set(0, kind, "", "drop")
+    pairs = [] if kind == KEEP else [(Duplicate(0, 1, "identical", 1.0), 0)]
+    confirmed = decided.Decisions({decided.name_of_duplicate(*pair): "confirm" for pair in decisions})
+    decided.decide(confirmed, found, np.zeros(4, np.int64), pairs)
+    assert found.kinds[:2] == kinds
+    assert found.action[:2] == ["keep" if kind == KEEP else "drop" for kind in kinds]

@@ -25,6 +25,7 @@ from helpers.training import (
     start,
     train_main,
     train_run,
+    write_audit,
 )
 from test_restart import wait_for_step
 
@@ -264,3 +265,17 @@ def test_no_head_has_the_interface_of_the_margin_head():
     assert again.steps == 1
     with pytest.raises(ValueError, match=r"\(0, 4\), not \(0, 5\)"):
         NoHead(5, torch.device("cpu")).load_full_state(head.own_state())
+
+
+def test_what_an_audit_drops_teaches_nothing_without_labels_either(teacher, tmp_path):
+    """The audit is of crops with labels; a crop that cannot be read is not read once it is dropped."""
+    faces = folder_set(tmp_path / "faces")
+    broken = sorted((faces / "person-2").iterdir())[1]
+    broken.write_bytes(b"no picture")
+    crops = crop_sets.open_training_set(faces, skip_unreadable=True)
+    place = next(index for index in range(len(crops)) if str(broken) in crops.describe(index))
+    fingerprint = crop_sets.fingerprint(crops, skip_unreadable=True)
+    write_audit(tmp_path / "audit", crops, {place: ("drop", None)}, fingerprint=fingerprint)
+    recipe = {"loss": "none", "teacher": teacher, "epochs": 1, "batch_size": 5, "exclude": tmp_path / "audit"}
+    code, text = train_run(options(faces, tmp_path / "run", **recipe), tmp_path / "output")
+    assert code == 0 and "11 crops without labels" in text, text

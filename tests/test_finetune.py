@@ -407,6 +407,8 @@ def test_options_that_do_not_go_together_are_one_line(crops, weights, tmp_path):
         ({"teacher_online": True}, "--teacher-online: there is no --teacher"),
         ({"teacher": weights, "teacher_online": True, "teacher_embeddings": tmp_path}, "with --teacher-online none"),
         ({"teacher": weights, "loss": "none", "sub_centres": 3}, "--sub-centres: --loss none has no head"),
+        ({"teacher": weights, "init": weights, "freeze": "all"}, "--teacher: --freeze all leaves no network"),
+        ({"val_every": 3}, "--val-every: there is no --val"),
         ({"schedule": "cosine", "milestones": [3.0]}, "--milestones: --schedule cosine has none"),
         ({"small_side": 48}, "--small-side: without --small-epochs all crops are whole"),
         ({"optimizer": "adamw", "momentum": 0.5}, "--momentum: is of --optimizer sgd"),

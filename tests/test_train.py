@@ -1,11 +1,14 @@
 """train.py on one process: schedules, what a run leaves behind, and what it does when something is wrong."""
 
 import argparse
+import copy
 import csv
+import itertools
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -507,6 +510,20 @@ def test_verification_every_second_epoch_and_best_of_those(crops, pairs, tmp_pat
     assert results["best_epoch"] in (2, 3)
 
 
+def test_a_set_that_is_named_after_the_last_step_is_measured_too(crops, pairs, tmp_path):
+    recipe = {"epochs": 1, "batch_size": 24, "resume": True}
+    assert train_run(options(crops, tmp_path / "run", **recipe), tmp_path / "output", small=False)[0] == 0
+    code, text = train_run(options(crops, tmp_path / "run", **recipe, val=pairs), tmp_path / "output", small=False)
+    assert code == 0 and ", small " in text, text
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["last"]["verification"]["small"]["accuracy"] == results["best"]["verification"]["small"]["accuracy"]
+    assert list(json.loads((tmp_path / "run" / "run.json").read_text())["verification_sha256"]) == ["small"]
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    code, text = train_run(options(crops, tmp_path / "run", **recipe, val=pairs), tmp_path / "output", small=False)
+    assert code == 0 and ", small " not in text, "measured once"
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+
+
 def test_a_missing_verification_set_is_found_before_the_first_step(crops, tmp_path):
     code, text = train_run(options(crops, tmp_path / "run", val="nowhere.bin"), tmp_path / "output")
     assert code == 1 and "error: nowhere.bin: no such file or folder" in text
@@ -650,6 +667,68 @@ def test_the_best_epoch_is_of_the_present_verification_sets():
     assert best(report(1, 0.9, a="1"), report(2, 0.7, b="1"), report(3, 0.8, a="1")) == 3
     # Epochs that were not measured count less than those that were.
     assert best(report(1, None, a="1"), report(2, 0.1, a="1"), report(3, None, a="1")) == 2
+
+
+def test_an_epoch_whose_weights_are_lost_is_not_the_best(tmp_path):
+    """The best checkpoint was damaged, so the run went back; done anew, its epoch is worse than an earlier one."""
+    run = SimpleNamespace(options=SimpleNamespace(out=tmp_path))
+    first, second = ({"step": 10 * n, "loss": 5.0 - n} | report(n, 0.7 + n / 10, a="1") for n in (1, 2))
+
+    def found(best, *history, step):
+        utils.write_json(tmp_path / "results.json", {"best": best})
+        state = SimpleNamespace(history=copy.deepcopy(list(history)), step=step)
+        return state, reporting.forget_lost_epochs(run, state)
+
+    state, note = found(second, first, step=15)
+    state.history.append({**second, "loss": 3.1} | report(2, 0.7, a="1"))
+    assert reporting.best_report(state)["epoch"] == 2 and "note: epoch 2, the best one, is done anew" in note
+    # The last epoch's weights are in the checkpoint that the run goes on from.
+    state, note = found(second, first, step=10)
+    assert reporting.best_report(state)["epoch"] == 1 and note
+    # Nothing is lost: an earlier one was the best, the best one is not verified yet in the checkpoint, no results.
+    for best, history in ((first, [first]), (second, [first, {**second, "sets": {}, "verification": {}}])):
+        state, note = found(best, *history, step=25)
+        assert not note and not any("lost" in report for report in state.history)
+    (tmp_path / "results.json").unlink()
+    assert not reporting.forget_lost_epochs(run, state)
+
+
+def every_second_part_hits(line):
+    """train.py, where all crops of a step's first part are nearest to their own centre and none of its second."""
+    hits, loss_of = itertools.cycle([1.0, 0.0]), train.loss_of
+
+    def changed(*arguments):
+        share, loss, stats = loss_of(*arguments)
+        return share, loss, stats | {"top1": torch.tensor(next(hits))}
+
+    train.loss_of = changed
+    return train_main(line)
+
+
+def test_top1_is_of_all_parts_of_a_step(crops, tmp_path):
+    line = options(crops, tmp_path / "run", accumulate=2, epochs=1)
+    [code] = finish(start(every_second_part_hits, line, output=tmp_path / "output"))
+    assert code == 0, (tmp_path / "output").read_text()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["last"]["top1"] == 0.5
+
+
+def waits_for_its_data(line):
+    """train.py that needs a minute to open its crops."""
+
+    def open_run(options, *_):
+        options.out.mkdir()
+        time.sleep(60)
+
+    train.open_run = open_run
+    return train_main(line)
+
+
+def test_a_signal_before_the_first_step_ends_the_run(tmp_path):
+    [process] = start(waits_for_its_data, options("crops", tmp_path / "run"), output=tmp_path / "output")
+    wait_for(tmp_path / "run")
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish([process]) == [-signal.SIGTERM] and time.monotonic() - began < 30
 
 
 def test_a_reading_names_the_first_broken_step():

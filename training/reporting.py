@@ -160,15 +160,17 @@ def advice_for_slow_input(run: Run) -> str:
 def best_report(state: State) -> dict[str, Any]:
     """The epoch with the best mean accuracy over the verification sets; the last one where none was measured.
 
-    Only epochs since --val last changed are compared: accuracies on other sets say nothing about each other.
+    Only epochs since --val last changed are compared: accuracies on other sets say nothing about each other. For those
+    whose weights are lost see `forget_lost_epochs`.
     """
-    same = list(itertools.takewhile(lambda report: report["sets"] == state.history[-1]["sets"], state.history[::-1]))
+    same = itertools.takewhile(lambda report: report["sets"] == state.history[-1]["sets"], state.history[::-1])
+    candidates = [report for report in same if not report.get("lost")]
 
     def score(report: dict[str, Any]) -> tuple[float, int]:
         accuracies = [result["accuracy"] for result in report["verification"].values()]
         return (sum(accuracies) / len(accuracies) if accuracies else -1.0), report["epoch"]
 
-    return max(same, key=score)
+    return max(candidates, key=score)
 
 
 def due(run: Run, state: State) -> bool:
@@ -180,17 +182,45 @@ def due(run: Run, state: State) -> bool:
 def recall(run: Run, state: State) -> bool:
     """Take the last epoch's verification over from results.json; whether it was there.
 
-    A checkpoint is written before its epoch is verified. What is recalled is of this very epoch: the times that the
-    report holds are no other's.
+    A checkpoint is written before its epoch is verified. What is recalled is of this very epoch (the times that the
+    report holds are no other's) and of the sets of --val as they are now.
     """
     try:
         measured = utils.read_json(run.options.out / storage.RESULTS)["last"]
-        if {**measured, "sets": {}, "verification": {}} != state.history[-1]:
+        if _unverified(measured) != state.history[-1]:
+            return False
+        if measured["sets"] != {pairs.name: pairs.sha256 for pairs in run.sets}:
+            return False
+        if run.sets and due(run, state) and not measured["verification"]:
             return False
         state.history[-1].update(sets=dict(measured["sets"]), verification=dict(measured["verification"]))
     except (OSError, ValueError, LookupError, TypeError):
         return False
     return True
+
+
+def _unverified(report: dict[str, Any]) -> dict[str, Any]:
+    """An epoch's report as it is before its epoch is verified."""
+    return {**report, "sets": {}, "verification": {}}
+
+
+def forget_lost_epochs(run: Run, state: State) -> str:
+    """After a restart: if the best epoch so far is one that is done anew, earlier ones are not the best any more.
+
+    That happens where the last checkpoint was damaged and the one before is gone on from. The published network is the
+    discarded epoch's then, and of the epochs before it only the last one's weights are left, in that checkpoint. What
+    there is to tell the user of it, or nothing.
+    """
+    try:
+        best = _unverified(utils.read_json(run.options.out / storage.RESULTS)["best"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    if any(_unverified(report) == best for report in state.history):
+        return ""
+    for report in state.history:
+        if report["step"] < state.step:
+            report["lost"] = True
+    return f"note: epoch {best.get('epoch')}, the best one, is done anew; the best is chosen among those from here on"
 
 
 def publish(run: Run, state: State) -> None:

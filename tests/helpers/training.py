@@ -19,7 +19,8 @@ from torch import nn
 
 import models
 import train
-from formats import crop_sets, verification_bin
+import utils
+from formats import crop_sets, selection, verification_bin
 from training import monitor, storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,21 @@ def folder_set(folder, identities=3, each=4):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return folder
+
+
+def write_audit(folder, crops, actions, identity_rows=(), fingerprint=None):
+    """What audit.py leaves in `folder`, with these actions {crop: (action, label)}; the path of its audit.tsv."""
+    rows = []
+    for index in range(len(crops)):
+        action, to = actions.get(index, ("keep", None))
+        label = int(crops.labels[index])
+        rows.append(
+            [index, crops.describe(index), label, label, "", None, None, None, None, action, to, *[None] * 8, ""]
+        )
+    selection.write_table(folder / selection.CROPS, selection.CROP_COLUMNS, rows)
+    selection.write_table(folder / selection.IDENTITIES, selection.IDENTITY_COLUMNS, list(identity_rows))
+    utils.write_json(folder / selection.RECORD, {"data": {"fingerprint": fingerprint or crop_sets.fingerprint(crops)}})
+    return folder / selection.CROPS
 
 
 def options(data, out, **changes):
