@@ -127,6 +127,8 @@ class _InTrainingMode(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         network = self.inner[0]
+        if len(crops) == 1:  # the last of a set; a crop alone has no statistics, nor has one beside itself
+            return self(crops.repeat(2, 1, 1, 1))[:1]
         before = {key: value.clone() for key, value in network.state_dict().items()}
         network.train()
         try:
@@ -162,9 +164,11 @@ def inner_mistakes(embedder: Embedder, checkpoint: Path) -> Iterator[tuple[str, 
     yield "training mode", Embedder.from_network(_InTrainingMode(network), device, preprocessing=way)
     content = utils.read_tensors(checkpoint, mmap=True, stand_ins=True)
     if "format" in content:
-        centres = storage.open_stored(checkpoint).content["head"]["centres"][:]
-        if len(centres) == 0:
+        head = storage.open_stored(checkpoint).content.get("head")
+        stored = head.get("centres") if isinstance(head, dict) else None
+        if not isinstance(stored, Tensor | storage.Rows) or stored.dim() not in (2, 3) or not stored.shape[0]:
             return
+        centres = stored[:]
         logits = _Logits(network, centres).to(device)
         yield "head instead of embedding", Embedder.from_network(logits, device, preprocessing=way)
 

@@ -47,8 +47,9 @@ import utils
 from config import CROP_SIZE
 from download import checkpoint_path
 from models import MEAN, STD, feeding_of, name_of, network_from_state
+from networks.adaface import AdaFaceIR
 from networks.catalogue import RELEASED, Feeding
-from networks.files import read_state
+from networks.files import read_prefixed
 from utils import InputError
 
 METADATA_FORMAT = "face-embedding-1"
@@ -341,8 +342,9 @@ def load_embedder(
         if precision != "exact":
             raise InputError(f"--precision {precision}: {path} computes as its file says; leave the option out")
         return _load_onnx(path, torch.device(device), given, batch_size)
-    network = load_network(path).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-    preprocessing = _fed(path, network, given)
+    network, prefix = _read_network(path)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    preprocessing = _fed(path, network, prefix, given)
     return Embedder.from_network(
         network,
         device,
@@ -427,21 +429,39 @@ def _evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]
 
 def load_network(path: Path) -> nn.Module:
     """The network in a file of weights, on the CPU in evaluation mode. Raises InputError, naming the file."""
+    return _read_network(path)[0]
+
+
+def _read_network(path: Path) -> tuple[nn.Module, str]:
+    """The same, and the prefixes that its keys have in the file."""
+    state, prefix = read_prefixed(path)
     try:
-        return network_from_state(read_state(path))
+        return network_from_state(state), prefix
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _fed(path: Path, network: nn.Module, given: dict[str, Any]) -> Preprocessing:
-    """Preprocessing of a network as it says; options may repeat that, and replace it in the released family only."""
+def _fed(path: Path, network: nn.Module, prefix: str, given: dict[str, Any]) -> Preprocessing:
+    """Preprocessing of a network as it says; options may repeat that, and replace it in the released family only.
+
+    CVLface writes AdaFace's networks under `net.` (its models/iresnet). They take RGB or BGR as `color_space` in a file
+    beside the weights says, so only the user can tell.
+    """
     feeding = feeding_of(network)
+    if isinstance(network, AdaFaceIR) and "net." in prefix:
+        if "channels" not in given:
+            raise InputError(
+                f"{path}: holds {name_of(network.state_dict())} as CVLface writes it; give --channels rgb or bgr, as "
+                "color_space in the config.yaml beside it says"
+            )
+        feeding = dataclasses.replace(feeding, channels=given["channels"])
     if feeding == RELEASED:
         return dataclasses.replace(Preprocessing(), **_with_pixel_range(given))
     numbers = [*given.get("mean", ()), *given.get("std", ())]
     scale = given.get("pixel_range", 255.0 if max(numbers, default=0) > 1 else 1.0)
     stated = {"mean": np.multiply(feeding.mean, scale), "std": np.multiply(feeding.std, scale)}
     agrees = all(np.allclose(given.get(key, value), value, rtol=1e-3) for key, value in stated.items())
+    agrees &= given.get("pixel_range", 1.0) == 1.0 or ("mean" in given and "std" in given)
     if not agrees or given.get("channels", feeding.channels) != feeding.channels:
         raise InputError(
             f"{path}: holds {name_of(network.state_dict())}, which is fed with channels {feeding.channels}, mean "

@@ -318,6 +318,9 @@ class Exporter:
         calibration = self.options.calibration
         self.crops = _random_crops() if calibration is None else calibration_crops(calibration, CALIBRATION_CROPS)
         self.reference = self.embedder.features(self.crops)
+        # Before anything is exported: nothing could be said of how alike the files are.
+        if not np.isfinite(self.reference).all() or not self.reference.any():
+            raise InputError(f"{self.options.checkpoint}: gives features that are zero or not finite")
 
     def verify(self, embedder: Embedder, pairs: VerificationSet) -> VerificationResult:
         """The figures of a model on one set, with the rate that --far asks for and the usual ones."""

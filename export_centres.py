@@ -35,6 +35,8 @@ def main() -> None:
     if options.out.resolve() == options.checkpoint.resolve().parent:
         raise InputError(f"--out {options.out}: the folder of the run, whose {storage.EMBEDDING} would be replaced")
     centres = _centres(options.checkpoint, content["head"])
+    if not content["model"] or not all(map(storage.is_dense, content["model"].values())):
+        raise InputError(f"{options.checkpoint}: its model is no network's weights")
     table = options.checkpoint.with_name(storage.IDENTITIES)
     names = tables.read_identities(table) if table.is_file() else [str(label) for label in range(len(centres))]
     if len(names) != len(centres):
@@ -51,7 +53,7 @@ def main() -> None:
 def _centres(path: Path, head: dict[str, Any]) -> torch.Tensor:
     """float32 [identities, D] or [identities, K, D], each of length 1; `InputError` if they are no such vectors."""
     stored = head.get("centres")
-    if not isinstance(stored, torch.Tensor | storage.Rows) or stored.dim() not in (2, 3):
+    if not (isinstance(stored, storage.Rows) or storage.is_dense(stored)) or stored.dim() not in (2, 3):
         raise InputError(f"{path}: its head has no centres, [identities, D] or [identities, K, D]")
     centres = stored[:].float()
     if len(centres) == 0:

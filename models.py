@@ -20,6 +20,7 @@ from networks.mobilefacenet import MobileFaceNet
 from networks.released import SELResNet
 from networks.vit import VisionTransformer
 from training.margin import MarginHead
+from utils import shown
 
 __all__ = [
     "FAMILIES",
@@ -139,7 +140,7 @@ def _check(key: str, state: Mapping[str, Any], expected: Mapping[str, Tensor], n
     if key not in state:
         raise ValueError(f"looks like {name}, but {key} is missing")
     if key not in expected:
-        raise ValueError(f"looks like {name}, but has the unknown key {key}")
+        raise ValueError(f"looks like {name}, but has the unknown key {_name(key)}")
     found, wanted = state[key], expected[key]
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -148,6 +149,11 @@ def _check(key: str, state: Mapping[str, Any], expected: Mapping[str, Tensor], n
         raise ValueError(f"weights do not fit {name}: {key} is {found.dtype}, not {wanted.dtype}")
     if found.layout != torch.strided or found.device.type == "meta":
         raise ValueError(f"weights do not fit {name}: {key} is no dense tensor with values")
+
+
+def _name(key: str) -> str:
+    """A key for an error message: as it is, or quoted and cut where no network has such a one."""
+    return key if key.isprintable() and len(key) < 100 else shown(key)
 
 
 def _recognised(state: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -168,9 +174,9 @@ def _appearance(state: Mapping[str, Any]) -> str:
     keys = list(state)
     if not keys:
         return "it has no keys"
-    shown = [f"{key[:60]!r} {tuple(getattr(state[key], 'shape', ()))}" for key in keys[:3]]
-    more = f", ... ({len(keys)} in all)" if len(keys) > len(shown) else ""
-    return f"its keys are {', '.join(shown)}{more}"
+    first = [f"{shown(key)} {tuple(getattr(state[key], 'shape', ()))}" for key in keys[:3]]
+    more = f", ... ({len(keys)} in all)" if len(keys) > len(first) else ""
+    return f"its keys are {', '.join(first)}{more}"
 
 
 def _known() -> str:

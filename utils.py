@@ -493,6 +493,7 @@ def true_float32(device: "torch.device") -> Iterator[None]:
 
 
 CHECKPOINT_FORMAT = "face-checkpoint-1"
+REPEATED_BYTES = 1 << 24  # what a tensor may take in memory of which fewer values are stored
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -552,8 +553,40 @@ def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = Fals
         kind = "nothing" if content is None or content == {} else type(content).__name__
         raise InputError(f"{path}: holds {kind}, not a dictionary of weights")
     if content.get("format", CHECKPOINT_FORMAT) != CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: format {content['format']!r}; this version reads {CHECKPOINT_FORMAT!r}")
+        raise InputError(f"{path}: format {shown(content['format'])}; this version reads {CHECKPOINT_FORMAT!r}")
+    _check_values(path, content)
     return content
+
+
+def shown(text: object, most: int = 60) -> str:
+    """A name out of a file, quoted, cut, and on one line, for an error message."""
+    return repr(text[:most] if isinstance(text, str) else type(text).__name__)
+
+
+def _check_values(path: Path, content: Any) -> None:
+    """Raise `InputError` for a tensor that claims far more values than are stored for it, or has no shape at all.
+
+    A few bytes could fill the memory else. Each object is looked at once, however often it is referred to.
+    """
+    import torch
+
+    todo, seen = [content], set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif isinstance(value, torch.Tensor):
+            if value.is_nested:
+                raise InputError(f"{path}: holds a nested tensor, which no network has")
+            dense = value.layout == torch.strided and value.device.type != "meta"
+            needed = value.numel() * value.element_size() if dense else 0
+            if needed > max(value.untyped_storage().nbytes() if dense else 0, REPEATED_BYTES):
+                raise InputError(f"{path}: holds a tensor of {needed} bytes of which few are stored")
 
 
 def _read_tensors(path: Path, mmap: bool, stand_ins: bool) -> Any:

@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks import trials
-from embedding import load_embedder
+from config import Train
+from options import parse
+from training.distillation import open_teacher
 from verification import features
 from verification.sets import open_set
 
@@ -29,6 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--teacher", required=True)
+    for name in ("mean", "std"):
+        parser.add_argument(f"--teacher-{name}", type=float, nargs="+", metavar="X", help="where its file does not say")
+    parser.add_argument("--teacher-channels", choices=("rgb", "bgr"), help="the same")
     parser.add_argument("--val", type=Path, nargs="+", required=True)
     parser.add_argument("--weights", type=float, nargs="+", default=[10.0], metavar="W", help="of the teacher")
     parser.add_argument("--seed", type=int, default=0)
@@ -36,12 +41,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options, more = trials.parse(parser)
     sets = [open_set(path, options.out / "sets") for path in options.val]
-    teacher = load_embedder(options.teacher)
+    taught = ["--teacher", options.teacher, "--teacher-embeddings", str(options.out / "embeddings")]
+    for name in ("mean", "std"):
+        if numbers := getattr(options, f"teacher_{name}"):
+            taught += [f"--teacher-{name}", *map(str, numbers)]
+    if options.teacher_channels:
+        taught += ["--teacher-channels", options.teacher_channels]
+    teacher = open_teacher(parse(Train, argv=["--data", str(options.data), "--out", str(options.out), *taught]), "cpu")
     cache = options.out / "cache"
     own = {pairs.name: features.verify(teacher, pairs, cache_dir=cache).accuracy for pairs in sets}
     common = [*RECIPE, "--data", str(options.data), "--seed", str(options.seed)]
     common += ["--val", *map(str, options.val), *more]
-    taught = ["--teacher", options.teacher, "--teacher-embeddings", str(options.out / "embeddings")]
     ways: dict[str, list[str]] = {"without a teacher": []}
     ways |= {f"teacher, weight {weight:g}": [*taught, "--teacher-weight", str(weight)] for weight in options.weights}
     ways["teacher alone"] = [*taught, "--loss", "none"]

@@ -14,6 +14,7 @@ from conftest import ROOT
 from torch import nn
 
 import doctor
+import utils
 from embedding import Embedder, Preprocessing
 from formats.verification_bin import write_bin
 from models import build_network
@@ -182,6 +183,13 @@ def test_training_mode_leaves_the_network_as_it_was():
         assert torch.equal(value, before[key]), key
 
 
+def test_training_mode_of_a_crop_that_is_left_over_by_its_batch():
+    """A batch of one has no statistics of a vector."""
+    wrong = doctor._InTrainingMode(build_network("mfn", embedding_size=8).eval())
+    with torch.inference_mode():
+        assert wrong(torch.rand(1, 3, 112, 112)).isfinite().all()
+
+
 def mean_colour_model(path):
     """An ONNX model whose feature is the mean of each channel."""
     nodes = [
@@ -226,4 +234,11 @@ def test_a_trainers_own_file_has_its_inner_mistakes_tried(tmp_path):
     wrapped = {"state_dict_backbone": network.state_dict(), "state_dict_softmax_fc": {"weight": torch.zeros(3, 512)}}
     torch.save(wrapped, tmp_path / "checkpoint_gpu_0.pt")
     found = list(doctor.inner_mistakes(Embedder.from_network(network, "cpu"), tmp_path / "checkpoint_gpu_0.pt"))
+    assert [name for name, _ in found] == ["training mode"]
+
+
+def test_a_training_checkpoint_without_its_head_has_no_head_tried(tmp_path):
+    network = build_network("mfn_half", embedding_size=8).eval()
+    utils.save_checkpoint(tmp_path / "shared.pt", {"model": network.state_dict()})
+    found = list(doctor.inner_mistakes(Embedder.from_network(network, "cpu"), tmp_path / "shared.pt"))
     assert [name for name, _ in found] == ["training mode"]

@@ -282,3 +282,16 @@ def test_what_needs_a_network_is_refused_for_onnx(exported, monkeypatch, capsys,
     path = folder / "out" / "embedding-fp32.onnx"
     code, _, err = run(monkeypatch, capsys, "--checkpoint", path, "--out", tmp_path, *wrong.split())
     assert code == 1 and "is ONNX" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_network_that_knows_nothing_is_not_exported(tmp_path, monkeypatch, capsys, value):
+    state = build_network("mfn_half", embedding_size=8).state_dict()
+    state["project.0.weight"].fill_(value)
+    state["project.1.bias"].fill_(value)
+    torch.save(state, tmp_path / "net.pt")
+    command = ["export.py", "--checkpoint", str(tmp_path / "net.pt"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert export.main() == 1
+    assert "net.pt: gives features that are zero or not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.onnx"))

@@ -7,6 +7,7 @@ import runpy
 import sys
 import textwrap
 import types
+import warnings
 from pathlib import Path
 
 import cv2
@@ -24,6 +25,7 @@ from embedding import Embedder, Preprocessing, load_embedder
 from models import NETWORKS, build_network, feeding_of, name_of, network_from_state
 from networks.catalogue import ADAFACE, ARCFACE_TORCH, INSIGHTFACE, RELEASED, Entry, Feeding
 from networks.files import read_state
+from training.finetune import load_weights
 from utils import InputError
 
 # The smallest network of each family: whoever adds a family gets these tests.
@@ -311,6 +313,82 @@ def test_files_of_no_known_network_are_one_line(tmp_path, content, reason):
     assert "\n" not in str(caught.value)
 
 
+def hostile_files(mbf):
+    """What a few bytes can hold, and what is to be said of it."""
+    last = {"features.layers.2.weight": torch.zeros(1).expand(10**9, 512)}
+    norm = {f"features.layers.3.{name}": torch.zeros(1).expand(10**9) for name in ("weight", "bias")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that nested tensors may change
+        nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(3, 3)])
+    doubled = ()
+    for _ in range(28):
+        doubled = (doubled, doubled)
+    return {
+        "rows": (mbf.state_dict() | last | norm, "few are stored"),
+        "nested": ({"a": nested}, "nested tensor"),
+        "weight": (mbf.state_dict() | {"features.layers.2.weight": nested}, "nested tensor"),
+        "prefixes": ({"module." * 3000 + "x": torch.zeros(1)}, "its keys are 'x'"),
+        "format": ({"format": doubled}, "format 'tuple'"),
+        "key": (mbf.state_dict() | {"new\nline" * 40: torch.zeros(1)}, r"has the unknown key 'new\\nline"),
+    }
+
+
+@pytest.mark.parametrize("name", ["rows", "nested", "weight", "prefixes", "format", "key"])
+def test_hostile_files_are_one_short_line(tmp_path, mbf, name):
+    content, said = hostile_files(mbf)[name]
+    path = tmp_path / "net.pt"
+    torch.save(content, path)
+    with pytest.raises(InputError, match=said) as caught:
+        load_embedder(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 400
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: {"model": {"state_dict": state}, "epoch": 3},
+        lambda state: {"state_dict": {"model": state}},
+        lambda state: {"model": {"backbone": state, "head": {"weight": torch.zeros(3, 512)}}},
+        lambda state: state | {"head.kernel": torch.zeros(512, 3), "head.t": torch.zeros(1)},
+        lambda state: {
+            "state_dict": {f"model.{key}": value for key, value in state.items()}
+            | {"criterion.weight": torch.zeros(3), "loss_fn.kernel": torch.zeros(3), "arcface.weight": torch.zeros(3)}
+        },
+    ],
+)
+def test_a_network_within_what_trainers_put_around_it(tmp_path, mbf, crops, wrapped):
+    torch.save(wrapped(dict(mbf.state_dict())), tmp_path / "net.pt")
+    expected = load_embedder_of(mbf, tmp_path).features(crops)
+    assert np.array_equal(load_embedder(tmp_path / "net.pt").features(crops), expected)
+
+
+def test_the_order_of_cvlfaces_networks_is_the_users_to_say(tmp_path, crops):
+    """Their keys are AdaFace's; whether they take RGB or BGR stands in a file beside the weights."""
+    torch.manual_seed(0)
+    network = build_network("adaface_ir_18", embedding_size=16).eval()
+    for name, prefix in (("adaface", "model."), ("cvlface", "model.net.")):
+        state = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    own = load_embedder(tmp_path / "adaface.safetensors").features(crops)
+    with pytest.raises(InputError, match=r"as CVLface writes it; give --channels rgb or bgr, as color_space"):
+        load_embedder(tmp_path / "cvlface.safetensors")
+    bgr = load_embedder(tmp_path / "cvlface.safetensors", channels="bgr").features(crops)
+    rgb = load_embedder(tmp_path / "cvlface.safetensors", channels="rgb").features(crops[..., ::-1].copy())
+    assert np.array_equal(bgr, own) and np.array_equal(rgb, own)
+    with pytest.raises(InputError, match="is fed with channels bgr"):
+        load_embedder(tmp_path / "adaface.safetensors", channels="rgb")
+    with pytest.raises(InputError, match=r"--init .*: as CVLface writes it.*take the prefix model\.net\. off"):
+        load_weights(network, str(tmp_path / "cvlface.safetensors"), "adaface_ir_18", 16)
+
+
+def test_a_pixel_range_that_contradicts_the_file_is_refused(tmp_path, mbf):
+    torch.save(mbf.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(InputError, match="leave out the options that say otherwise"):
+        load_embedder(tmp_path / "net.pt", pixel_range=255.0)
+    load_embedder(tmp_path / "net.pt", mean=(127.5,) * 3, std=(127.5,) * 3, pixel_range=255.0)
+    load_embedder(tmp_path / "net.pt", pixel_range=1.0)
+
+
 def test_prefixes_are_taken_off_only_where_all_else_is_a_head():
     state = {"model.a": 1, "head.kernel": 2}
     assert models.name_of(state) is None
@@ -320,7 +398,7 @@ def test_prefixes_are_taken_off_only_where_all_else_is_a_head():
 
 
 def read_prefixes(state):
-    return read_state.__globals__["_without_prefixes"](state)
+    return read_state.__globals__["_without_prefixes"](state)[0]
 
 
 def test_a_file_that_nearly_fits_names_the_network_and_the_key(mbf):

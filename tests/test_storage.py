@@ -239,7 +239,8 @@ def test_what_goes_wrong_in_writing_is_raised_in_training(tmp_path, monkeypatch)
 
 
 def test_verification_is_recalled_for_this_very_epoch_alone(tmp_path):
-    run = SimpleNamespace(options=SimpleNamespace(out=tmp_path))
+    sets = [SimpleNamespace(name="lfw", sha256="abc")]
+    run = SimpleNamespace(options=SimpleNamespace(out=tmp_path, val_every=2, epochs=9), sets=sets)
     report = {"epoch": 2, "step": 8, "loss": 1.25, "seconds": 3.7, "sets": {}, "verification": {}}
 
     def recalled(written):
@@ -250,5 +251,42 @@ def test_verification_is_recalled_for_this_very_epoch_alone(tmp_path):
     measured = report | {"sets": {"lfw": "abc"}, "verification": {"lfw": {"accuracy": 0.9}}}
     assert recalled(json.dumps({"last": measured})) == (True, measured)
     assert recalled(json.dumps({"last": measured | {"seconds": 3.8}})) == (False, report)
+    # Of other sets than those of now, or not measured although it is due.
+    assert recalled(json.dumps({"last": measured | {"sets": {"lfw": "other"}}})) == (False, report)
+    unmeasured = measured | {"verification": {}}
+    assert recalled(json.dumps({"last": unmeasured})) == (False, report)
+    run.options.val_every = 3
+    assert recalled(json.dumps({"last": unmeasured})) == (True, unmeasured)
     for damaged in ("", "{}", '{"last": 3}', '{"last": {"verification": 1}}'):
         assert recalled(damaged) == (False, report)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda part: part["head"].update(centres=part["head"]["centres"][:1]), "centres is not 4 rows"),
+        (lambda part: part["head"].update(centres=part["head"]["centres"][:, :2]), "centres is not alike in all"),
+        (lambda part: part["head"].update(centres=part["head"]["centres"].double()), "centres is not alike in all"),
+        (lambda part: part["head"].update(centres=3), "centres is not 4 rows"),
+        (lambda part: part["optimizer"].update(head_momentum="x"), "head_momentum is not 4 rows"),
+        (lambda part: part.update(head=[]), "its parts do not fit together"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_one_line(tmp_path, change, said):
+    """As parts of another run do not that were copied into the folder."""
+    save(tmp_path, 1, 3)
+    name = utils.load_checkpoint(tmp_path / CHECKPOINT)["parts"][1]
+    part = utils.load_checkpoint(tmp_path / name)
+    change(part)
+    torch.save(part, tmp_path / name)
+    with pytest.raises(InputError, match=f"its parts do not fit together .*{said}|{said}"):
+        open_stored(tmp_path / CHECKPOINT)
+
+
+def test_a_number_of_identities_that_is_none_is_one_line(tmp_path):
+    save(tmp_path, 1, 2)
+    content = utils.load_checkpoint(tmp_path / CHECKPOINT)
+    content["head"]["identities"] = float("inf")
+    torch.save(content, tmp_path / CHECKPOINT)
+    with pytest.raises(InputError, match="its parts do not fit together"):
+        open_stored(tmp_path / CHECKPOINT)

@@ -339,6 +339,10 @@ def test_centres_by_identity(finished, tmp_path):
         (lambda content: content.update(optimizer={}), "nothing of the optimiser is in it"),
         (lambda content: content["head"].update(centres=torch.zeros(6, 16)), "6 centres are zero or not finite"),
         (lambda content: content["head"].update(centres=torch.zeros(96)), "its head has no centres"),
+        (lambda content: content["head"].update(centres=torch.ones(6, 16).to_sparse()), "its head has no centres"),
+        (lambda content: content["head"].update(centres=torch.ones(6, 16) * 1j), "its head has no centres"),
+        (lambda content: content.update(model={}), "its model is no network's weights"),
+        (lambda content: content.update(model={"a": 1}), "its model is no network's weights"),
     ],
 )
 def test_a_checkpoint_that_somebody_has_changed(crops, finished, tmp_path, monkeypatch, capsys, change, said):
@@ -347,7 +351,7 @@ def test_a_checkpoint_that_somebody_has_changed(crops, finished, tmp_path, monke
     content = load(finished[0] / "checkpoint.pt")
     change(content)
     torch.save(content, out / "checkpoint.pt")
-    if "centres" in said:
+    if "centres" in said or "its model" in said:
         command = ["export_centres.py", "--checkpoint", out / "checkpoint.pt", "--out", tmp_path / "centres"]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         assert export_centres.main() == 1

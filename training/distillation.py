@@ -47,7 +47,7 @@ class Teacher(Protocol):
         ...
 
 
-def open_teacher(options: Train, device: torch.device) -> Embedder:
+def open_teacher(options: Train, device: torch.device | str) -> Embedder:
     """The model of --teacher, fed as its file or the options say."""
     try:
         return load_embedder(

@@ -26,7 +26,7 @@ from embedding import Embedder, normalise
 from formats.crop_sets import Crops
 from formats.embeddings import EmbeddingStore
 from networks.catalogue import NETWORKS
-from networks.files import not_finite, read_state
+from networks.files import not_finite, read_prefixed
 from training.augment import Augmentation
 from training.distributed import World
 from training.margin import CENTRE_STD, MarginHead
@@ -51,7 +51,7 @@ def load_weights(network: nn.Module, init: str, name: str, embedding_size: int) 
         raise InputError(
             f"--init {path}: is ONNX, which is not trained; give the weights that it was made from (.pt, .pth, .ckpt)"
         )
-    state = read_state(path)
+    state, prefix = read_prefixed(path)
     try:
         found = models.name_of(state)
         weights = models.network_from_state(state).state_dict()
@@ -59,6 +59,11 @@ def load_weights(network: nn.Module, init: str, name: str, embedding_size: int) 
         raise InputError(f"--init {path}: {error}") from error
     if found is None or NETWORKS[found] != NETWORKS[name]:
         raise InputError(f"--init {path}: holds {found}, not {name}; give --network {found}")
+    if NETWORKS[found].family == "adaface" and "net." in prefix:
+        raise InputError(
+            f"--init {path}: as CVLface writes it, which may want RGB where {found} is fed BGR; take the prefix "
+            f"{prefix} off its keys first (docs/networks.md)"
+        )
     wanted = network.state_dict()
     if weights.keys() != wanted.keys():  # all else that a name leaves open
         has = any(".se." in key for key in weights)

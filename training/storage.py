@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -202,12 +202,14 @@ def open_stored(path: Path, rank: int = 0, size: int = 1) -> Stored:
             if (first < wanted[1] and wanted[0] < last) or (identities == 0 == number):
                 if not re.fullmatch(rf"{HEADS}/[\w-]+\.pt", name):
                     raise InputError(f"{path}: names {name!r} as a part, which is not one")
-                opened.append((first, utils.load_checkpoint(path.parent / name, mmap=True)))
+                opened.append((first, last, utils.load_checkpoint(path.parent / name, mmap=True)))
         for section in {where for where, _ in PER_IDENTITY}:
-            for key in opened[0][1][section]:
-                rows = [(first, part[section][key]) for first, part in opened]
+            for key in opened[0][2][section]:
+                rows = [(first, _rows_of(part[section][key], key, last - first)) for first, last, part in opened]
+                if len({(values.shape[1:], values.dtype) for _, values in rows}) > 1:
+                    raise ValueError(f"{key} is not alike in all of them")
                 content[section][key] = Rows(identities, rows)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, IndexError, OverflowError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its parts do not fit together ({error})") from error
     return Stored(path, content)
 
@@ -221,6 +223,20 @@ def whole(path: Path) -> dict[str, Any]:
             key: value[:] if isinstance(value, Rows) else value for key, value in content[section].items()
         }
     return content
+
+
+def _rows_of(values: Any, key: str, count: int) -> Tensor:
+    """A part's rows, once they are that; else ValueError."""
+    if not is_dense(values) or values.dim() == 0 or len(values) != count:
+        raise ValueError(f"{key} is not {count} rows")
+    return values
+
+
+def is_dense(value: Any) -> TypeGuard[Tensor]:
+    """Whether something out of a file is a tensor of real numbers that are there."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type == "meta":
+        return False
+    return not (value.is_complex() or value.is_quantized)
 
 
 PATIENCE = 60.0  # seconds in which a network file system may show a file that another node has written
