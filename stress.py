@@ -37,10 +37,10 @@ from formats import cached
 from options import parse
 from processes import Shard
 from utils import InputError
-from verification.stress import GROUPS, LevelResult, Subjects, half_lost
+from verification.stress import GROUPS, LOST, LevelResult, Subjects, half_lost
 
 if TYPE_CHECKING:
-    from synthetic.stress_set import StressSet
+    from synthetic.stress_set import Recorded, StressSet
 
 TOGETHER = 512  # crops that are embedded, and kept, together
 ACROSS = 5  # small multiples in a row
@@ -68,7 +68,8 @@ def main() -> None:
     device = utils.own_device(options.device)
     # Before an hour's work: what cannot be loaded is told now.
     embedders = [_open(options, checkpoint, device) for checkpoint in options.checkpoint]
-    people = StressSet(options.out, options.identities, options.seed, options.first, options.size, names)
+    with synthetic.needed():
+        people = StressSet(options.out, options.identities, options.seed, options.first, options.size, names)
     shard = Shard.parse(options.shard)
     missing = make_people(people, shard, device, worker_processes(device, options.workers))
     if missing:
@@ -77,6 +78,7 @@ def main() -> None:
     head = load_head()
     taken, found, error, who = [], [], [], []
     embeddings: list[list[np.ndarray]] = [[] for _ in embedders]
+    shown: Recorded | None = None
     with utils.progress(people.count * people.images * len(embedders), "embedding", unit="crop") as bar:
         for chunk in range(people.count):
             person = people.load(chunk, head)
@@ -86,11 +88,12 @@ def main() -> None:
             found.append(person.found)
             error.append(person.error)
             who.append(person.identity.who | {"melanin": person.identity.melanin})
-            if chunk == 0:
-                first = person
+            if shown is None or person.taken.sum() > shown.taken.sum():
+                shown = person  # of whom there are most photos
             for k, embedder in enumerate(embedders):
                 embeddings[k].append(_embed(embedder, person.crops, people.folder / "embeddings"))
                 bar.update(people.images)
+    assert shown is not None
     models = [Subjects(np.stack(rows), np.stack(taken), options.far) for rows in embeddings]
     if not models[0].resolved:
         pairs = len(models[0].cosines)
@@ -98,10 +101,8 @@ def main() -> None:
               "them. Take more --identities", file=sys.stderr)  # fmt: skip
     results = [_levels(people, model, np.stack(found), np.stack(error)) for model in models]
     groups = [{name: model.group(np.array([test(one) for one in who])) for name, test in GROUPS} for model in models]
-    # From here on files are replaced; the results come last, so that none stand beside the pictures of others.
-    (options.out / "results.json").unlink(missing_ok=True)
-    _sheet(options.out / "people.png", people, first.crops, first.taken)
-    pictures = ["people.png", *_draw(options, people, labels, results)]
+    if lacking := [name for name in names if name not in results[0]]:
+        print(f"note: {', '.join(lacking)}: none of these people can have that", file=sys.stderr)
     report = {
         "far": options.far,
         "people": {"identities": people.count, "first": people.first, **people.settings},
@@ -120,14 +121,21 @@ def main() -> None:
         "environment": utils.environment(),
     }
     text = _text(options, people, labels, results, groups)
-    utils.write_text(options.out / "stress.md", text)
-    utils.write_json(options.out / "results.json", report)
+    # From here on files are replaced, by one run at a time; the results come last, so that none stand beside the
+    # pictures of others.
+    busy = f"{options.out}: another run is writing its results there; run the same command again"
+    with utils.locked(options.out / ".report.lock", busy, leave=False):
+        (options.out / "results.json").unlink(missing_ok=True)
+        _sheet(options.out / "people.png", people, shown.crops, shown.taken)
+        pictures = ["people.png", *_draw(options, people, labels, results)]
+        utils.write_text(options.out / "stress.md", text)
+        utils.write_json(options.out / "results.json", report)
     print(text)
     print(f"{options.out}: {', '.join(['results.json', 'stress.md', *pictures])}")
 
 
 def _labels(options: config.Stress) -> list[str]:
-    labels = options.labels or [Path(name).stem for name in options.checkpoint]
+    labels = [" ".join(label.split()) for label in options.labels or [Path(name).stem for name in options.checkpoint]]
     if len(labels) != len(options.checkpoint):
         raise InputError(f"--labels: {len(labels)} labels for {len(options.checkpoint)} models")
     if len(set(labels)) < len(labels):
@@ -180,7 +188,9 @@ def _factor_json(results: Levels) -> dict[str, Any]:
         if name in CUTS:  # the photo is the reference photo: the detector was asked once
             for entry in entries:
                 entry["detector_found"] = entry["landmark_error_of_eye_distance"] = None
-        said[name] = {"unit": factor.unit, "half_lost_at": _half(name, levels), "levels": entries}
+        already = levels[0].fnmr.value >= LOST and not _is_named(name)  # the true level is milder than the first
+        said[name] = {"unit": factor.unit, "half_lost_at": _half(name, levels), "half_lost_before": already}
+        said[name]["levels"] = entries
     return said
 
 
@@ -315,8 +325,8 @@ def _text(
         "",
         *_table(["factor", *labels], [[name, *(_said(name, result) for result in results)] for name in results[0]]),
         "",
-        "By group, at the same threshold: false matches among reference photos, and lost pairs over all photos; 95 % "
-        "intervals over people.",
+        "By group, at the same threshold: false matches among reference photos, and lost pairs over the photos that "
+        "there are of everybody; 95 % intervals over people.",
         "",
     ]
     rows = []
@@ -344,18 +354,19 @@ def _said(name: str, result: Levels) -> str:
     from synthetic.factors import FACTORS
 
     levels, unit = result[name], FACTORS[name].unit
-    worst = max(levels, key=lambda level: level.fnmr.value)
     if _is_named(name):
-        lost = [
-            str(level) for level, found in zip(FACTORS[name].levels, levels, strict=True) if found.fnmr.value >= 0.5
-        ]
-        if lost:
+        rates = {str(level): found.fnmr.value for level, found in zip(FACTORS[name].levels, levels, strict=True)}
+        if lost := [level for level, rate in rates.items() if rate >= LOST]:
             return ", ".join(lost)
-        return f"none; most at {FACTORS[name].levels[levels.index(worst)]} ({100 * worst.fnmr.value:.0f} %)"
-    half, first, last = _half(name, levels), FACTORS[name].levels[0], FACTORS[name].levels[-1]
+        most = max(rates.values())
+        worst = ", ".join(level for level, rate in rates.items() if rate == most)
+        return f"none; most at {worst} ({100 * most:.0f} %)" if most else "none; nothing is lost"
+    numbers = [float(level) for level in FACTORS[name].levels]
+    half = _half(name, levels)
     if half is None:
-        return f"beyond {last} {unit}".rstrip() + f" ({100 * levels[-1].fnmr.value:.0f} % there)"
-    return f"{'at most ' if half == first else ''}{half:.3g} {unit}".rstrip()
+        return f"beyond {numbers[-1]:g} {unit}".rstrip() + f" ({100 * levels[-1].fnmr.value:.0f} % there)"
+    milder = "at most " if numbers[0] < numbers[-1] else "at least "
+    return f"{milder if levels[0].fnmr.value >= LOST else ''}{half:.3g} {unit}".rstrip()
 
 
 def _rate(interval: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ Size has no counterpart in stress.py as long as no face is smaller than a crop; 
 """
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ def threshold(unit: np.ndarray, people: np.ndarray, far: float) -> float:
         others &= people[start : start + BLOCK, None] != people
         counts += np.bincount(((cosines[others] + 1) * 100_000).astype(np.int64).clip(0, 200_000), minlength=200_001)
     above = np.cumsum(counts[::-1])[::-1]
-    return float(np.argmax(above <= far * above[0]) / 100_000 - 1)
+    allowed = above <= far * above[0]
+    return float((np.argmax(allowed) if allowed.any() else len(above)) / 100_000 - 1)
 
 
 def lost(unit: np.ndarray, people: np.ndarray, bins: np.ndarray, limit: float) -> list[tuple[int, int, float]]:
@@ -178,8 +180,11 @@ def main() -> None:
     fed = {field.name: getattr(options, field.name) for field in dataclasses.fields(config.Feeding)}
     embedders = [open_embedder(config.Model(checkpoint=name, **fed), device) for name in options.checkpoint]
     for embedder, model in zip(embedders, models, strict=True):
-        if any(model.get(name) != value for name, value in embedder.describe().items() if "sha256" in name):
+        now = embedder.describe()
+        if any(model.get(name) != value for name, value in now.items() if "sha256" in name):
             raise InputError(f"{options.stress}: {model['label']} is another model than {embedder.name}")
+        if json.loads(json.dumps(now["preprocessing"])) != model.get("preprocessing"):
+            raise InputError(f"{options.stress}: {model['label']} was fed otherwise than {embedder.name} is now")
     listed = [file for file in list_photos(options.lfw).files if identity_of(file)]
     faces = lfw.crop_faces(
         [options.lfw / file for file in listed],

@@ -412,14 +412,16 @@ def _stress(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     sources = []
     people = content["people"]
     # The people are a function of what is said here, the hash of the code included.
-    sha = hashlib.sha256(json.dumps(people, sort_keys=True).encode()).hexdigest()
-    subject = f"{people.get('identities')} synthetic people"
+    far = float(content["far"])
+    sha = hashlib.sha256(json.dumps([people, far], sort_keys=True).encode()).hexdigest()
+    subject = f"{people.get('identities')} synthetic people, threshold at FAR {far:g}"
     for model in content["models"]:
         figures = []
         for factor, found in model["factors"].items():
-            worst = max(found["levels"], key=lambda level: level["fnmr"]["value"])
-            label = f"FNMR, {factor}: worst level {worst['level']}"
-            figures.append(Figure(label, percent(worst["fnmr"]["value"]), span(worst["fnmr"]), sha))
+            # Of levels that are equally bad the most severe one.
+            worst = max(reversed(found["levels"]), key=lambda level: level["fnmr"]["value"])
+            rate = percent(worst["fnmr"]["value"]) + (f" at {worst['level']}" if worst["fnmr"]["value"] else "")
+            figures.append(Figure(f"FNMR, {factor}, worst level", rate, span(worst["fnmr"]), sha))
         for group, found in model.get("groups", {}).items():
             for rate in ("fmr", "fnmr") if found is not None else ():
                 figures.append(
@@ -427,8 +429,9 @@ def _stress(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
                 )
         pictures = _pictures(path.parent, "curves.png", "named.png", "detector.png")
         name = (str(model.get("name", model["label"])), model.get("sha256"))
+        notes = [] if model.get("threshold_resolved", True) else [f"too few people for FAR {far:g}: nobody is accepted"]
         sources.append(
-            Source(path, "Stress", subject, _command(path, content), [name], [(subject, sha)], figures, pictures)
+            Source(path, "Stress", subject, _command(path, content), [name], [(subject, sha)], figures, pictures, notes)
         )
     return sources
 

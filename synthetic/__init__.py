@@ -25,16 +25,17 @@ from collections.abc import Iterator
 
 from utils import InputError
 
-_PACKAGES = {"warp": "warp-lang", "threadpoolctl": "threadpoolctl"}  # by the names of their modules
+# By the names of their modules; `anny` is looked for by its package's name.
+_PACKAGES = {"warp": "warp-lang", "threadpoolctl": "threadpoolctl", "anny": "anny"}
 
 
 @contextlib.contextmanager
 def needed() -> Iterator[None]:
-    """Inside, an import of this room that fails for want of a package is an `InputError` that says how to get it."""
+    """Inside, what fails for want of a package (an import of this room) is an `InputError` that says how to get it."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES:
+    except ModuleNotFoundError as error:  # PackageNotFoundError is one, and its name is the package's
+        package = _PACKAGES.get(str(error.name), str(error.name))
+        if package not in _PACKAGES.values():
             raise
-        package = _PACKAGES[error.name]
         raise InputError(f"the package {package} is missing: pip install -r requirements-synthetic.txt") from error

@@ -127,10 +127,10 @@ class People(Chunks):
                 if path.exists():
                     raise InputError(f"{path}: exists, but no record of how it was made; give another folder")
         complete = super().open(outputs)
-        lost = [chunk for chunk in folders if complete and not self._photos(chunk).is_dir()]
+        lost = [chunk for chunk in folders if complete and not self._has_photos(chunk)]
         if lost:
             raise InputError(
-                f"{self._photos(lost[0])}: gone from a finished set ({len(lost)} of {self.count} identities are); "
+                f"{self._photos(lost[0])}: gone from a finished set, or some photos of it ({len(lost)} identities); "
                 f"remove {self.out / outputs[0]} and run the same command again, which makes all anew"
             )
         return complete
@@ -140,7 +140,7 @@ class People(Chunks):
         missing = set(super().missing())
         if self.plan.crops or self._report.exists():
             return sorted(missing)
-        return [chunk for chunk in range(self.count) if chunk in missing or not self._photos(chunk).is_dir()]
+        return [chunk for chunk in range(self.count) if chunk in missing or not self._has_photos(chunk)]
 
     @property
     def images(self) -> int:
@@ -153,6 +153,12 @@ class People(Chunks):
 
     def _photos(self, chunk: int) -> Path:
         return self.out / self.plan.folder(self.plan.first + chunk)
+
+    def _has_photos(self, chunk: int) -> bool:
+        """Whether a finished identity's photos are there, all of them."""
+        folder, number = self._photos(chunk), self.plan.first + chunk
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return all(self.plan.file(number, image) in there for image in range(self.plan.images))
 
     def numbers(self, chunk: int) -> range:
         """The one identity of a chunk."""

@@ -15,10 +15,14 @@ import numpy as np
 
 from cropping.align import TEMPLATE, estimate_similarity
 from synthetic.head import HeadModel
-from synthetic.parameters import EXPRESSIONS, HAIR_COLOURS, Identity, PhotoParameters, draw_photo
+from synthetic.parameters import EXPRESSIONS, HAIR_COLOURS, Identity, PhotoParameters, draw_photo, towards
+from synthetic.render import head_rotation
 
 EYES_IN_CROP = float(TEMPLATE[1, 0] - TEMPLATE[0, 0])  # pixels between the eyes of a crop
 EYE_PIXELS = 50.0  # of a reference photo, for an image of 256 pixels
+OLDEST = 85.0  # years; the mesh knows nobody older
+# The lamp of a reference photo: degrees to the image's right and up, its light on skin, and even light from all around.
+AZIMUTH, ELEVATION, KEY, FILL = 20.0, 30.0, 1.0, 0.4
 
 Level = float | str
 Scene = tuple[Identity, PhotoParameters]
@@ -42,36 +46,55 @@ def reference(identity: Identity, head: HeadModel) -> Scene:
     straight: dict[str, Any] = {"yaw": 0.0, "pitch": 0.0, "roll": 0.0, "torso_yaw": 0.0, "torso_pitch": 0.0}
     calm = replace(photo, **straight, gaze=(0.0, 0.0), camera=camera, makeup=makeup, distance=150.0, shift=(0.0, 0.0))
     background = photo.background | {"kind": "gradient", "level": 0.35}
-    return identity, replace(
+    calm = replace(
         calm, eye_pixels=EYE_PIXELS, background=background, years=identity.who["years"], weight=identity.who["weight"]
     )
+    return _lit()((identity, calm))
 
 
 # ---------------------------------------------------------------------------------------------- scenes
 
 
-def _turned(yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0, body: bool = False) -> Callable[[Scene], Scene]:
+def _turned(yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0) -> Callable[[Scene], Scene]:
+    return lambda scene: (scene[0], replace(scene[1], yaw=yaw, pitch=pitch, roll=roll, torso_yaw=0.6 * yaw))
+
+
+def _seen_from(elevation: float) -> Callable[[Scene], Scene]:
+    """The camera so many degrees higher: to it all turns, the lamp and the light around with the person."""
+
     def change(scene: Scene) -> Scene:
-        torso: dict[str, Any] = {"torso_yaw": yaw, "torso_pitch": pitch} if body else {"torso_yaw": 0.6 * yaw}
-        return scene[0], replace(scene[1], yaw=yaw, pitch=pitch, roll=roll, **torso)
+        identity, photo = scene
+        turn = head_rotation(0.0, -elevation, 0.0)
+        lights = [light | {"towards": tuple((turn @ np.array(light["towards"])).tolist())} for light in photo.lights]
+        slopes = turn @ np.array([photo.ambient[axis] for axis in "xyz"])
+        ambient = photo.ambient | {axis: tuple(slope) for axis, slope in zip("xyz", slopes.tolist(), strict=True)}
+        return identity, replace(photo, pitch=-elevation, torso_pitch=-elevation, lights=lights, ambient=ambient)
 
     return change
 
 
-def _lit(azimuth: float, elevation: float, key: float, fill: float, warmth: float = 0.0) -> Callable[[Scene], Scene]:
-    """One lamp of strength `key` over a `fill` of even light, its colour moved from white (negative: blue)."""
+def _lit(
+    azimuth: float = AZIMUTH, elevation: float = ELEVATION, fill: float = FILL, warmth: float = 0.0
+) -> Callable[[Scene], Scene]:
+    """The lamp of the reference photo, at another place, over another `fill` of even light, or its colour moved from
+    white (negative: blue). What stands behind is a wall that this light falls on.
+    """
 
     def change(scene: Scene) -> Scene:
-        a, e = np.radians([azimuth, elevation])
         tint = np.exp(warmth * np.array([0.25, 0.0, -0.4]))
-        colour = tuple(float(c) for c in key * tint)
-        towards = (float(np.sin(a) * np.cos(e)), float(np.sin(e)), float(np.cos(a) * np.cos(e)))
-        mean = tuple(float(c) for c in fill * tint)
-        ambient = {"mean": mean, "x": (0.0,) * 3, "y": (0.15 * fill,) * 3, "z": (0.1 * fill,) * 3, "kind": "even"}
-        lights = [{"towards": towards, "colour": colour, "spread": 0.2}]
-        return scene[0], replace(scene[1], lights=lights, ambient=ambient)
+        colour, mean, up, front = (tuple((share * tint).tolist()) for share in (KEY, fill, 0.3 * fill, 0.1 * fill))
+        ambient = {"mean": mean, "x": (0.0,) * 3, "y": up, "z": front, "kind": "even"}
+        lights = [{"towards": towards(azimuth, elevation), "colour": colour, "spread": 0.3}]
+        on_wall = _on_wall(azimuth, elevation, fill) / _on_wall(AZIMUTH, ELEVATION, FILL)
+        background = scene[1].background | {"light": tuple((on_wall * tint).tolist())}
+        return scene[0], replace(scene[1], lights=lights, ambient=ambient, background=background)
 
     return change
+
+
+def _on_wall(azimuth: float, elevation: float, fill: float) -> float:
+    """How much light falls on what stands behind and faces the camera."""
+    return fill + KEY * max(towards(azimuth, elevation)[2], 0.0)
 
 
 def _expression(units: dict[str, float]) -> Callable[[Scene], Scene]:
@@ -83,19 +106,30 @@ def _both(unit: str, amount: float = 1.0) -> dict[str, float]:
 
 
 def _aged(years: float) -> Callable[[Scene], Scene]:
-    """So many years older, or younger where that would be more than 85: face, wrinkles and grey hair."""
+    """So many years older: face, wrinkles and grey hair."""
 
     def change(scene: Scene) -> Scene:
         identity, photo = scene
         now = identity.who["years"]
-        then = now + years if now + years <= 85 else max(now - years, 18.0)
-        passed = then - now
-        hair = identity.hair | {"grey": float(np.clip(identity.hair["grey"] + passed / 30, 0, 1))}
-        wrinkles = float(np.clip(identity.wrinkles + passed / 50, 0.02, 1.1))
-        older = replace(identity, who=identity.who | {"years": then}, hair=hair, wrinkles=wrinkles)
+        then = now + years
+        grey = _grey(identity.hair["grey"], now, then)
+        hair = identity.hair | {"grey": grey}
+        of_beard = identity.beard["grey"] / identity.hair["grey"] if identity.hair["grey"] > 0 else 1.0
+        beard = identity.beard | {"grey": min(grey * of_beard, 1.0)}
+        wrinkles = float(np.clip(identity.wrinkles + years / 50, 0.02, 1.1))
+        older = replace(identity, who=identity.who | {"years": then}, hair=hair, beard=beard, wrinkles=wrinkles)
         return older, replace(photo, years=then)
 
     return change
+
+
+def _grey(grey: float, now: float, then: float) -> float:
+    """How grey somebody is `then`, by the curve that `parameters` draws from: 22 years from an onset between 38 and 68.
+
+    Who is not grey yet begins in the middle of what is left of that.
+    """
+    onset = now - 22 * grey if grey > 0 else (max(now, 38.0) + max(now, 68.0)) / 2
+    return float(np.clip((then - onset) / 22, grey, 1))
 
 
 def _worn(**things: Any) -> Callable[[Scene], Scene]:
@@ -174,14 +208,14 @@ _SCENES = [
     _numbered("pitch up", "degrees", (10, 20, 30, 40), lambda angle: _turned(pitch=angle)),
     _numbered("pitch down", "degrees", (10, 20, 30, 40), lambda angle: _turned(pitch=-angle)),
     _numbered("roll", "degrees", (15, 30, 60, 90), lambda angle: _turned(roll=angle)),
-    _numbered("camera above", "degrees", (10, 20, 30, 45), lambda angle: _turned(pitch=-angle, body=True)),
-    _numbered("camera below", "degrees", (10, 20, 30, 45), lambda angle: _turned(pitch=angle, body=True)),
+    _numbered("camera above", "degrees", (10, 20, 30, 45), _seen_from),
+    _numbered("camera below", "degrees", (10, 20, 30, 45), lambda angle: _seen_from(-angle)),
     _numbered("camera distance", "1/m", (1.0, 1.5, 2.0, 2.5), lambda near: _worn(distance=100 / near)),
-    _numbered("light from the side", "degrees", (30, 60, 90, 120), lambda angle: _lit(angle, 15, 1.2, 0.15)),
-    _numbered("light from above", "degrees", (30, 50, 70, 85), lambda angle: _lit(0, angle, 1.2, 0.15)),
-    _numbered("light strength", "key / fill", (2, 4, 8, 16), lambda ratio: _lit(45, 25, 1.2, 1.2 / ratio)),
-    _numbered("warm light", "steps", (1, 2, 3, 4), lambda warmth: _lit(20, 30, 0.8, 0.5, warmth)),
-    _numbered("cold light", "steps", (1, 2, 3, 4), lambda warmth: _lit(20, 30, 0.8, 0.5, -warmth)),
+    _numbered("light from the side", "degrees", (40, 60, 90, 120), lambda angle: _lit(azimuth=angle)),
+    _numbered("light from above", "degrees", (45, 60, 75, 85), lambda angle: _lit(elevation=angle)),
+    _numbered("light strength", "key / fill", (5, 10, 20, 40), lambda ratio: _lit(fill=KEY / ratio)),
+    _numbered("warm light", "steps", (1, 2, 3, 4), lambda warmth: _lit(warmth=warmth)),
+    _numbered("cold light", "steps", (1, 2, 3, 4), lambda warmth: _lit(warmth=-warmth)),
     _numbered("mouth open", "share", (0.25, 0.5, 0.75, 1.0), lambda share: _expression({"jawOpen": share})),
     _numbered("eyes closed", "share", (0.25, 0.5, 0.75, 1.0), lambda share: _expression(_both("eyeBlink", share))),
     _named("expression", {name: _expression(units) for name, units in EXPRESSIONS.items() if units}),
@@ -214,8 +248,10 @@ _SCENES = [
 SCENES: dict[str, tuple[Factor, list[Callable[[Scene], Scene]]]] = {pair[0].name: pair for pair in _SCENES}
 
 
-def has(factor: str, identity: Identity) -> bool:
-    """Whether a factor makes sense for a person: facial hair for men alone."""
+def has(factor: str, level: int, identity: Identity) -> bool:
+    """Whether a level (its number) of a factor makes sense for a person: a beard for men, no age beyond `OLDEST`."""
+    if factor == "age":
+        return identity.who["years"] + float(FACTORS["age"].levels[level]) <= OLDEST
     return factor != "facial hair" or identity.who["gender"] > 0.5
 
 
@@ -245,9 +281,12 @@ def _shaken(bgr: np.ndarray, ratio: float, length: float, rng: np.random.Generat
     return cv2.filter2D(bgr, -1, cv2.GaussianBlur(kernel / kernel.sum(), (3, 3), 0.5), borderType=cv2.BORDER_REPLICATE)
 
 
-def _noisy(bgr: np.ndarray, ratio: float, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of so many grey levels in the crop: shrinking a photo averages, so the photo gets more."""
-    noise = rng.standard_normal(bgr.shape, dtype=np.float32) * np.float32(sigma * max(1.0, ratio))
+def _noisy(bgr: np.ndarray, _: float, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise of so many grey levels in the crop: the photo gets half as much again.
+
+    Of independent values that bilinear interpolation takes at random places (a - b, 1 - a) the deviation is 2/3.
+    """
+    noise = rng.standard_normal(bgr.shape, dtype=np.float32) * np.float32(1.5 * sigma)
     return np.clip(np.round(bgr + noise), 0, 255).astype(np.uint8)
 
 

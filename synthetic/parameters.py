@@ -444,7 +444,7 @@ def _expression(rng: np.random.Generator, head: HeadModel) -> dict[str, float]:
     return {unit: float(np.clip(value, 0, 1)) for unit, value in values.items() if unit in head.expression_labels}
 
 
-def _towards(azimuth: float, elevation: float) -> tuple[float, float, float]:
+def towards(azimuth: float, elevation: float) -> tuple[float, float, float]:
     """A unit vector in the camera's frame: azimuth 0 is from the camera, positive from the image's right."""
     a, e = np.radians(azimuth), np.radians(elevation)
     return float(np.sin(a) * np.cos(e)), float(np.sin(e)), float(np.cos(a) * np.cos(e))
@@ -468,7 +468,7 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, An
     lights = []
 
     def add(azimuth: float, elevation: float, colour: tuple[float, float, float], spread: float) -> None:
-        lights.append({"towards": _towards(azimuth, elevation), "colour": colour, "spread": float(spread)})
+        lights.append({"towards": towards(azimuth, elevation), "colour": colour, "spread": float(spread)})
 
     sky, ground, level = white(1.0, -0.4), white(0.35, 0.6), 0.5
     if kind == "sun":
@@ -526,7 +526,7 @@ def _light(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, An
 
 
 EVEN_LIGHT: tuple[list[dict[str, Any]], dict[str, Any]] = (
-    [{"towards": _towards(20, 30), "colour": (0.8, 0.8, 0.8), "spread": 0.3}],
+    [{"towards": towards(20, 30), "colour": (0.8, 0.8, 0.8), "spread": 0.3}],
     {"mean": (0.5,) * 3, "x": (0.0,) * 3, "y": (0.15,) * 3, "z": (0.05,) * 3, "kind": "even"},
 )
 

@@ -21,7 +21,9 @@ def _palette(rng: np.random.Generator, count: int, level: float) -> np.ndarray:
 
 
 def background(photo: PhotoParameters, size: int) -> np.ndarray:
-    """Linear RGB float32 [size, size, 3]: an invented, mostly defocused place."""
+    """Linear RGB float32 [size, size, 3]: an invented, mostly defocused place, in its own light or in that of `light`
+    (a factor for each colour).
+    """
     what = photo.background
     rng = np.random.default_rng(what["seed"])
     side = 96
@@ -68,6 +70,8 @@ def background(photo: PhotoParameters, size: int) -> np.ndarray:
         canvas *= cv2.merge([np.exp(grain)] * 3)
     canvas = cv2.GaussianBlur(canvas, (0, 0), float(np.clip(what["blur"], 0.4, 9)))
     canvas = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_CUBIC)
+    if "light" in what:
+        canvas *= np.array(what["light"], np.float32)
     return np.clip(canvas, 0, 2.5, out=canvas)
 
 

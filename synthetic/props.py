@@ -194,8 +194,8 @@ def hat_piece(photo: PhotoParameters, field: RadiusField) -> Piece:
     return join(parts)
 
 
-def scarf_piece(photo: PhotoParameters, rng: np.random.Generator) -> Piece:
-    """A scarf wound around the neck."""
+def scarf_piece(photo: PhotoParameters, field: RadiusField, rng: np.random.Generator) -> Piece:
+    """A scarf wound around the neck; drawn up further than it hangs, it goes around chin and mouth."""
     scarf = photo.scarf
     assert scarf is not None
     turn = np.linspace(0, 4 * np.pi, 72)
@@ -208,6 +208,13 @@ def scarf_piece(photo: PhotoParameters, rng: np.random.Generator) -> Piece:
         ],
         -1,
     )
+    if scarf["rise"] > 0:
+        arm = path - CENTRE
+        reach = np.linalg.norm(arm, axis=1)
+        out = np.maximum(field(arm / reach[:, None]) + 0.5 * bulge - reach, 0)
+        # In front alone: at the sides there are shoulders in these directions.
+        out *= np.clip((arm[:, 2] / np.hypot(arm[:, 0], arm[:, 2]) - 0.4) / 0.3, 0, 1)
+        path = CENTRE + arm * (1 + out / reach)[:, None]
     points, faces = tube(path, bulge, sides=10)
     return piece(points, faces, scarf["colour"], KNITTED)
 

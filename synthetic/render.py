@@ -415,7 +415,7 @@ class Renderer:
         if photo.hat:
             pieces.append(props.hat_piece(photo, person.field))
         if photo.scarf:
-            pieces.append(props.scarf_piece(photo, np.random.default_rng([photo.seed, 9])))
+            pieces.append(props.scarf_piece(photo, person.field, np.random.default_rng([photo.seed, 9])))
         if photo.occluder:
             mask = photo.occluder["kind"] == "mask"
             pieces.append(props.mask_piece(photo, person.field) if mask else props.occluder_piece(photo))

@@ -130,7 +130,7 @@ class _Maker:
         images, landmarks, taken = self._photographs(identity)
         found, error = self._detected(images, landmarks)
         jpegs = [
-            encode(align_face(np.ascontiguousarray(image), self._cut(shot, points)), CROP_QUALITY)
+            encode(self._crop(shot, image, points), CROP_QUALITY)
             for shot, image, points in zip(people.shots, images, landmarks, strict=True)
         ]
         arrays: dict[str, np.ndarray] = {
@@ -152,7 +152,7 @@ class _Maker:
         for number, shot in enumerate(self.people.shots):
             who, photo = scene
             if shot.factor in factors.SCENES and shot.level is not None:
-                taken[number] = factors.has(shot.factor, identity)
+                taken[number] = factors.has(shot.factor, shot.level, identity)
                 if taken[number]:
                     who, photo = factors.SCENES[shot.factor][1][shot.level](scene)
             elif shot.factor is not None:
@@ -186,12 +186,14 @@ class _Maker:
         names = sorted(factors.FACTORS)
         return np.random.default_rng([SEED, names.index(str(shot.factor)), int(shot.level or 0)])
 
-    def _cut(self, shot: Shot, landmarks: np.ndarray) -> np.ndarray:
-        """The landmarks that a crop is cut by."""
-        if shot.factor not in factors.CUTS or shot.level is None:
-            return landmarks
-        level = float(factors.FACTORS[shot.factor].levels[shot.level])
-        return factors.wrong_landmarks(shot.factor, level, landmarks, self._generator(shot))
+    def _crop(self, shot: Shot, image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+        """The crop of a photo; cut by other landmarks, and of a photo that goes on, where the cut is what is moved."""
+        if shot.factor in factors.CUTS and shot.level is not None:
+            level = float(factors.FACTORS[shot.factor].levels[shot.level])
+            landmarks = factors.wrong_landmarks(shot.factor, level, landmarks, self._generator(shot)) + len(image)
+            side = len(image)
+            image = cv2.copyMakeBorder(image, side, side, side, side, cv2.BORDER_REPLICATE)
+        return align_face(np.ascontiguousarray(image), landmarks)
 
     def _detected(self, images: list[np.ndarray], landmarks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """bool [K] and float32 [K]: whether the best face is the one that is there, and its landmarks' error."""

@@ -248,7 +248,7 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     }
     put(tmp_path / "mega", model | {"probes": side, "distractors": side, "results": [row]})
     levels = [{"level": level, "fnmr": {"value": level / 100, "interval_95": [0, 1]}} for level in (0, 30, 10)]
-    put(tmp_path / "stress", {"people": {"identities": 5}, "models": [
+    put(tmp_path / "stress", {"far": 0.001, "people": {"identities": 5}, "models": [
         {"label": "x", "name": "net.pt", "sha256": MODEL, "factors": {"yaw": {"levels": levels}},
          "groups": {"men": {"fmr": interval, "fnmr": interval}, "women": None}}
     ], "environment": {}})  # fmt: skip
@@ -272,7 +272,7 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
         ("TinyFace", "rank 1, as printed"): ("51.50 %", ""),
         ("TinyFace", "probes + matches + distractors"): ("9 + 8 + 7", ""),
         ("MegaFace", "rank 1, 10 distractors, noise lists: raw"): ("25.00 %", "10.00 ... 40.00"),
-        ("Stress", "FNMR, yaw: worst level 30"): ("30.00 %", "0.00 ... 100.00"),
+        ("Stress", "FNMR, yaw, worst level"): ("30.00 % at 30", "0.00 ... 100.00"),
         ("Stress", "FMR, men"): ("50.00 %", "40.00 ... 60.00"),
         ("Data", "wrong person"): ("4", ""),
         ("Comparison", "accuracy, A - B"): ("+1.00 points (p = 0.04)", "0.00 ... 2.00"),
@@ -359,12 +359,25 @@ def test_all_of_many_trainings_are_drawn(tmp_path, monkeypatch):
 
 
 def test_columns_of_one_file_are_called_by_their_models(tmp_path, monkeypatch):
-    levels = [{"level": 1, "fnmr": {"value": 0.1, "interval_95": [0, 1]}}]
-    models = [{"label": name, "name": name, "sha256": sha, "factors": {"yaw": {"levels": levels}}}
-              for name, sha in (("one.onnx", MODEL), ("two.onnx", OTHER))]  # fmt: skip
-    put(tmp_path / "st", {"people": {"identities": 5}, "models": models, "environment": {}})
+    rates = {"one.onnx": (0.1, 0.2), "two.onnx": (0.3, 0.3)}
+    models = [
+        {"label": name, "name": name, "sha256": sha, "factors": {"yaw": {"levels": [
+            {"level": level, "fnmr": {"value": rate, "interval_95": [0, 1]}}
+            for level, rate in enumerate(rates[name], start=1)
+        ]}}}
+        for name, sha in (("one.onnx", MODEL), ("two.onnx", OTHER))
+    ]  # fmt: skip
+    stressed = {"far": 0.001, "people": {"identities": 5}, "models": models, "environment": {}}
+    put(tmp_path / "st", stressed)
     assert run(monkeypatch, tmp_path / "st", "--out", tmp_path / "r.html") == 0
-    assert "<th>st, one.onnx</th><th>st, two.onnx</th>" in (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "<th>st, one.onnx</th><th>st, two.onnx</th>" in page
+    assert page.count("FNMR, yaw, worst level") == 1 and "20.00 % at 2" in page and "30.00 % at 2" in page
+    # At another threshold it is another figure, and a threshold that accepts nobody is said.
+    put(tmp_path / "loose", stressed | {"far": 0.1, "models": [models[0] | {"threshold_resolved": False}]})
+    assert run(monkeypatch, tmp_path / "st", tmp_path / "loose", "--out", tmp_path / "r.html") == 0
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("FNMR, yaw, worst level") == 2 and "too few people for FAR 0.1: nobody is accepted" in page
     for name in ("x", "y"):
         put(tmp_path / "run" / name / "lfw", verification())
     assert run(monkeypatch, tmp_path / "run", "--out", tmp_path / "r.html") == 0

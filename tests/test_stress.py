@@ -2,13 +2,17 @@
 
 import json
 import sys
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from torch import nn
 
-from cropping.align import TEMPLATE, estimate_similarity
+from cropping.align import TEMPLATE, align_face, estimate_similarity
 from embedding import Embedder
+from utils import InputError
 from verification.stress import GROUPS, Subjects, half_lost
 
 RNG = np.random.default_rng(0)
@@ -93,6 +97,35 @@ def test_where_half_of_the_pairs_are_lost(levels, fnmr, wanted):
     assert half_lost(levels, fnmr) == (None if wanted is None else pytest.approx(wanted))
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+def test_a_model_that_tells_nobody_apart_is_not_called_perfect(noise):
+    """Equal cosines are accepted together or not at all."""
+    rng = np.random.default_rng(0)
+    same = np.tile(unit(rng.standard_normal(16)), (60, 2, 1)) + noise * rng.standard_normal((60, 2, 16))
+    subjects = Subjects(unit(same), np.ones((60, 2), bool), 0.01, replicates=20)
+    assert subjects.threshold > 1 and (subjects.thresholds > 1).all()
+    result = subjects.level(1, np.ones(60, bool), np.zeros(60))
+    assert result.fnmr.value == 1 and result.fmr.value == 0
+    signs = unit(np.sign(rng.standard_normal((200, 2, 12))))
+    few = Subjects(signs, np.ones((200, 2), bool), 0.01, replicates=20)
+    assert 0 < (few.cosines >= few.threshold).mean() <= 0.01
+    drawn = few.weights[few.first] * few.weights[few.second]
+    accepted = ((few.cosines[:, None] >= few.thresholds) * drawn).sum(0) / drawn.sum(0)
+    assert (accepted <= 0.01 + 1e-9).all()
+
+
+def test_groups_are_compared_on_photos_of_everybody():
+    """Everybody loses the same photos; that only some have others, none of them lost, makes no difference."""
+    centres = unit(RNG.standard_normal((40, 1, 16)))
+    embeddings = np.repeat(centres, 6, axis=1)
+    embeddings[:, 1:3] *= -1
+    taken = np.ones((40, 6), bool)
+    men = np.arange(40) < 20
+    taken[~men, 4:] = False
+    subjects = Subjects(embeddings, taken, 0.01, replicates=20)
+    assert [subjects.group(who)["fnmr"]["value"] for who in (men, ~men)] == pytest.approx([2 / 3, 2 / 3])
+
+
 def test_groups_at_one_threshold():
     subjects = some_subjects()
     members = np.arange(60) % 2 == 0
@@ -166,6 +199,8 @@ def test_every_level_changes_one_person_and_nothing_else(factors):
     head = load_head()
     scene = factors.reference(draw_identity(1, 3, head), head)
     allowed = {"yaw": {"yaw", "torso_yaw"}, "eyes closed": {"expression"}, "glasses": {"glasses"}, "age": {"years"}}
+    seen = {"pitch", "torso_pitch", "lights", "ambient"}  # from another height: the lamp stays with the person
+    allowed |= {"camera above": seen, "camera below": seen}
     for name, (factor, changes) in factors.SCENES.items():
         assert len(changes) == len(factor.levels)
         for change in changes:
@@ -175,7 +210,87 @@ def test_every_level_changes_one_person_and_nothing_else(factors):
                 assert moved <= allowed[name]
             if name not in ("facial hair", "haircut", "age"):
                 assert who == scene[0] and moved, name
-            assert photo.seed == scene[1].seed and photo.background == scene[1].background
+            assert photo.seed == scene[1].seed
+            # A wall that the lamp falls on.
+            assert photo.background == scene[1].background | {"light": photo.background["light"]}
+            assert "light" in name or photo.background == scene[1].background
+
+
+def test_light_moves_in_one_respect(factors):
+    """Place, strength and colour of the lamp each with the others as in the reference photo."""
+    from synthetic.head import load_head
+    from synthetic.parameters import draw_identity
+    from synthetic.render import head_rotation
+
+    head = load_head()
+    scene = factors.reference(draw_identity(1, 3, head), head)
+
+    def lamp(photo):
+        (light,) = photo.lights
+        x, y, z = light["towards"]
+        key, fill = np.array(light["colour"]), np.array(photo.ambient["mean"])
+        slopes = np.array([photo.ambient[axis] for axis in "xyz"])
+        where = np.degrees([np.arctan2(x, z), np.arcsin(y)])
+        return {
+            "azimuth": where[0], "elevation": where[1], "spread": light["spread"], "ratio": key[1] / fill[1],
+            "tint": (key / key[1]).tolist(), "evenly": (fill / fill[1] - key / key[1]).tolist(),
+            "slopes": (slopes / fill).round(9).ravel().tolist(),
+        }  # fmt: skip
+
+    usual = lamp(scene[1])
+    assert usual["azimuth"] == pytest.approx(20) and usual["elevation"] == pytest.approx(30)
+    moving = {"light from the side": "azimuth", "light from above": "elevation", "light strength": "ratio"}
+    for name, what in (moving | {"warm light": "tint", "cold light": "tint"}).items():
+        factor, changes = factors.SCENES[name]
+        for level, change in zip(factor.levels, changes, strict=True):
+            now = lamp(change(scene)[1])
+            for key, value in usual.items():
+                if key != what:
+                    assert now[key] == pytest.approx(value), (name, key)
+            assert what == "tint" or now[what] == pytest.approx(level)
+    # Seen from above or below, lamp and head turn together.
+    for name in ("camera above", "camera below"):
+        for change in factors.SCENES[name][1]:
+            photo = change(scene)[1]
+            turn = head_rotation(photo.yaw, photo.pitch, photo.roll).T
+            assert turn @ photo.lights[0]["towards"] == pytest.approx(np.array(scene[1].lights[0]["towards"]))
+            for axis in range(3):
+                slopes = np.array([photo.ambient["xyz"[k]] for k in range(3)])
+                assert (turn @ slopes)[axis] == pytest.approx(np.array(scene[1].ambient["xyz"[axis]]), abs=1e-9)
+
+
+def test_age_is_as_many_years_as_it_says_and_greys_as_people_do(factors):
+    from synthetic.head import load_head
+    from synthetic.parameters import draw_identity
+
+    head = load_head()
+    factor, changes = factors.SCENES["age"]
+    reached = 0
+    for number in range(60):
+        scene = factors.reference(draw_identity(1, number, head), head)
+        now, grey = scene[0].who["years"], scene[0].hair["grey"]
+        for level, (years, change) in enumerate(zip(factor.levels, changes, strict=True)):
+            if not factors.has("age", level, scene[0]):
+                assert now + years > factors.OLDEST
+                continue
+            older, photo = change(scene)
+            assert older.who["years"] == photo.years == now + years
+            assert older.hair["grey"] >= grey and older.hair["grey"] - grey <= years / 22 + 1e-9
+            assert older.hair["grey"] == 0 or older.who["years"] > 38
+            assert (older.beard["grey"] > 0) == (older.hair["grey"] > 0)
+            grey, reached = older.hair["grey"], reached + 1
+    assert reached > 200
+
+
+def test_noise_is_of_so_many_levels_in_the_crop(factors):
+    grey = np.full((256, 256, 3), 128, np.uint8)
+    for ratio in (1.05, 2.8):
+        landmarks = (TEMPLATE - TEMPLATE.mean(0)) * ratio + 128
+        wide = cv2.resize(grey, (round(256 * ratio),) * 2)
+        landmarks = landmarks * 1.0 + (len(wide) - 256) / 2
+        for level in (5, 20):
+            noisy = factors.PICTURES["noise"][1](wide, ratio, float(level), np.random.default_rng(0))
+            assert align_face(noisy, landmarks).std() == pytest.approx(level, rel=0.06)
 
 
 # ---------------------------------------------------------------------------------------------- a run
@@ -254,6 +369,42 @@ def test_pictures_of_an_earlier_run_do_not_stay(run, tmp_path):
     assert said.out.splitlines()[-1].endswith(": results.json, stress.md, people.png, named.png")
     assert "| _a\\|b" in (out / "stress.md").read_text()
     assert "_a|b" in (out / "named.svg").read_text()
+
+
+def test_what_is_said_of_factors_that_fall_and_of_those_that_lose_nothing():
+    pytest.importorskip("warp")
+    import stress
+
+    def levels(*rates):
+        return [SimpleNamespace(fnmr=SimpleNamespace(value=rate)) for rate in rates]
+
+    def said(name, *rates):
+        return stress._said(name, {name: levels(*rates)})
+
+    assert said("yaw", 0.6, *[1.0] * 6) == "at most 10 degrees"
+    assert said("resolution", 0.6, 1, 1, 1, 1) == "at least 14 pixels between the eyes"
+    assert said("JPEG quality", 0, 0, 0.2, 0.8, 1) == "15"
+    assert said("blur", 0, 0, 0, 0, 0.1) == "beyond 6 pixels (sigma) (10 % there)"
+    assert said("glasses", 0, 0, 0) == "none; nothing is lost"
+    assert said("glasses", 0, 0.2, 0.2) == "none; most at thick rims, sunglasses (20 %)"
+
+
+def test_a_beard_for_nobody(run, tmp_path):
+    """Among five women nobody can have one."""
+    code, said = run("--checkpoint", "a.onnx", "--factors", "facial hair", "roll", "--seed", "127")
+    assert code == 0 and "note: facial hair: none of these people can have that" in said.err
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["models"][0]["factors"]) == ["roll"]
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    import synthetic
+
+    with pytest.raises(InputError, match="the package anny is missing"), synthetic.needed():
+        raise PackageNotFoundError("anny")
+    with pytest.raises(InputError, match="the package warp-lang is missing"), synthetic.needed():
+        raise ModuleNotFoundError("no warp", name="warp")
+    with pytest.raises(ModuleNotFoundError), synthetic.needed():
+        raise ModuleNotFoundError("no other", name="other")
 
 
 def test_factors_that_are_none(run):

@@ -34,6 +34,8 @@ def test_thresholds_and_losses_are_those_of_plain_loops(monkeypatch):
     impostor = sorted((float(unit[a] @ unit[b]) for a, b in pairs if people[a] != people[b]), reverse=True)
     limit = threshold(unit, people, 0.05)
     accepted = sum(cosine >= limit for cosine in impostor)
+    alike = np.tile(unit[:1], (60, 1))
+    assert threshold(alike, people, 0.05) > alike[0] @ alike[1], "equal cosines together or not at all"
     assert accepted / len(impostor) <= 0.05 < (accepted + 2) / len(impostor)
     for number, (count, missed, angle) in enumerate(lost(unit, people, bins, limit)):
         wanted = [float(unit[a] @ unit[b]) for a, b in pairs

@@ -302,13 +302,18 @@ def test_photos_of_unknown_origin_and_lost_ones_are_one_line(tmp_path, monkeypat
     # A finished set that has lost an identity is not called finished.
     people = dataset.People(out, dataset.Plan(2, 1, 0, 0, 256, "photos", False, "all", (), 3, 100))
     (out / "s000000").mkdir()
+    for identity in ("s000000", "s000001"):
+        (out / identity / "0000.jpg").touch()
     for name in ("truth.tsv", "identities.tsv"):
         (out / name).write_text("")
     people.finish({"photos": 2})
     assert people.open(["truth.tsv", "identities.tsv"])
+    (out / "s000000" / "0000.jpg").unlink()
+    with pytest.raises(InputError, match="some photos of it"):
+        people.open(["truth.tsv", "identities.tsv"])
     (out / "s000000").rmdir()
     assert synthesize.main() == 1
-    assert "s000000: gone from a finished set (1 of 2" in capsys.readouterr().err
+    assert "s000000: gone from a finished set, or some photos of it (1 identities)" in capsys.readouterr().err
     (out / "truth.tsv").unlink()  # as the line says
     assert not people.open(["truth.tsv", "identities.tsv"]) and people.missing() == [0, 1]
 

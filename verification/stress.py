@@ -114,11 +114,15 @@ class Subjects:
         return from_replicates(value, replicas[np.isfinite(replicas)], int(people.sum()))
 
     def group(self, members: Mask) -> dict[str, Any] | None:
-        """FMR among the reference photos of a group bool [N], and FNMR over all its photos, at the common threshold.
+        """FMR among the reference photos of a group bool [N], and FNMR over photos, at the common threshold.
 
-        None for fewer than five people with a photo besides that, of whom nothing can be said.
+        Over those photos that there are of everybody, so that groups compare: a beard, or forty years more, are some
+        people's alone. Where there is none of everybody, over all that there are. None for fewer than five people with
+        a photo besides the reference photo, of whom nothing can be said.
         """
-        members = members & self.taken[:, 1:].any(1)  # of a factor for men there is none of a woman
+        common = self.taken & self.taken.all(0)
+        photos = common if common[:, 1:].any() else self.taken
+        members = members & photos[:, 1:].any(1)
         if members.sum() < 5:
             return None
         inside = members[self.first] & members[self.second]
@@ -129,7 +133,7 @@ class Subjects:
             _shares(cosines[:, None] >= self.thresholds, drawn),
             int(members.sum()),
         )
-        taken = self.taken[members, 1:]
+        taken = photos[members, 1:]
         genuine = np.einsum("nkd,nd->nk", self.embeddings[members, 1:], self.embeddings[members, 0])
         lost = ((genuine < self.threshold) & taken).sum(1) / taken.sum(1)
         weights = self.weights[members]
@@ -139,13 +143,16 @@ class Subjects:
 
 
 def _threshold(descending: Floats, weights: Floats, far: float) -> Floats:
-    """Thresholds [R] that accept at most a share `far` of the weight of cosines [P], for weights [P, R]."""
+    """Thresholds [R] that accept at most a share `far` of the weight of cosines [P], for weights [P, R].
+
+    Equal cosines are accepted together or not at all.
+    """
     reached = np.cumsum(weights, axis=0)
     refused = reached > far * np.maximum(reached[-1], 1) * (1 + 1e-12)
     first = np.argmax(refused, axis=0)  # the largest cosine that may not be accepted
-    # In the middle between it and the one before: cosines are known to seven digits.
-    before = np.where(first > 0, descending[np.maximum(first - 1, 0)], descending[0] + 2e-6)
-    return (before + descending[first]) / 2
+    # In the middle between it and the one above: cosines are known to seven digits, so what differs less is equal.
+    above = np.searchsorted(-descending, -(descending[first] + 1e-6)) - 1
+    return (np.where(above >= 0, descending[above], descending[first] + 4e-6) + descending[first]) / 2
 
 
 def _shares(outcomes: NDArray[Any], weights: Floats) -> Floats:
