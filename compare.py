@@ -24,7 +24,18 @@ from options import parse
 from utils import InputError
 from verification.intervals import compare, compare_tars, correct_pairs, mcnemar
 from verification.metrics import curve, evaluate, operating_point
+from verification.report import CHAINED, people_text
 from verification.scores import Scores, read_scores
+
+# Of two equally good models 5 in 100 comparisons may come out below p = 0.05; with fewer people it is up to 12.
+FEWEST_PEOPLE = 20
+# What finds the faces, by its names in results.json: where that differs the models are not all that does.
+DETECTION = {
+    "face_rule": "which face is taken",
+    "detector_sha256": "the detector",
+    "max_side": "the size at which faces are looked for",
+    "aligned": "whether photos are aligned already",
+}
 
 
 @utils.command
@@ -92,12 +103,18 @@ def compare_sets(one: Scores, other: Scores, names: tuple[str, str], options: co
         raise InputError(f"{one.entry['name']}: pairs of one kind only; nothing to compare")
     notes = [
         f"{what} differs ({one.entry['source'].get(key)} and {other.entry['source'].get(key)}): not the models alone do"
-        for key, what in (("face_rule", "which face is taken"), ("detector_sha256", "the detector"))
+        for key, what in DETECTION.items()
         if one.entry.get("source", {}).get(key) != other.entry.get("source", {}).get(key)
     ]
+    lost = [int(np.isnan(scores.cosines).sum()) for scores in (one, other)]
+    if lost[0] != lost[1]:
+        notes.append(f"pairs without two faces, which count as wrong, differ ({lost[0]} and {lost[1]})")
     if not np.array_equal(one.folds, other.folds):
         notes.append("the folds differ: those of A are used for both")
     sides = one.sides
+    people_known = sides is not None
+    if sides is not None and one.entry.get("source", {}).get("people_by_chains"):
+        notes.append(CHAINED)
     if sides is None:
         notes.append("nobody knows who is in the pairs: each pair is taken as two people of its own")
         sides = np.arange(2 * len(one.same)).reshape(-1, 2)
@@ -113,7 +130,8 @@ def compare_sets(one: Scores, other: Scores, names: tuple[str, str], options: co
         "name": one.entry["name"],
         "sha256": one.entry["sha256"],
         "pairs": len(one.same),
-        "identities": accuracy.identities,
+        "identities": accuracy.identities if people_known else None,
+        "people": people_text(one.entry, accuracy.identities) if people_known else None,
         # Over all pairs, as the difference is: where folds differ in size, their mean is another number.
         "accuracy": {"a": float(correct[0].mean()), "b": float(correct[1].mean()), **accuracy.to_json()} | tests,
         "tar_at_far": [
@@ -128,13 +146,16 @@ def sentence(found: dict[str, Any], a: str, b: str) -> str:
     """What a reviewer wants to read."""
     row = found["accuracy"]
     low, high = (100 * end for end in row["interval_95"])
-    proven = row["p_by_identity"] < 0.05
+    proven = row["p_by_identity"] < 0.05 and row["identities"] >= FEWEST_PEOPLE
     better = a if row["difference"] > 0 else b
     verdict = f"{better} is better" if proven else "no difference is proven"
+    if row["identities"] < FEWEST_PEOPLE:
+        verdict += f", {row['identities']} people are too few for that"
+    of, by = (f" of {found['people']}", " by identity") if found["people"] else ("", "")
     return (
-        f"On {found['pairs']:,} pairs of {found['identities']:,} people ({found['name']}), {a} answers "
+        f"On {found['pairs']:,} pairs{of} ({found['name']}), {a} answers "
         f"{100 * row['a']:.2f} % and {b} {100 * row['b']:.2f} % correctly, a difference of "
-        f"{100 * row['difference']:+.2f} points (95 % interval by identity {low:+.2f} to {high:+.2f}, "
+        f"{100 * row['difference']:+.2f} points (95 % interval{by} {low:+.2f} to {high:+.2f}, "
         f"p = {row['p_by_identity']:.2g}; McNemar's test on {row['only_a_correct']} against {row['only_b_correct']} "
         f"pairs, p = {row['p_mcnemar']:.2g}): {verdict}."
     )

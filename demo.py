@@ -253,9 +253,7 @@ def compare(looks: list[Look], embedder: Embedder, decision: Decision, out: Path
     crops = np.stack([look.crops[look.central] for look in looks])
     first, second = directions(embedder, crops)
     angle = float(to_angle(first @ second))
-    same = decision.same(angle)
-    verdict = "the same person" if same else "two different people"
-    detail = f"angle {angle:.1f}°, threshold {decision.threshold:.1f}°, {_confidence(decision, angle)}"
+    verdict, detail = answer(decision, angle)
     for look in looks:
         if len(look.faces) > 1:
             which = {
@@ -265,8 +263,22 @@ def compare(looks: list[Look], embedder: Embedder, decision: Decision, out: Path
             }
             print(f"{look.path}: {len(look.faces)} faces, the one {which[look.rule]} is compared")
     print(f"{verdict}: {detail}\nnetwork {embedder.name}, fed with {embedder.feeding}; threshold {decision.source}")
-    picture = draw_pair(looks, verdict, detail, plotting.GREEN if same else plotting.RED)
+    picture = draw_pair(looks, verdict, detail, plotting.GREEN if decision.same(angle) else plotting.RED)
     save(picture, out, _stem(*looks))
+
+
+def answer(decision: Decision, angle: float) -> tuple[str, str]:
+    """One person or not, and the figures that say so.
+
+    A threshold for few false accepts is not where both are equally likely: between the two it is said that the answer
+    goes against the odds.
+    """
+    same, confidence = decision.same(angle), decision.confidence(angle)
+    figures = f"angle {angle:.1f}°, threshold {decision.threshold:.1f}°"
+    if confidence is not None and confidence < 0.5:
+        against = "two are likelier, but it is within" if same else "one is likelier, but it is beyond"
+        return "not sure: one person or two", f"{figures}; {against} the threshold"
+    return "the same person" if same else "two different people", f"{figures}, {_confidence(decision, angle)}"
 
 
 def _confidence(decision: Decision, angle: float) -> str:

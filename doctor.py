@@ -15,7 +15,7 @@ import passive_threads  # noqa: F401  # isort: skip
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,7 +246,12 @@ def chance_of(better: VerificationResult, worse: VerificationResult) -> float:
 def as_good(trials: list[Trial]) -> list[Trial]:
     """The ways of feeding that are as good as the best one within chance, the best first."""
     ways = sorted((trial for trial in trials if trial.way is not None), key=lambda trial: -trial.accuracy)
-    return [trial for trial in ways if trial is ways[0] or chance_of(ways[0].result, trial.result) > CHANCE]
+    return [trial for trial in ways if trial is ways[0] or chance_of_best(ways, trial) > CHANCE]
+
+
+def chance_of_best(ways: Sequence[Trial], trial: Trial) -> float:
+    """Probability that the best of equally good ways, the first, is that much better than another one (Bonferroni)."""
+    return min(1.0, (len(ways) - 1) * chance_of(ways[0].result, trial.result))
 
 
 def verdict(trials: list[Trial]) -> str:
@@ -260,7 +265,8 @@ def verdict(trials: list[Trial]) -> str:
         if now.accuracy < 0.9:
             text += " Look elsewhere: the alignment of the crops, the pairs, the training."
         return text
-    chance = 1 / max(chance_of(best.result, now.result), 1e-12)
+    ways = [best, *(trial for trial in trials if trial.way is not None and trial is not best)]
+    chance = 1 / max(chance_of_best(ways, now), 1e-12)
     text = (
         f"Fed now it has {now.accuracy:.2%}; {best.name} gives {best.accuracy:.2%} (by chance once in {chance:,.0f})."
     )

@@ -74,6 +74,11 @@ def main() -> None:
         "kind": "identification",
         "model": embedder.describe(),
         "data": [_describe(source, options) for source in sources],
+        "protocol": {
+            "gallery_photos": options.gallery_photos,
+            "max_side": None if options.aligned else options.max_side,
+            "hold_out": options.hold_out,
+        },
         "verification": {
             "genuine_pairs": pairs.genuine,
             "genuine_pairs_without_face": pairs.genuine_lost,

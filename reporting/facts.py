@@ -16,6 +16,7 @@ from typing import Any
 import utils
 from utils import InputError, sha256_of
 from verification.metrics import binomial_interval
+from verification.report import CHAINED
 from verification.scores import plain_name
 
 NAMES = ("results.json", "comparison.json", "report.json", "audit.json")
@@ -49,6 +50,7 @@ class Source:
     pictures: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    protocol: str = ""  # what else has to be alike where figures stand side by side
 
     def __post_init__(self) -> None:
         """TypeError where a file has something else than texts in the place of texts."""
@@ -241,11 +243,23 @@ def _verification(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
         stem = str((entry.get("scores") or {}).get("file", entry["name"])).removesuffix("-scores.npz")
         pictures = _pictures(path.parent, f"{stem}-roc.png", f"{stem}-angles.png", f"{stem}-errors.png")
         common = (_command(path, content), [_model(content)], [(entry["name"], sha)])
+        notes = list(entry["notes"])
+        if by and entry.get("source", {}).get("people_by_chains"):
+            notes.append(CHAINED)
         sources.append(
-            Source(path, "Verification", entry["name"], *common, figures, pictures, notes=list(entry["notes"]))
+            Source(
+                path, "Verification", entry["name"], *common, figures, pictures, notes=notes, protocol=_protocol(entry)
+            )
         )
         sources += [_group(path, entry, group, stem, common) for group in entry.get("groups") or []]
     return sources
+
+
+def _protocol(entry: dict[str, Any]) -> str:
+    """What of a set's figures is neither its pairs nor the model: how faces were found, how folds were cut."""
+    source = entry.get("source", {})
+    how = {key: source[key] for key in ("aligned", "face_rule", "detector_sha256", "max_side") if key in source}
+    return json.dumps(how | {"folds": len(entry.get("folds") or [])}, sort_keys=True)
 
 
 def _group(path: Path, entry: dict[str, Any], group: dict[str, Any], stem: str, common: Any) -> Source:
@@ -300,11 +314,10 @@ def _identification(path: Path, content: dict[str, Any], _: Run) -> list[Source]
     notes += [f"FAR {row['far']:g} takes at least {row['more_people_to_resolve']:,} more people" for row in needed]
     subject = Path(data[-1][0]).name
     pictures = _pictures(path.parent, "scores.png", "cmc.png", "dir.png", "worst.png")
-    return [
-        Source(
-            path, "Identification", subject, _command(path, content), [_model(content)], data, figures, pictures, notes
-        )
-    ]
+    ways = [{key: source.get(key) for key in ("aligned", "face_rule", "detector_sha256")} for source in content["data"]]
+    protocol = json.dumps([ways, content.get("protocol")], sort_keys=True)
+    common = (_command(path, content), [_model(content)], data, figures, pictures, notes)
+    return [Source(path, "Identification", subject, *common, protocol=protocol)]
 
 
 def _ijb(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
@@ -403,9 +416,16 @@ def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
                 figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
     sheets = [f"misses-{treatment}.png" for treatment in dict.fromkeys(row["noise"] for row in content["results"])]
     pictures = _pictures(path.parent, "cmc.png", "roc.png", *sheets)
-    return [
-        Source(path, "MegaFace", "Challenge 1", _command(path, content), [_model(content)], data, figures, pictures)
-    ]
+    notes = []
+    for row in content["results"]:
+        lost = [
+            f"{row[f'missing_{side}']:,} {side}" for side in ("probes", "distractors") if row.get(f"missing_{side}")
+        ]
+        if lost:  # a distractor that is not there is nobody's nearest: the figures are too good
+            where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
+            notes.append(f"{' and '.join(lost)} have no feature ({where})")
+    common = (_command(path, content), [_model(content)], data, figures, pictures, notes)
+    return [Source(path, "MegaFace", "Challenge 1", *common)]
 
 
 def _stress(path: Path, content: dict[str, Any], _: Run) -> list[Source]:

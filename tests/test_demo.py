@@ -14,6 +14,7 @@ import demo
 import plotting
 from models import build_network
 from retinaface import Detections
+from verification.decision import Decision, Normal
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +219,17 @@ def test_no_network_says_how_to_get_one(monkeypatch, tmp_path, run):
     monkeypatch.setattr(demo, "DEMO_NETWORK", tmp_path / "embedding.pt")
     code, _, err = run("astronaut.png", "mirrored.jpg")
     assert code == 1 and "make demo" in err and "--checkpoint released" in err
+
+
+def test_an_answer_against_the_odds_is_said_to_be_unsure():
+    """A threshold at a strict false accept rate lies where one person is still the likelier answer, or the reverse."""
+    strict = Decision(66.0, "", Normal(45.0, 12.0), Normal(88.0, 6.0))
+    assert demo.answer(strict, 60.0)[0] == "the same person"
+    verdict, figures = demo.answer(strict, 70.0)
+    assert verdict == "not sure: one person or two"
+    assert figures == "angle 70.0°, threshold 66.0°; one is likelier, but it is beyond the threshold"
+    verdict, figures = demo.answer(strict, 85.0)
+    assert verdict == "two different people" and "confidence 99.8%" in figures
+    loose = Decision(80.0, "", Normal(45.0, 6.0), Normal(88.0, 12.0))
+    verdict, figures = demo.answer(loose, 79.0)
+    assert verdict == "not sure: one person or two" and "two are likelier, but it is within" in figures

@@ -5,17 +5,22 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from helpers.toy_models import write_onnx
 
 import compare
 import lfw_eval
+from formats.verification_bin import write_bin
+from models import build_network
 from utils import InputError
 from verification import groups
 from verification.attributes import as_groups, parse_column, read_attributes
 from verification.groups import by_group, choose_threshold
 from verification.metrics import evaluate
+from verification.report import CHAINED, people_text
 
 
 def pairs_of(seed, people, shift):
@@ -76,6 +81,13 @@ def test_unknown_values_are_left_out_and_one_group_is_none():
     assert found.fmr_spread is None and found.groups[0].fmr.by_person is None and "nobody knows" in found.notes[-1]
 
 
+def test_groups_of_equal_rates_are_alike():
+    result, sides, values = pairs_of(3, 60, 0.0)
+    perfect = evaluate(np.where(result.same, 0.9, 0.1), result.same, np.arange(len(sides)) % 5)
+    found = by_group(perfect, sides, "hand", values, angle=60.0).to_json()
+    assert found["largest_fmr_ratio"]["sentence"] == "False match rate: the same for all groups"
+
+
 def test_the_threshold():
     result, _, _ = pairs_of(5, 60, 0.0)
     assert choose_threshold(result, 60.0)[0] == pytest.approx(0.5)
@@ -132,6 +144,10 @@ def test_numbers_become_ranges():
     assert parse_column("age:30,50") == ("age", [30.0, 50.0]) and parse_column("sex") == ("sex", None)
     assert as_groups(["20", "nan", "60"], [30, 50]) == ["under 30", "", "50 and more"]
     assert set(as_groups([*ages, "nan"])) == {*as_groups(ages), ""}
+    years = [str(year) for year in range(1980, 2000)]
+    assert sorted(set(as_groups(years, [1985, 1990]))) == ["1985 to 1990", "1990 and more", "under 1985"]
+    assert len(set(as_groups(years, [1990, 1992, 1994]))) == 4 and len(set(as_groups(years))) == 3
+    assert not any("e+" in name for name in as_groups(years))
     for text in ("age:", "age:x", "age:nan"):
         with pytest.raises(InputError, match="borders are numbers"):
             parse_column(text)
@@ -233,6 +249,43 @@ def test_two_models_on_the_same_pairs(evaluated, tmp_path, capsys):
     said = capsys.readouterr().out
     name = json.loads((evaluated / "a" / "results.json").read_text())["model"]["name"]
     assert f"{name} (A) answers" in said and f" and {name} (B) " in said and "no difference is proven" in said
+
+
+def test_what_is_not_known_of_people_is_not_said(tmp_path, capsys):
+    """Two models on a .bin: who is in it follows from the pairs alone. Few people prove nothing."""
+    generator = np.random.default_rng(0)
+    pictures = [cv2.imencode(".png", generator.integers(0, 256, (112, 112, 3), np.uint8))[1].tobytes()
+                for _ in range(48)]  # fmt: skip
+    write_bin(tmp_path / "few.bin", pictures, [True, False] * 12)
+    for name, seed in (("a", 1), ("b", 2)):
+        torch.manual_seed(seed)
+        torch.save(build_network("mfn_half", embedding_size=8).state_dict(), tmp_path / f"{name}.pt")
+        words = ["--checkpoint", tmp_path / f"{name}.pt", "--bin", tmp_path / "few.bin", "--out", tmp_path / name]
+        assert run(lfw_eval, *words, "--folds", 2, "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert "95 % intervals by person (at most 36 people)" in said and CHAINED in said
+    assert run(compare, tmp_path / "a", tmp_path / "b") == 0
+    said = capsys.readouterr().out
+    assert "On 24 pairs of at most 36 people (few)" in said and CHAINED in said
+    entry = {"source": {}}
+    row = {"a": 0.9, "b": 0.5, "difference": 0.4, "interval_95": [0.2, 0.6], "p_by_identity": 0.01, "identities": 12,
+           "only_a_correct": 40, "only_b_correct": 0, "p_mcnemar": 1e-9}  # fmt: skip
+    found = {"name": "few", "pairs": 100, "people": people_text(entry, 12), "accuracy": row}
+    assert compare.sentence(found, "a", "b").endswith("no difference is proven, 12 people are too few for that.")
+    row["identities"] = 30
+    assert compare.sentence(found, "a", "b").endswith(": a is better.")
+    said = compare.sentence(found | {"people": None}, "a", "b")
+    assert said.startswith("On 100 pairs (few)") and "by identity" not in said
+
+
+def test_another_size_of_the_search_for_faces_is_not_the_models_doing(evaluated, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(evaluated / "b", other)
+    results = json.loads((other / "results.json").read_text())
+    results["sets"][0]["source"]["max_side"] = 60
+    (other / "results.json").write_text(json.dumps(results))
+    assert run(compare, evaluated / "a", other) == 0
+    assert "the size at which faces are looked for differs" in capsys.readouterr().out
 
 
 def test_two_files_of_one_name_are_told_apart():

@@ -213,6 +213,24 @@ def test_the_paired_test_keeps_its_level():
     assert told <= 12  # more than 12 of 100 at a rate of 0.05: probability 0.001
 
 
+def test_the_p_value_is_that_of_the_interval():
+    """A winner is not called where the interval holds no difference; equally good models of few people."""
+    generator = np.random.default_rng(4)
+    below, around = 0, 0
+    for _ in range(40):
+        genuine = np.repeat(np.arange(12), 5)[:, None].repeat(2, 1)
+        identities = np.concatenate([genuine, generator.integers(12, size=(60, 2))])
+        identities = identities[(np.arange(120) < 60) | (identities[:, 0] != identities[:, 1])]
+        same = identities[:, 0] == identities[:, 1]
+        hard = generator.normal(size=12)[identities].sum(1) > 1.5
+        right = [generator.random(len(same)) < np.where(hard, 0.6, 0.95) for _ in range(2)]
+        found = intervals.compare(*right, same, identities, replicates=200)
+        if found.p_identity < 0.05:
+            below += 1
+            around += found.low <= 0 <= found.high
+    assert around <= 1 and below <= 10
+
+
 def test_the_comparison_of_tars_keeps_its_level():
     """Also where both thresholds hang on a few impostor pairs: taken as given, every other world would tell the models
     apart."""

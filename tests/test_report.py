@@ -141,6 +141,13 @@ def test_two_runs_stand_side_by_side(tmp_path, monkeypatch):
     assert "do not compare" not in text and "<th>a/run</th><th>b/run</th>" in text
     assert text.count("a note") == 1
     assert (tmp_path / "MODEL_CARD-a_run.md").exists() and (tmp_path / "MODEL_CARD-b_run.md").exists()
+    # The same pairs, but faces were found otherwise.
+    otherwise = verification(accuracy=0.8, model=OTHER)
+    otherwise["sets"][0]["source"] = {"max_side": 100, "people_by_chains": True}
+    put(tmp_path / "b" / "run", otherwise)
+    assert run(monkeypatch, tmp_path / "a" / "run", tmp_path / "b" / "run", "--out", tmp_path / "both.html") == 0
+    text = (tmp_path / "both.html").read_text()
+    assert "Not measured in the same way in all columns" in text and "intervals by person may be too narrow" in text
     put(tmp_path / "b" / "run", verification(sha="e" * 64, model=OTHER))
     assert run(monkeypatch, tmp_path / "a" / "run", tmp_path / "b" / "run", "--out", tmp_path / "both.html") == 0
     assert "do not compare" in (tmp_path / "both.html").read_text()
@@ -245,6 +252,8 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
         "verification": [],
         "rank_1_by_identity": {"interval_95": [0.1, 0.4]},
         "rank_10_by_identity": interval,
+        "missing_probes": 0,
+        "missing_distractors": 4000,
     }
     put(tmp_path / "mega", model | {"probes": side, "distractors": side, "results": [row]})
     levels = [{"level": level, "fnmr": {"value": level / 100, "interval_95": [0, 1]}} for level in (0, 30, 10)]
@@ -285,6 +294,7 @@ def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     for line in (f"- data pairs.txt: `{DATA}`", f"- data photos: `{'c' * 64}`", f"- data probe.txt: `{DATA}`",
                  f"- data photos: `{'e' * 64}`",
                  f"- data probes: `{DATA}`",
+                 "- 4,000 distractors have no feature (10 distractors, noise lists: raw)",
                  "- 3 of 24 images have no feature (1.jpg: missing ...), 1 templates have none left",
                  "- 5 photos aligned, 4 resized as a whole",
                  "- 1 photos give no feature and fail (Probe/1.jpg)"):  # fmt: skip

@@ -111,7 +111,7 @@ def _scalars(text: str, where: str) -> dict[str, str]:
 def as_groups(values: Sequence[str], borders: Sequence[float] | None = None) -> list[str]:
     """Values as names of groups: numbers of many values, or with `borders`, as ranges; "" stays unknown, and so does
     "nan" among numbers."""
-    known = sorted({value for value in values if value})
+    known, given = sorted({value for value in values if value}), borders is not None
     numbers = {}
     for value in known:
         try:
@@ -128,12 +128,24 @@ def as_groups(values: Sequence[str], borders: Sequence[float] | None = None) -> 
             return list(values)
         borders = np.unique(np.quantile([numbers[value] for value in values if value], [1 / 3, 2 / 3])).tolist()
     edges = sorted(borders)
+    shown = _as_texts(edges, exactly=given)
     names = [
-        f"under {edges[0]:.3g}",
-        *(f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)),
-        f"{edges[-1]:.3g} and more",
+        f"under {shown[0]}",
+        *(f"{low} to {high}" for low, high in itertools.pairwise(shown)),
+        f"{shown[-1]} and more",
     ]
     return [names[int(np.searchsorted(edges, numbers[value], side="right"))] if value else "" for value in values]
+
+
+def _as_texts(borders: Sequence[float], *, exactly: bool) -> list[str]:
+    """Borders in as few digits as tell them apart without an exponent; or `exactly`, as somebody gave them."""
+    texts: list[str] = []
+    for digits in range(3, 18):
+        texts = [f"{border:.{digits}g}" for border in borders]
+        apart = len(set(texts)) == len(texts) and not any("e" in text for text in texts)
+        if all(float(text) == border for text, border in zip(texts, borders, strict=True)) or (apart and not exactly):
+            break
+    return texts
 
 
 def parse_column(text: str) -> tuple[str, list[float] | None]:

@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Spread:
-    """The two groups whose rates differ most beyond chance; `worst` has the higher one.
+    """The two groups whose rates differ most beyond chance; `worst` has the higher one. One group twice: none.
 
     ratio: None where the lower rate is zero. p: how often groups that do not differ look as different as these, or
     more.
@@ -77,6 +77,8 @@ class Spread:
 
     def sentence(self, what: str) -> str:
         """What it says, for people."""
+        if self.worst == self.best:
+            return f"{what}: the same for all groups"
         times = "while that of the latter is zero" if self.ratio is None else f"by a factor of {self.ratio:.2g}"
         chance = "more than chance" if self.p < 0.05 else "no more than chance can do"
         return f"{what}: {self.worst} above {self.best}, {times} (p = {self.p:.2g}: {chance})"

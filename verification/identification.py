@@ -145,7 +145,7 @@ def closed_set(splits: Sequence[Answers], seed: int = 0) -> dict[str, Any]:
         "splits": len(splits),
         "gallery_people": everything.gallery_people,
         "probes": len(ranks) // len(splits),
-        "probes_without_face": int((ranks == UNRANKED).sum()) // len(splits),
+        "probes_without_face": int(np.isneginf(everything.best[mated]).sum()) // len(splits),
         "ranks": [
             {
                 "rank": rank,

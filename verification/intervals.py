@@ -509,12 +509,20 @@ def _comparisons(statistic: Statistic, people: _People, replicates: int, seed: i
     found = []
     for row, value in enumerate(bootstrap.values.tolist()):
         low, high = bootstrap.percentiles(row)
-        replica = bootstrap.replicas[row]
-        # One more above and below: no smaller p can be told by so many replicates (Davison and Hinkley 1997, 4.11).
-        sides = [(1 + np.count_nonzero(replica <= 0)), (1 + np.count_nonzero(replica >= 0))]
-        p_value = min(1.0, 2 * min(sides) / (replicates + 1))
+        # Of both kinds of replicas, as the interval: the larger p.
+        kinds = [bootstrap.replicas[row]] + ([] if bootstrap.apart is None else [bootstrap.apart[row]])
+        p_value = max(map(_two_sided, kinds))
         found.append(Comparison(value, min(low, value), max(high, value), p_value, people.count, replicates))
     return found
+
+
+def _two_sided(replicas: Floats) -> float:
+    """How often, both ways, replicas [b] of a difference are on the other side of none.
+
+    One more above and below: no smaller p can be told by so many replicates (Davison and Hinkley 1997, 4.11).
+    """
+    sides = [1 + np.count_nonzero(replicas <= 0), 1 + np.count_nonzero(replicas >= 0)]
+    return float(min(1.0, 2 * min(sides) / (len(replicas) + 1)))
 
 
 # --- figures of weighted rows ---------------------------------------------------------------------------------------

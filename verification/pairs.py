@@ -430,7 +430,10 @@ def _find(root: Path, name: str, listings: dict[Path, dict[str, Path]]) -> Path 
 
 @dataclass(frozen=True)
 class PhotoPairs:
-    """One or several lists with the files of their photos; see `PairList`. identities: int64 [M] from 0."""
+    """One or several lists with the files of their photos; see `PairList`. identities: int64 [M] from 0.
+
+    by_chains: neither list nor folders say who people are, so that only chains of same pairs make photos one person's.
+    """
 
     files: list[Path]
     pairs: np.ndarray
@@ -439,6 +442,7 @@ class PhotoPairs:
     identities: np.ndarray
     columns: dict[str, list[tuple[str, str]]]
     notes: list[str]
+    by_chains: bool = False
 
 
 def open_lists(folder: str | Path, paths: Sequence[Path], folds: int = FOLDS) -> PhotoPairs:
@@ -473,7 +477,8 @@ def open_lists(folder: str | Path, paths: Sequence[Path], folds: int = FOLDS) ->
     itself = np.flatnonzero(both[:, 0] == both[:, 1])
     if len(itself):
         raise InputError(f"{paths[0]}: pairs {list(index)[both[itself[0], 0]]} with itself, under two names")
-    numbers, notes = _identities(_united(claims, len(index)), list(index), both, same)
+    known = _identities(_united(claims, len(index)), list(index), both, same)
+    numbers, notes = connected(len(index), both, same) if known is None else (known, [])
     return PhotoPairs(
         files=list(index),
         pairs=both,
@@ -482,6 +487,7 @@ def open_lists(folder: str | Path, paths: Sequence[Path], folds: int = FOLDS) ->
         identities=numbers,
         columns=columns | ({"list": origin} if len(lists) > 1 else {}),
         notes=[note for one in lists for note in one.notes] + notes,
+        by_chains=known is None,
     )
 
 
@@ -496,18 +502,16 @@ def _united(claims: Sequence[tuple[int, tuple[str, str]]], photos: int) -> list[
 
 def _identities(
     known: Sequence[str | None], files: Sequence[Path], pairs: np.ndarray, same: np.ndarray
-) -> tuple[np.ndarray, list[str]]:
-    """Whom each photo shows, int64 [M] from 0, and remarks.
-
-    As the list says, else by the photos' folders where these fit every flag, else by the flags: photos that a chain of
-    same pairs connects are of one person.
+) -> np.ndarray | None:
+    """Whom each photo shows, int64 [M] from 0: as the list says, else by the photos' folders; None where neither fits
+    every flag.
     """
     for names in (known, [str(file.parent) for file in files]):
         if None not in names:
             numbers = _numbers([str(name) for name in names])
             if ((numbers[pairs[:, 0]] == numbers[pairs[:, 1]]) == same).all():
-                return numbers, []
-    return connected(len(files), pairs, same)
+                return numbers
+    return None
 
 
 def connected(photos: int, pairs: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, list[str]]:

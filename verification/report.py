@@ -114,11 +114,25 @@ def intervals_text(content: dict[str, Any]) -> str:
         rows += [(f"TAR at FAR {far}", row) for far, row in found["tar_at_far"].items()]
         rows = [(label, row) for label, row in rows if row is not None]
         if rows:
-            lines.append(f"{entry['name']}: 95 % intervals by person ({rows[0][1]['identities']} people)")
+            lines.append(f"{entry['name']}: 95 % intervals by person ({people_text(entry, rows[0][1]['identities'])})")
         for label, row in rows:
             low, high = row["interval_95"]
             lines.append(f"  {label:<18} {_percent(row['value'])} [{100 * low:.2f} ... {100 * high:.2f}]")
+        if rows and entry.get("source", {}).get("people_by_chains"):
+            lines.append(f"  {CHAINED}")
     return "\n".join(lines)
+
+
+CHAINED = (
+    "who the people are is known by pairs of one person alone: there are fewer of them, and intervals by person may be "
+    "too narrow"
+)
+
+
+def people_text(entry: dict[str, Any], count: int) -> str:
+    """How many people a set of results.json has, as far as that is known."""
+    chained = entry.get("source", {}).get("people_by_chains", False)
+    return f"{'at most ' if chained else ''}{count:,} people"
 
 
 def _accuracy_of(entry: dict[str, Any]) -> str:

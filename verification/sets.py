@@ -90,12 +90,13 @@ def open_set(
         paths = [path / "pairs.txt"] if pairs is None else [pairs] if isinstance(pairs, Path) else list(pairs)
         lists = open_lists(path, paths, folds)
         if aligned:
-            return _open_folder(path, paths, lists, read_crops(lists.files), {})
+            return _open_folder(path, paths, lists, read_crops(lists.files), {"aligned": True})
         detection: dict[str, Any] = {"rule": rule, "weights": detector_weights, "max_side": max_side, "device": device}
         name = path.resolve().name
         found = lfw.crop_faces(lists.files, name=name, cache_dir=cache_dir, workers=workers, **detection)
         lists.notes.extend(look_aligned(lists.files))
-        return _open_folder(path, paths, lists, found, {"detector_sha256": found.detector, "face_rule": rule})
+        way = {"detector_sha256": found.detector, "face_rule": rule, "max_side": max_side, "aligned": False}
+        return _open_folder(path, paths, lists, found, way)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     return _open_bin(path, folds, workers)
@@ -128,6 +129,7 @@ def _open_folder(
             "pairs_sha256": pairs_sha256[0] if len(paths) == 1 else pairs_sha256,
             "photos": len(lists.files),
             "photos_sha256": photos_sha256,
+            "people_by_chains": lists.by_chains,
             **way,
         },
     )
@@ -190,6 +192,7 @@ def _open_bin(path: Path, folds: int, workers: int | None) -> VerificationSet:
     names = [f"image {position} (pair {position // 2})" for position in first_seen]
     pairs, same = np.array([index[image] for image in images]).reshape(-1, 2), np.asarray(same, dtype=bool)
     identities, notes = connected(len(first_seen), pairs, same)
+    contradicts = bool(notes)
     alone = int((pairs[:, 0] == pairs[:, 1]).sum())
     if alone:
         notes.append(f"{alone} of {len(pairs)} pairs are of a picture and itself")
@@ -209,11 +212,16 @@ def _open_bin(path: Path, folds: int, workers: int | None) -> VerificationSet:
         names=names,
         pairs=pairs,
         same=same,
-        identities=None if notes else identities,
+        identities=None if contradicts else identities,
         notes=notes,
         folds=contiguous_folds(len(same), folds),
         sha256=utils.sha256_of(path),
-        source={"bin": str(path), "images": len(images), "different_images": len(first_seen)},
+        source={
+            "bin": str(path),
+            "images": len(images),
+            "different_images": len(first_seen),
+            "people_by_chains": True,
+        },
     )
 
 
