@@ -154,7 +154,7 @@ def sentence(found: dict[str, Any], a: str, b: str) -> str:
     of, by = (f" of {found['people']}", " by identity") if found["people"] else ("", "")
     return (
         f"On {found['pairs']:,} pairs{of} ({found['name']}), {a} answers "
-        f"{100 * row['a']:.2f} % and {b} {100 * row['b']:.2f} % correctly, a difference of "
+        f"{utils.percent(row['a'])} and {b} {utils.percent(row['b'])} correctly, a difference of "
         f"{100 * row['difference']:+.2f} points (95 % interval{by} {low:+.2f} to {high:+.2f}, "
         f"p = {row['p_by_identity']:.2g}; McNemar's test on {row['only_a_correct']} against {row['only_b_correct']} "
         f"pairs, p = {row['p_mcnemar']:.2g}): {verdict}."
@@ -173,8 +173,9 @@ def text(found: dict[str, Any]) -> str:
     for label, row, more in rows:
         low, high = (100 * end for end in row["interval_95"])
         lines.append(
-            f"  {label:<18} A {100 * row['a']:.2f} %  B {100 * row['b']:.2f} %  A - B {100 * row['difference']:+.2f} "
-            f"[{low:+.2f} ... {high:+.2f}] by identity, p = {row['p_by_identity']:.2g}{more}"
+            f"  {label:<18} A {utils.percent(row['a'])}  B {utils.percent(row['b'])}  "
+            f"A - B {100 * row['difference']:+.2f} [{low:+.2f} ... {high:+.2f}] by identity, "
+            f"p = {row['p_by_identity']:.2g}{more}"
         )
     return "\n".join([*lines, *(f"  {note}" for note in found["notes"]), "", found["sentence"]])
 

@@ -202,15 +202,10 @@ def _describe(source: People, options: config.Identification) -> dict[str, Any]:
 # --- what a person sees ---------------------------------------------------------------------------------------------
 
 
-def percent(value: float | None) -> str:
-    """A rate as text."""
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
 def between(interval: dict[str, Any]) -> str:
     """A value with its interval by person."""
     low, high = interval["interval_95"]
-    return f"{percent(interval['value'])} [{100 * low:.2f} ... {100 * high:.2f}]"
+    return f"{utils.percent(interval['value'])} [{100 * low:.2f} ... {100 * high:.2f}]"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -321,7 +316,7 @@ def draw(out: Path, pairs: AllPairs, results: dict[str, Any], model: str) -> Non
                     f"{point['far']:g}", (point["threshold"]["cosine"], 1), (2, -10),
                     xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8, rotation=90, va="top",
                 )  # fmt: skip
-        plotting.title(axes, f"all pairs, {model}", f"EER {percent(results['verification']['eer'])}; lines: FAR")
+        plotting.title(axes, f"all pairs, {model}", f"EER {utils.percent(results['verification']['eer'])}; lines: FAR")
         figure.legend(loc="outside lower center", ncols=2)
     for name in ("cmc", "dir"):  # of an earlier run, which may have had a set that this one lacks
         for suffix in (".png", ".svg"):

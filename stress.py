@@ -371,7 +371,7 @@ def _said(name: str, result: Levels) -> str:
 
 def _rate(interval: dict[str, Any]) -> str:
     low, high = interval["interval_95"]
-    return f"{100 * interval['value']:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
+    return f"{utils.percent(interval['value'])} ({100 * low:.2f} to {100 * high:.2f})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

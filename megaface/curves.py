@@ -90,7 +90,7 @@ def _draw_cmc(path: Path, curves: Sequence[Curves], subject: str) -> None:
     with plotting.drawing(path, 7, HEIGHT + LINE * len(curves)) as figure:
         axes = figure.add_subplot(xlabel="rank", ylabel="identification rate (%)")
         for number, curve in enumerate(curves):
-            label = f"{_label(curve.label)}: rank 1 {_percent(curve.rank_1)}"
+            label = f"{_label(curve.label)}: rank 1 {utils.percent(curve.rank_1)}"
             _stairs(axes, curve.ranks, curve.identification, label, number, left=1.0, right=last)
         axes.set_xscale("log")
         axes.set_xlim(1, max(last, 10))
@@ -142,10 +142,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _label(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.2f} %"
 
 
 @utils.command

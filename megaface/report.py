@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 import plotting
+import utils
 from cropping.photos import PhotoError, read_crop
 from megaface.noise import Entrants
 from megaface.participants import Side
@@ -111,15 +112,15 @@ def _cells(outcome: Outcome, far_levels: list[float]) -> list[str]:
         f"{len(result.pairs):,}",
         f"{outcome.noisy_probes:,} + {outcome.noisy_distractors:,}",
         f"{int(entrants.absent.sum()):,} + {outcome.missing_distractors:,}",
-        _percent(result.rate_at_rank(1)),
-        _percent(result.rate_at_rank(10)),
+        utils.percent(result.rate_at_rank(1)),
+        utils.percent(result.rate_at_rank(10)),
         *map(_rate_cell, points),
     ]
 
 
 def _rate_cell(point: dict[str, Any]) -> str:
     star = "" if point["resolved"] else "*"
-    return f"{_percent(point['rate'])} ({_percent(point['as_the_devkit_writes_it'])}){star}"
+    return f"{utils.percent(point['rate'])} ({utils.percent(point['as_the_devkit_writes_it'])}){star}"
 
 
 def _side_line(side: Side, what: str) -> str:
@@ -130,10 +131,6 @@ def _side_line(side: Side, what: str) -> str:
     if side.annotations_only:
         line += f" (and {side.annotations_only:,} annotations without a photo, which are no probes)"
     return line
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.2f} %"
 
 
 # ---------------------------------------------------------------------------------------------- misses

@@ -122,7 +122,7 @@ def _read(path: Path, content: dict[str, Any], run: Run) -> list[Source] | None:
 
 def percent(value: Any) -> str:
     """A rate as text; "-" for what is not there."""
-    return f"{100 * value:.2f} %" if isinstance(value, int | float) else "-"
+    return utils.percent(value) if isinstance(value, int | float) else "-"
 
 
 def span(bounds: Any) -> str:

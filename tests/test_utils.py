@@ -389,3 +389,9 @@ def test_training_and_embedding_on_a_cpu_keep_memory_and_on_a_gpu_leave_it(monke
             kept.clear()
             begin(torch.device(name))
             assert len(kept) == expected
+
+
+def test_a_rate_is_all_or_nothing_only_where_it_is():
+    assert [utils.percent(rate) for rate in (0, 1, 0.5, None)] == ["0.00 %", "100.00 %", "50.00 %", "-"]
+    assert utils.percent(59_999 / 60_000) == "99.998 %" and utils.percent(1 / 60_000) == "0.002 %"
+    assert utils.percent(0.99995) == "99.995 %" and utils.percent(0.9999) == "99.99 %"

@@ -117,7 +117,7 @@ def intervals_text(content: dict[str, Any]) -> str:
             lines.append(f"{entry['name']}: 95 % intervals by person ({people_text(entry, rows[0][1]['identities'])})")
         for label, row in rows:
             low, high = row["interval_95"]
-            lines.append(f"  {label:<18} {_percent(row['value'])} [{100 * low:.2f} ... {100 * high:.2f}]")
+            lines.append(f"  {label:<18} {utils.percent(row['value'])} [{100 * low:.2f} ... {100 * high:.2f}]")
         if rows and entry.get("source", {}).get("people_by_chains"):
             lines.append(f"  {CHAINED}")
     return "\n".join(lines)
@@ -185,10 +185,10 @@ def _table_rows(embedder: Embedder, results: Sequence[VerificationResult]) -> li
         ("  without a face (counted as wrong)", lambda r: str(np.isnan(r.cosines).sum())),
         ("accuracy over folds", _kfold_cell),
         ("  threshold, mean of folds", lambda r: _threshold_cell(r.kfold_threshold)),
-        ("accuracy at the best threshold", lambda r: _percent(r.best_accuracy)),
+        ("accuracy at the best threshold", lambda r: utils.percent(r.best_accuracy)),
         ("  that threshold", lambda r: _threshold_cell(r.best_threshold)),
         ("AUC", lambda r: "-" if r.auc is None else f"{r.auc:.5f}"),
-        ("EER", lambda r: _percent(r.eer)),
+        ("EER", lambda r: utils.percent(r.eer)),
     ]
     levels = next((result.points for result in results if result.points), [])
     for index, point in enumerate(levels):
@@ -204,14 +204,10 @@ def _table_rows(embedder: Embedder, results: Sequence[VerificationResult]) -> li
     return rows
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
 def _kfold_cell(result: VerificationResult) -> str:
     if result.kfold_mean is None or result.kfold_std is None:
         return "-"
-    return f"{100 * result.kfold_mean:.2f} % ± {100 * result.kfold_std:.2f} ({len(result.folds)} folds)"
+    return f"{utils.percent(result.kfold_mean)} ± {100 * result.kfold_std:.2f} ({len(result.folds)} folds)"
 
 
 def _threshold_cell(cosine: float | None) -> str:
@@ -221,7 +217,7 @@ def _threshold_cell(cosine: float | None) -> str:
 def _point_cell(point: OperatingPoint) -> str:
     if not point.resolved:
         return f"not resolved by {point.impostors} pairs"
-    return f"{_percent(point.tar)} ({point.false_accepts} of {point.impostors} accepted)"
+    return f"{utils.percent(point.tar)} ({point.false_accepts} of {point.impostors} accepted)"
 
 
 def _interval_cell(point: OperatingPoint) -> str:
@@ -230,7 +226,7 @@ def _interval_cell(point: OperatingPoint) -> str:
 
 def _rates_cell(threshold: float, result: VerificationResult) -> str:
     rates = rates_at(threshold, result)
-    return f"{_percent(rates['accuracy'])}, FAR {_percent(rates['far'])}, TAR {_percent(rates['tar'])}"
+    return f"{utils.percent(rates['accuracy'])}, FAR {utils.percent(rates['far'])}, TAR {utils.percent(rates['tar'])}"
 
 
 def errors_table(pairs: VerificationSet, result: VerificationResult, errors: Errors) -> str:
@@ -297,7 +293,7 @@ def _headline(result: VerificationResult) -> str:
     if result.kfold_mean is not None:
         return f"accuracy {_kfold_cell(result)}"
     if result.best_accuracy is not None:
-        return f"accuracy {_percent(result.best_accuracy)} at the best threshold"
+        return f"accuracy {utils.percent(result.best_accuracy)} at the best threshold"
     return "one kind of pairs, no accuracy"
 
 
@@ -326,8 +322,8 @@ def draw_roc(path: Path, result: VerificationResult, model: str) -> None:
             # The curve only rises: there is room above it on the left and, near the top, below it on the right.
             below = tar > bottom + 0.8 * (1 - bottom)
             offset, side = ((6, -14), "left") if below else ((-6, 6), "right")
-            axes.annotate(_percent(tar), (far, tar), offset, textcoords="offset points", ha=side, fontsize=9)
-        plotting.title(axes, f"{result.set_name}, {model}", f"AUC {result.auc:.4f}, EER {_percent(result.eer)}")
+            axes.annotate(utils.percent(tar), (far, tar), offset, textcoords="offset points", ha=side, fontsize=9)
+        plotting.title(axes, f"{result.set_name}, {model}", f"AUC {result.auc:.4f}, EER {utils.percent(result.eer)}")
         figure.legend(loc="outside lower center", ncols=3)
 
 
