@@ -140,12 +140,12 @@ def open_source(path: str | Path, limits: Limits, level: int = 1) -> Source:
     if head.startswith(parquet.MAGIC):
         return ParquetSource(path, limits)
     packing = _packing(head)
-    if packing:
-        head = _first_bytes(files, packing)
-    if _is_tar(head):
-        if webdataset.has_labels(head):
+    if _is_tar(_first_bytes(files, packing, _BLOCK) if packing else head):
+        if _is_shard(files, packing, limits):
             return ShardSource(files, limits, packing)
         return TarSource(files, limits, level, packing)
+    if packing:
+        head = _first_bytes(files, packing, _SNIFF)
     first = first_part(path)
     if first is not None:
         raise InputError(f"{path}: goes on where another part ends; name the first one, {first}, and all are read")
@@ -469,14 +469,14 @@ def _packing(head: bytes) -> str:
     return next((name for name, (magic, _) in _PACKINGS.items() if head.startswith(magic)), "")
 
 
-def _first_bytes(files: Sequence[Path], packing: str) -> bytes:
-    """The beginning of what a compressed file holds, as far as it can be had."""
+def _first_bytes(files: Sequence[Path], packing: str, count: int) -> bytes:
+    """The beginning of what a compressed file holds: `count` bytes and some more, as far as they can be had."""
     head = b""
     with Joined(files) as file:
         stream = _PACKINGS[packing][1](file)
         try:
             # read1, not read: what came before damage is given out before the damage is met.
-            while len(head) < _SNIFF and (data := stream.read1(1 << 16)):
+            while len(head) < count and (data := stream.read1(1 << 16)):
                 head += data
         except _STREAM_ERRORS as error:
             if not head:
@@ -548,6 +548,20 @@ class _Forward(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _is_shard(files: Sequence[Path], packing: str, limits: Limits) -> bool:
+    """Whether a tar is one of WebDataset's shards; only a compressed one is read where it is stepped over."""
+    with _Forward(files, packing, limits) if packing else Joined(files) as stream:
+
+        def read(at: int, count: int) -> bytes:
+            try:
+                stream.seek(at)
+                return stream.read(count)
+            except Broken:  # said when it is extracted
+                return b""
+
+        return webdataset.has_labels(read)
 
 
 # ------------------------------------------------------------------------------------------------------- sources

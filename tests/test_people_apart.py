@@ -1,11 +1,13 @@
 """Different people never share a folder, and one person is not split: sources of every kind through extract.py."""
 
+import gzip
 import io
 import json
 import os
 import resource
 import tarfile
 
+import numpy as np
 import pytest
 from test_extract import check_listing, make_zip, photo, run, tar_bytes, tree
 
@@ -203,6 +205,30 @@ def test_shards_name_what_has_no_label_or_two(tmp_path):
     assert rows["1.jpg"]["path"] == "Ann/1.jpg" and rows["4.jpg"]["path"].endswith("-0000007/4.jpg")
     assert rows["2.jpg"]["reason"].startswith("no label") and rows["3.jpg"]["reason"].startswith("two labels")
     assert rows["5.jpg"]["path"] == "_._.._evil/5.jpg"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("large", [(0,), (0, 1), (1, 2)])
+def test_a_shard_may_begin_with_large_photos(tmp_path, pack, large):
+    rest = np.random.default_rng(0).bytes(1_500_000)  # behind the picture, and not to be compressed
+    entries = []
+    for number, name in enumerate(("alice", "bob", "carol")):
+        entries += [(f"photos/{number}.jpg", photo(number) + rest * (number in large)), (f"photos/{number}.cls", name)]
+    path = shard(tmp_path / "wds-0000.tar", entries)
+    path.write_bytes(pack(path.read_bytes()))
+    assert run(tmp_path / "raw", path) == 0
+    assert people(tmp_path / "raw") == {"alice": 1, "bob": 1, "carol": 1}
+
+
+def test_a_tar_of_large_photos_is_not_read_to_its_end_to_see_what_it_is():
+    asked = []
+    data = tar_bytes([(f"A/{number}.jpg", bytes(1 << 20)) for number in range(20)])
+
+    def read(at, count):
+        asked.append(at)
+        return data[at : at + count]
+
+    assert not webdataset.has_labels(read) and asked == sorted(asked) and asked[-1] < 5 << 20
 
 
 def test_json_that_says_nothing_of_people_makes_no_shard(tmp_path):
