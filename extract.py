@@ -46,7 +46,7 @@ import config
 import utils
 from formats import archives
 from formats.archives import Broken, Member, NotTaken, Source
-from formats.names import TakenNames, matching, printable, safe_name
+from formats.names import TakenNames, matching, path_parts, printable, safe_name
 from options import parse
 from processes import Shard
 from utils import InputError
@@ -361,11 +361,18 @@ class Extraction:
         return notes
 
     def _note_parent(self, member: Member) -> None:
-        parent = member.name.rpartition("/")[0]
-        if parent.startswith("__MACOSX/") or not member.identity:  # metadata of the photos, or nobody
+        if not member.identity:
             return
-        if member.identity.removeprefix(self._prefix) not in parent.split("/"):  # it is a label, not a folder
+        try:
+            folders = path_parts(member.name)[:-1]
+        except ValueError:  # a name that only a label gives a place
             return
+        if folders[:1] == ["__MACOSX"]:  # metadata of the photos
+            return
+        # What is in no folder is the source's own; an identity that is no folder is a label.
+        if member.identity.removeprefix(self._prefix) not in (folders or [self._source.root]):
+            return
+        parent = "/".join(folders) or "."
         person = f"{member.space}\n{member.identity}"
         if self._parents.setdefault(person, parent) != parent:
             self._merged.setdefault(member.identity, (self._parents[person], parent))

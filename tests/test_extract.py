@@ -174,6 +174,30 @@ def test_the_identity_can_be_a_folder_further_up(tmp_path, capsys):
     assert run(tmp_path / "bad", source, options=["--identity-level", "0"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "said"),
+    [
+        (["a\\alice\\1.jpg", "b\\alice\\2.jpg"], [], "'alice' from 'a/alice' and 'b/alice'"),
+        (["./carl/1.jpg", "carl/2.jpg", "carl//3.jpg"], [], ""),
+        (["1.jpg", "./2.jpg"], ["--identity", "bob"], ""),
+        (["1.jpg", "bob/2.jpg"], ["--identity", "bob"], "'bob' from '.' and 'bob'"),
+    ],
+)
+def test_several_folders_of_one_name_are_told_however_paths_are_written(names, options, said, tmp_path, capsys):
+    source = make_zip(tmp_path / "s.zip", {name: photo(number) for number, name in enumerate(names)})
+    assert run(tmp_path / "raw", source, options=options) == 0
+    text = capsys.readouterr().out
+    assert ("gather photos from several folders" in text) == bool(said) and said in text
+
+
+def test_a_folder_in_the_folder_of_its_name_is_told(tmp_path, capsys):
+    for name in ("1.jpg", "bob/2.jpg"):
+        (tmp_path / "bob" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bob" / name).write_bytes(photo(1))
+    assert run(tmp_path / "raw", tmp_path / "bob") == 0
+    assert "'bob' from '.' and 'bob'" in capsys.readouterr().out
+
+
 def test_photos_in_no_folder_of_an_archive_are_a_question(tmp_path, capsys):
     source = make_zip(tmp_path / "Carol Jones.zip", {"1.jpg": photo(1), "./2.jpg": photo(2), "readme.txt": b"hello"})
     (tmp_path / "Eve.tar.gz").write_bytes(gzip.compress(tar_bytes([("y.jpg", photo(4)), ("A/1.jpg", photo(5))])))
