@@ -46,7 +46,7 @@ import config
 import utils
 from formats import archives
 from formats.archives import Broken, Member, NotTaken, Source
-from formats.names import TakenNames, matching, printable, safe_name
+from formats.names import TakenNames, matching, path_parts, printable, safe_name
 from options import parse
 from processes import Shard
 from utils import InputError
@@ -98,12 +98,13 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.count, self.check = 0, ""
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._file: int | None = None  # opened by the first line that is added: a run may have thousands of ledgers
 
     def lines(self) -> Iterator[str]:
         """The lines as they were added; `InputError` for a damaged one. To be read once, before anything is added."""
         end = 0
-        with open(self.path, "rb") as file:
+        with open(self.path, "a+b") as file:
+            file.seek(0)
             for raw in file:
                 if not raw.endswith(b"\n"):
                     break
@@ -113,7 +114,7 @@ class Ledger:
                 self.count, self.check = self.count + 1, check
                 end += len(raw)
                 yield text
-        os.ftruncate(self._file, end)
+            file.truncate(end)
 
     def damaged(self, what: str) -> InputError:
         """The error that says what is wrong and what to do."""
@@ -129,6 +130,8 @@ class Ledger:
         """Add a line, or, if there is no room for all of it, nothing: OSError."""
         check = self._next(text)
         data = f"{text}\t{check}\n".encode("utf-8", "surrogateescape")
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         size = os.fstat(self._file).st_size
         try:
             written = 0
@@ -140,8 +143,10 @@ class Ledger:
         self.count, self.check = self.count + 1, check
 
     def close(self) -> None:
-        """Close the file; nothing can be added afterwards."""
-        os.close(self._file)
+        """Close the file; the next line that is added opens it again."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 Person = tuple[str, str]  # the space that a name is meant in (formats.archives), and the name
@@ -196,7 +201,7 @@ class Shelf:
             return self._folders[person]
         wanted = safe_name(identity)
         # A folder that was there before we came is the person's whose name it has.
-        used = wanted if wanted in self._others and wanted == identity else self._taken.free(wanted)
+        used = wanted if wanted in self._others and wanted == identity else self._taken.free(wanted, ending=False)
         if used in self._others:
             self._others.discard(used)
             self.found.append(used)
@@ -287,7 +292,7 @@ class Journal:
         self._ledger.append(row.to_line())
 
     def close(self) -> None:
-        """Close the file; nothing can be added afterwards."""
+        """Close the file; the next row that is added opens it again."""
         self._ledger.close()
 
 
@@ -361,11 +366,18 @@ class Extraction:
         return notes
 
     def _note_parent(self, member: Member) -> None:
-        parent = member.name.rpartition("/")[0]
-        if parent.startswith("__MACOSX/") or not member.identity:  # metadata of the photos, or nobody
+        if not member.identity:
             return
-        if member.identity.removeprefix(self._prefix) not in parent.split("/"):  # it is a label, not a folder
+        try:
+            folders = path_parts(member.name)[:-1]
+        except ValueError:  # a name that only a label gives a place
             return
+        if folders[:1] == ["__MACOSX"]:  # metadata of the photos
+            return
+        # What is in no folder is the source's own; an identity that is no folder is a label.
+        if member.identity.removeprefix(self._prefix) not in (folders or [self._source.root]):
+            return
+        parent = "/".join(folders) or "."
         person = f"{member.space}\n{member.identity}"
         if self._parents.setdefault(person, parent) != parent:
             self._merged.setdefault(member.identity, (self._parents[person], parent))
@@ -463,7 +475,8 @@ class Workplace:
         return entries
 
     def entry(self, source: Source, options: dict[str, Any]) -> dict[str, Any]:
-        """The state of a source, new if it was never begun; `InputError` if the source or an option has changed."""
+        """The state of a source, new and to be saved if it was never begun; `InputError` if the source or an option has
+        changed."""
         path = str(source.path.resolve())
         for entry in self.entries:
             if entry["path"] != path:
@@ -495,7 +508,6 @@ class Workplace:
         }
         self.journal(entry).touch()  # first, so that a state without its journal is damage
         self.entries.append(entry)
-        self.save()
         return entry
 
     def save(self) -> None:
@@ -540,6 +552,7 @@ def _extract(sources: list[tuple[Source, dict[str, Any]]], out: Path) -> tuple[W
     states of these too."""
     workplace = Workplace(out)
     given = [(source, chosen, workplace.entry(source, chosen)) for source, chosen in sources]
+    workplace.save()
     shelf = Shelf(out)
     journals = {entry["path"]: Journal(workplace.journal(entry), shelf) for entry in workplace.entries}
     for entry in workplace.entries:
@@ -565,7 +578,6 @@ def _extract(sources: list[tuple[Source, dict[str, Any]]], out: Path) -> tuple[W
         entry |= {"finished": True, "rows": journal.count, "check": journal.check}
         entry["changed"] = source.path.stat().st_mtime_ns
         workplace.save()
-    for journal in journals.values():
         journal.close()
     shelf.close()
     return workplace, [entry for _, _, entry in given]
@@ -603,7 +615,6 @@ def _write_listing(workplace: Workplace, given: set[str]) -> tuple[list[str], li
                     shown.append(f"  {row.status}: {row.member}: {row.reason}")
                 columns = (printable(entry["path"]), row.member, row.status, row.reason, row.path)
                 listing.write("\t".join((*columns, str(row.size) if row.path else "", row.sha256)).encode() + b"\n")
-            journal.close()
             state = {name: entry[name] for name in ("finished", "broken", "notes")}
             other = {"nobody": nobodys, "data_sets": reasons[archives.NESTED]}
             report.append({"source": entry["path"], **state, "members": counts.total(), **counts, **other})
@@ -689,8 +700,12 @@ def main() -> None:
         if not part["extracted"] + part["renamed"]:
             reason = f": whose are they? A photo of it {archives.NOBODY}" if part["nobody"] else ""
             if part["data_sets"]:
-                command = archives.unpack_command(Path(part["source"]))
-                reason = f": it holds a data set; {command} unpacks it, then name what is in FOLDER"
+                path = Path(part["source"])
+                if path.is_dir():
+                    reason = ": it holds data sets beside other things; name these as sources, without the folder"
+                else:
+                    command = archives.unpack_command(path)
+                    reason = f": it holds a data set; {command} unpacks it, then name what is in FOLDER"
             raise InputError(f"{part['source']}: not one photo could be had from it{reason}")
 
 

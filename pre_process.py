@@ -124,6 +124,20 @@ def check(options: config.PreProcess) -> None:
         if field.metadata["group"] == "detector" and getattr(options, field.name) != field.default:
             name = field.name.replace("_", "-")
             raise InputError(f"--{name}: has no effect with --from-detections, where the faces are chosen already")
+    if _stage_of(options.from_detections) == "align_facescrub":
+        raise InputError(
+            f"--from-detections {options.from_detections}: is of align_facescrub.py, which looks at photos as they are "
+            "stored, not as EXIF turns them; detect anew, without this option"
+        )
+
+
+def _stage_of(table: Path) -> Any:
+    """The stage that the report beside a table of faces is of, None without one."""
+    report = table.with_name("report.json")
+    try:
+        return utils.read_json(report)["settings"]["stage"] if report.is_file() else None
+    except (ValueError, KeyError, TypeError):  # of something else
+        return None
 
 
 def settings_of(options: config.PreProcess, listing: Listing) -> dict[str, Any]:

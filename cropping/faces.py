@@ -437,24 +437,31 @@ def realign(
     A row without a face stays as it is. A photo that can no longer be read, or is another one than that of the row,
     changes the row's status and reason, and so do other limits than those of the earlier run.
     """
-    if row.box is None or row.landmarks is None or row.score is None:
-        if row.status == CROP:
-            row = replace(row, status=NO_CROP, reason=_join("the detections do not say where the face is", row.reason))
-        return row, None
     source: dict[str, Any] = {}
     try:
         data = read_file(photo.path)
         source = {"sha256": content_key(data)}
+        if source["sha256"] == row.sha256 and (row.box is None or row.landmarks is None or row.score is None):
+            return _faceless(row), None
         decoded = _Decoded.read(data, reduce_to, min_side=min_side)
         source |= {"width": decoded.view.width, "height": decoded.view.height}
         if source["sha256"] != row.sha256:
             sides = f"{source['width']}x{source['height']} pixels"
-            raise PhotoError("another photo", f"{sides}, the detections are of one of {row.width}x{row.height}")
+            before = f"one of {row.width}x{row.height}" if row.width else "none that could be read"
+            raise PhotoError("another photo", f"{sides}, the detections are of {before}")
     except PhotoError as error:
         return replace(_row(photo, NO_CROP, error.reason), **source), None
+    assert row.box is not None and row.landmarks is not None and row.score is not None  # by the return above
     face = _Face(np.array(row.box, np.float32), np.array(row.landmarks, np.float32), row.score)
     row, crop = _align(_face_row(photo, face, row.faces), decoded, face, min_face, size)
     return replace(row, **source), crop
+
+
+def _faceless(row: FaceRow) -> FaceRow:
+    """The row of a photo that gives no crop since no face is known in it, whatever crop it gave before."""
+    if row.status == NO_CROP:
+        return row
+    return replace(row, status=NO_CROP, reason=_join("the detections do not say where the face is", row.reason))
 
 
 def _face_row(photo: Photo, face: "_Face", count: int) -> FaceRow:

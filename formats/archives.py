@@ -51,7 +51,8 @@ _BLOCK = 512  # tar
 _SPLIT_MARK = 4  # bytes that may stand in front of a zip that was once cut into volumes (APPNOTE 8.5.4)
 _MAC_METADATA = b"\0\5\x16\7"  # AppleDouble: what a Mac packs as ._NAME beside a file, or below __MACOSX
 _SNIFF = 1 << 20
-_ZIP_STARTS = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
+_SPLIT = b"PK\7\x08"  # at the beginning of the first volume
+_ZIP_STARTS = (b"PK\3\4", b"PK\5\6", _SPLIT)
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .jp2 .ppm .pgm .pnm .avif .heic .heif".split()
 )
@@ -135,17 +136,17 @@ def open_source(path: str | Path, limits: Limits, level: int = 1) -> Source:
         raise InputError(f"{path}: is empty")
     if head.startswith(recordio.MAGIC):
         return RecordSource(path, limits)
-    if head.startswith(_ZIP_STARTS):
+    if head.startswith(_ZIP_STARTS) and not (head.startswith(_SPLIT) and _is_volume(files)):
         return ZipSource(files, limits, level)
     if head.startswith(parquet.MAGIC):
         return ParquetSource(path, limits)
     packing = _packing(head)
-    if packing:
-        head = _first_bytes(files, packing)
-    if _is_tar(head):
-        if webdataset.has_labels(head):
+    if _is_tar(_first_bytes(files, packing, _BLOCK) if packing else head):
+        if _is_shard(files, packing, limits):
             return ShardSource(files, limits, packing)
         return TarSource(files, limits, level, packing)
+    if packing:
+        head = _first_bytes(files, packing, _SNIFF)
     first = first_part(path)
     if first is not None:
         raise InputError(f"{path}: goes on where another part ends; name the first one, {first}, and all are read")
@@ -153,10 +154,18 @@ def open_source(path: str | Path, limits: Limits, level: int = 1) -> Source:
         return FaceLinesSource(path, limits, packing)
     if label_list.looks_like_list(path, head):
         return ListSource(path, limits)
+    if _is_volume(files):
+        joined = f"zip -s 0 {shlex.quote(str(path.with_suffix('.zip')))} --out whole.zip"
+        raise InputError(f"{path}: one volume of a split zip; `{joined}` joins them")
     raise InputError(
         f"{path}: neither a zip, a tar (plain, gz, bz2, xz, zst), an MS-Celeb TSV (6 or 7 columns), RecordIO (.rec), "
         "Parquet nor a list of images with labels"
     )
+
+
+def _is_volume(files: Sequence[Path]) -> bool:
+    with Joined(files) as file, io.BufferedReader(file) as buffered:
+        return zips.is_volume(buffered)
 
 
 def expand(path: Path) -> list[Path]:
@@ -469,14 +478,14 @@ def _packing(head: bytes) -> str:
     return next((name for name, (magic, _) in _PACKINGS.items() if head.startswith(magic)), "")
 
 
-def _first_bytes(files: Sequence[Path], packing: str) -> bytes:
-    """The beginning of what a compressed file holds, as far as it can be had."""
+def _first_bytes(files: Sequence[Path], packing: str, count: int) -> bytes:
+    """The beginning of what a compressed file holds: `count` bytes and some more, as far as they can be had."""
     head = b""
     with Joined(files) as file:
         stream = _PACKINGS[packing][1](file)
         try:
             # read1, not read: what came before damage is given out before the damage is met.
-            while len(head) < _SNIFF and (data := stream.read1(1 << 16)):
+            while len(head) < count and (data := stream.read1(1 << 16)):
                 head += data
         except _STREAM_ERRORS as error:
             if not head:
@@ -548,6 +557,20 @@ class _Forward(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _is_shard(files: Sequence[Path], packing: str, limits: Limits) -> bool:
+    """Whether a tar is one of WebDataset's shards; only a compressed one is read where it is stepped over."""
+    with _Forward(files, packing, limits) if packing else Joined(files) as stream:
+
+        def read(at: int, count: int) -> bytes:
+            try:
+                stream.seek(at)
+                return stream.read(count)
+            except Broken:  # said when it is extracted
+                return b""
+
+        return webdataset.has_labels(read)
 
 
 # ------------------------------------------------------------------------------------------------------- sources
@@ -709,17 +732,20 @@ class ShardSource(TarSource):
     def members(self) -> Iterator[Member]:
         """The members in their order, each with the label of its key."""
         group: list[tuple[str, bytes | NotTaken, int]] = []
-        key = ""
+        key, held = "", 0
         for name, read, position in self._entries():
             if group and webdataset.key_of(name) != key:
                 yield from self._labelled(group)
-                group = []
+                group, held = [], 0
             key = webdataset.key_of(name)
             data: bytes | NotTaken
             try:
                 data = read()
+                held += len(data)
             except NotTaken as outcome:
                 data = outcome
+            if held > self._limits.member_bytes:
+                raise Broken(f"more than {self._limits.member_bytes} bytes of the key {key!r} (--max-file-mb)")
             if len(group) == webdataset.MAX_GROUP:
                 raise Broken(f"more than {webdataset.MAX_GROUP} members of the key {key!r}")
             group.append((name, data, position))
@@ -760,35 +786,44 @@ class ZipSource:
     unit = "file"
 
     def __init__(self, files: Sequence[Path], limits: Limits, level: int) -> None:
-        self.path, self._limits, self._level = files[0], limits, level
+        self.path, self._files, self._limits, self._level = files[0], files, limits, level
         self.fingerprint = _fingerprint(*files)
         self.space = set_of(files[0]) if len(files) == 1 else str(files[0].resolve())
         self.root = ""
         self._size = sum(path.stat().st_size for path in files)
-        self._file = io.BufferedReader(Joined(files), 1 << 18)
         self._directory: zips.Directory | None = None
         self._why = ""
-        try:
-            self._directory = zips.find_directory(self._file)
-        except (zipfile.BadZipFile, struct.error) as error:
-            self._why = str(error)
+        with self._opened() as file:
+            try:
+                self._directory = zips.find_directory(file)
+            except (zipfile.BadZipFile, struct.error) as error:
+                self._why = str(error)
         self.total = self._directory.count if self._directory else 0
 
     def members(self) -> Iterator[Member]:
         """The files and links of the archive, in the order of its directory."""
-        if self._directory is None:
-            yield from self._salvaged()
-            raise Broken(f"cut off or corrupt ({self._why}); its files were searched one after another")
-        read_bytes, begins = 0, self._directory.start
+        with self._opened() as file:
+            if self._directory is None:
+                yield from self._salvaged(file)
+                raise Broken(f"cut off or corrupt ({self._why}); its files were searched one after another")
+            yield from self._listed(file, self._directory)
+
+    def _opened(self) -> io.BufferedReader:
+        """The file, opened only as long as it is read: there may be more zips than files that can be open."""
+        return io.BufferedReader(Joined(self._files), 1 << 18)
+
+    def _listed(self, file: io.BufferedReader, directory: zips.Directory) -> Iterator[Member]:
+        read_bytes, begins = 0, directory.start
         try:
-            for position, info in enumerate(zips.entries(self._file, self._directory), 1):
+            for position, info in enumerate(zips.entries(file, directory), 1):
                 begins = min(begins, info.header_offset)
                 if info.filename.endswith("/"):
                     continue
                 read_bytes += 0 if self._is_absurd(info) else info.file_size
                 if read_bytes > max(_RATIO_FROM, self._limits.ratio * self._size):
                     raise Broken(f"expands to more than {self._limits.ratio:g} times its size; no photos do")
-                yield _placed(info.filename, self._level, self.root, functools.partial(self._read, info), position)
+                read = functools.partial(self._read, file, info)
+                yield _placed(info.filename, self._level, self.root, read, position)
         except zipfile.BadZipFile as error:
             raise Broken(f"corrupt: {error}") from error
         if begins > _SPLIT_MARK:
@@ -797,7 +832,7 @@ class ZipSource:
     def _is_absurd(self, info: zipfile.ZipInfo) -> bool:
         return info.file_size > max(_RATIO_FROM, self._limits.ratio * info.compress_size)
 
-    def _read(self, info: zipfile.ZipInfo) -> bytes:
+    def _read(self, file: io.BufferedReader, info: zipfile.ZipInfo) -> bytes:
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG):
             raise NotTaken("refused", "a symbolic link" if kind == stat.S_IFLNK else "not a regular file")
@@ -806,16 +841,15 @@ class ZipSource:
         if self._is_absurd(info):
             raise NotTaken("refused", f"{info.file_size} bytes out of {info.compress_size}; no photo expands so far")
         try:
-            with zips.open_entry(self._file, info) as file:
-                return _photo(file, info.filename, info.file_size, self._limits)
+            with zips.open_entry(file, info) as entry:
+                return _photo(entry, info.filename, info.file_size, self._limits)
         except (zipfile.BadZipFile, EOFError, OSError, zlib.error, lzma.LZMAError, struct.error) as error:
             raise NotTaken("damaged", f"corrupt: {error}") from error
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise NotTaken("refused", f"cannot be read: {error}") from error
 
-    def _salvaged(self) -> Iterator[Member]:
-        self._file.seek(0)
-        for number, (name, read) in enumerate(_local_entries(self._file, self._limits), 1):
+    def _salvaged(self, file: io.BufferedReader) -> Iterator[Member]:
+        for number, (name, read) in enumerate(_local_entries(file, self._limits), 1):
             if not name.endswith("/"):
                 yield _placed(name, self._level, self.root, read, number)
 
@@ -836,7 +870,7 @@ def _local_entries(file: BinaryIO, limits: Limits) -> Iterator[tuple[str, Callab
         data = file.read(packed)
         if len(data) < packed:
             return
-        name = raw_name.decode("utf-8" if flags & 0x800 else "cp437", "replace")
+        name = zips.name_of(raw_name, flags, extra)
         yield name, functools.partial(_entry, data, name, method, size, crc, limits)
 
 

@@ -117,12 +117,13 @@ class TakenNames:
         """Take a name."""
         self._names.add(same_name(name))
 
-    def free(self, name: str) -> str:
-        """`name`, or the first of `name~2.ext`, `name~3.ext` ... that is not taken."""
+    def free(self, name: str, ending: bool = True) -> str:
+        """`name`, or the first of `name~2.ext`, `name~3.ext` ... that is not taken; without an `ending`, as folders
+        have none, of `name.ext~2` ..."""
         plain = same_name(name)
         if plain not in self._names:
             return name
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a bare name
+        stem, suffix = os.path.splitext(name) if ending else (name, "")  # noqa: PTH122 - a bare name
         number = self._next.get(plain, 2)
         while same_name(candidate := f"{stem}~{number}{suffix}") in self._names:
             number += 1

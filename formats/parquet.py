@@ -35,21 +35,23 @@ class Row:
 
 
 class Table:
-    """An open file; `rows` is their number."""
+    """A file, open only while it is read; `rows` is their number."""
 
-    def __init__(self, path: Path, file: Any, image: str, label: str, names: list[str]) -> None:
-        self.path, self.rows = path, file.metadata.num_rows
-        self._file, self._image, self._label, self._names = file, image, label, names
+    def __init__(self, path: Path, rows: int, image: str, label: str, names: list[str]) -> None:
+        self.path, self.rows = path, rows
+        self._image, self._label, self._names = image, label, names
 
     def read(self) -> Iterator[Row]:
         """The rows in their order; `ValueError` where the file is damaged."""
         import pyarrow
+        import pyarrow.parquet
 
         try:
-            for batch in self._file.iter_batches(_BATCH, columns=[self._image, self._label]):
-                images, labels = batch.column(self._image).to_pylist(), batch.column(self._label).to_pylist()
-                for image, label in zip(images, labels, strict=True):
-                    yield self._row(image, label)
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(_BATCH, columns=[self._image, self._label]):
+                    images, labels = batch.column(self._image).to_pylist(), batch.column(self._label).to_pylist()
+                    for image, label in zip(images, labels, strict=True):
+                        yield self._row(image, label)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"damaged: {str(error).splitlines()[0]}") from error
 
@@ -73,10 +75,11 @@ def open_table(path: Path) -> Table:
     except ImportError as error:
         raise InputError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: damaged Parquet: {str(error).splitlines()[0]}") from error
-    columns = file.schema_arrow.names
+    columns = schema.names
     image = next((name for name in IMAGE_COLUMNS if name in columns), None)
     label = next((name for name in LABEL_COLUMNS if name in columns), None)
     if image is None or label is None:
@@ -85,7 +88,7 @@ def open_table(path: Path) -> Table:
     twice = next((name for name in (image, label) if columns.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{path}: has the column {twice} {columns.count(twice)} times")
-    return Table(path, file, image, label, _label_names(file.schema_arrow.metadata, label))
+    return Table(path, rows, image, label, _label_names(schema.metadata, label))
 
 
 def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> list[str]:

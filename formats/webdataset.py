@@ -8,7 +8,7 @@ file name, and the members of a key follow one another. The label of a photo is 
 import mmap
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import utils
@@ -16,6 +16,8 @@ from formats.names import is_nobodys, label_text
 
 MAX_LABEL = 1 << 20  # bytes of a .cls or .json that are read
 MAX_GROUP = 64  # members of one key
+# What of a tar says whether it is a shard: a MiB, and where photos are large so much more that three keys are whole.
+_LOOKED_AT, _WHOLE_KEYS, _FARTHEST = 1 << 20, 3, 1 << 30
 LABEL_KEYS = ("label", "identity", "class")  # in the .json, the first that is there
 
 BLOCK = 512  # bytes of a tar's header
@@ -64,16 +66,24 @@ def _from_json(data: bytes) -> Any:
     return next((given[key] for key in LABEL_KEYS if given.get(key) is not None), None)
 
 
-def has_labels(head: bytes) -> bool:
-    """Whether a tar that begins with these bytes (some hundred kB, to hold a few photos) is a shard: one of its first
-    keys has a photo's file and a label's."""
+Read = Callable[[int, int], bytes]  # so many bytes from an offset, fewer where there are no more
+
+
+def has_labels(read: Read) -> bool:
+    """Whether a tar is a shard: one of its first keys has a photo's file and a label's.
+
+    It is asked for offsets that only grow, for headers and labels: photos of any size are stepped over.
+    """
     keys: dict[str, set[bool]] = {}
     labels: dict[str, dict[str, bytes]] = {}
-    for entry in _entries_in(head):
+    for count, entry in enumerate(_first_entries(read), 1):
         key = key_of(entry.name)
         keys.setdefault(key, set()).add(is_label(entry.name))
         if is_label(entry.name):
-            labels.setdefault(key, {})[entry.name] = head[entry.offset : entry.offset + min(entry.size, MAX_LABEL)]
+            labels.setdefault(key, {})[entry.name] = read(entry.offset, min(entry.size, MAX_LABEL))
+        # The last key is not whole before another one begins.
+        if entry.offset + entry.size > _LOOKED_AT and (len(keys) > _WHOLE_KEYS or count >= MAX_GROUP):
+            break
     for key in (key for key, kinds in keys.items() if len(kinds) == 2):
         try:
             label_of(labels[key])
@@ -92,17 +102,16 @@ class Entry(NamedTuple):
     size: int
 
 
-def _entries_in(head: bytes) -> Iterator[Entry]:
+def _first_entries(read: Read) -> Iterator[Entry]:
     at = 0
     long_name = ""
-    while at + BLOCK <= len(head):
-        block = head[at : at + BLOCK]
+    while at <= _FARTHEST and len(block := read(at, BLOCK)) == BLOCK:
         try:
             name, size, kind = _header(block)
         except ValueError:
             return
         if kind in _NAMES:
-            long_name = _long_name(kind, head[at + BLOCK : at + BLOCK + min(size, 1 << 16)]) or long_name
+            long_name = _long_name(kind, read(at + BLOCK, min(size, 1 << 16))) or long_name
         elif kind in _REGULAR:
             yield Entry(long_name or name, at + BLOCK, size)
             long_name = ""

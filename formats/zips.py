@@ -6,6 +6,7 @@ are unpacked by `zipfile.ZipExtFile`, which checks their CRC.
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -17,6 +18,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")  # 4.3.14
 _ENTRY = struct.Struct("<4s6H3I5H2I")  # 4.3.12
 _LOCAL = struct.Struct("<4s5H3I2H")  # 4.3.7
 _UTF8, _PATCHED, _STRONG_ENCRYPTION = 0x800, 0x20, 0x40
+_UNICODE_PATH = 0x7075
 _FULL = 0xFFFFFFFF  # the number stands in the zip64 field instead
 _BLOCK = 1 << 20
 
@@ -32,16 +34,32 @@ class Directory:
     prefix: int
 
 
-def find_directory(file: BinaryIO) -> Directory:
-    """Look for the directory at the end of a file; `BadZipFile` if there is none."""
+def _find_end(file: BinaryIO) -> tuple[int, tuple]:
+    """Where the end of the directory lies, and its fields; `BadZipFile` if there is none."""
     length = file.seek(0, 2)
     file.seek(max(0, length - _END.size - 0xFFFF))
     tail = file.read()
     at = tail.rfind(b"PK\5\6")
     if at < 0 or at + _END.size > len(tail):
         raise BadZipFile("no directory at the end")
-    end = length - len(tail) + at
-    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    return length - len(tail) + at, _END.unpack_from(tail, at)
+
+
+def is_volume(file: BinaryIO) -> bool:
+    """Whether a file is one of those that `zip -s` cut a zip into: the last by the number of the disk in its end, the
+    first by the mark in front (8.5.4). Those in between have neither."""
+    file.seek(0)
+    marked = file.read(4) == b"PK\7\x08"
+    try:
+        _, fields = _find_end(file)
+    except BadZipFile:
+        return marked
+    return fields[1] not in (0, 0xFFFF)
+
+
+def find_directory(file: BinaryIO) -> Directory:
+    """Look for the directory at the end of a file; `BadZipFile` if there is none."""
+    end, (_, _, _, _, count, size, offset, _) = _find_end(file)
     file.seek(max(0, end - _LOCATOR.size))
     locator = file.read(_LOCATOR.size)
     if len(locator) == _LOCATOR.size and locator.startswith(b"PK\6\7"):
@@ -89,11 +107,11 @@ def entries(file: BinaryIO, directory: Directory) -> Iterator[zipfile.ZipInfo]:
 
 def _entry(fields: tuple, name: bytes, extra: bytes, prefix: int) -> zipfile.ZipInfo:
     _, made, _, flags, method, _, _, crc, packed, size, _, _, _, _, _, attributes, offset = fields
-    text = name.decode("utf-8", "surrogateescape") if flags & _UTF8 else name.decode("cp437")
+    text = name_of(name, flags, extra)
     numbers = _zip64(extra)
     size, packed, offset = (next(numbers, _FULL) if value == _FULL else value for value in (size, packed, offset))
     info = zipfile.ZipInfo(text)
-    info.orig_filename = text
+    info.orig_filename, info.extra = text, extra
     info.create_system = made >> 8
     info.flag_bits, info.compress_type, info.CRC = flags, method, crc
     info.compress_size, info.file_size = packed, size
@@ -101,16 +119,35 @@ def _entry(fields: tuple, name: bytes, extra: bytes, prefix: int) -> zipfile.Zip
     return info
 
 
+def name_of(raw: bytes, flags: int, extra: bytes) -> str:
+    """The name of an entry: UTF-8 where the flag says so or it can be nothing else, as the Finder of a Mac writes it
+    without the flag; otherwise cp437 (appendix D). A field of the name in Unicode (4.6.9) goes before."""
+    if flags & _UTF8:
+        return raw.decode("utf-8", "surrogateescape")
+    field = _field(extra, _UNICODE_PATH)
+    if len(field) > 5 and field[:5] == struct.pack("<BI", 1, zlib.crc32(raw)):
+        return field[5:].decode("utf-8", "surrogateescape")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("cp437")
+
+
 def _zip64(extra: bytes) -> Iterator[int]:
     """The 64-bit numbers of the extra field 1 (4.5.3)."""
+    field = _field(extra, 1)
+    yield from struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8])
+
+
+def _field(extra: bytes, wanted: int) -> bytes:
+    """The contents of one of the extra fields, b"" if it is not there."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            field = extra[at + 4 : at + 4 + length // 8 * 8]
-            yield from struct.unpack(f"<{len(field) // 8}Q", field)
-            return
+        if kind == wanted:
+            return extra[at + 4 : at + 4 + length]
         at += 4 + length
+    return b""
 
 
 def open_entry(file: BinaryIO, info: zipfile.ZipInfo) -> zipfile.ZipExtFile:
@@ -120,11 +157,10 @@ def open_entry(file: BinaryIO, info: zipfile.ZipInfo) -> zipfile.ZipExtFile:
     if len(local) < _LOCAL.size or not local.startswith(b"PK\3\4"):
         raise BadZipFile("no file where the directory says")
     flags, name_length, extra_length = _LOCAL.unpack(local)[2], *_LOCAL.unpack(local)[-2:]
-    name = file.read(name_length)
+    name, extra = file.read(name_length), file.read(extra_length)
     if (info.flag_bits | flags) & (_PATCHED | _STRONG_ENCRYPTION):
         raise NotImplementedError("compressed patched data or strong encryption")
-    text = name.decode("utf-8", "surrogateescape") if flags & _UTF8 else name.decode("cp437")
-    if text != info.orig_filename:
-        raise BadZipFile(f"another name than in the directory: {text!r}")
-    file.seek(extra_length, 1)
+    # The directory may say more of an encoding than the file's own header does.
+    if info.orig_filename not in (name_of(name, flags, extra), name_of(name, info.flag_bits, info.extra)):
+        raise BadZipFile(f"another name than in the directory: {name_of(name, flags, extra)!r}")
     return zipfile.ZipExtFile(file, "r", info)

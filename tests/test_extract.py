@@ -9,6 +9,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import struct
@@ -174,6 +175,30 @@ def test_the_identity_can_be_a_folder_further_up(tmp_path, capsys):
     assert run(tmp_path / "bad", source, options=["--identity-level", "0"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "said"),
+    [
+        (["a\\alice\\1.jpg", "b\\alice\\2.jpg"], [], "'alice' from 'a/alice' and 'b/alice'"),
+        (["./carl/1.jpg", "carl/2.jpg", "carl//3.jpg"], [], ""),
+        (["1.jpg", "./2.jpg"], ["--identity", "bob"], ""),
+        (["1.jpg", "bob/2.jpg"], ["--identity", "bob"], "'bob' from '.' and 'bob'"),
+    ],
+)
+def test_several_folders_of_one_name_are_told_however_paths_are_written(names, options, said, tmp_path, capsys):
+    source = make_zip(tmp_path / "s.zip", {name: photo(number) for number, name in enumerate(names)})
+    assert run(tmp_path / "raw", source, options=options) == 0
+    text = capsys.readouterr().out
+    assert ("gather photos from several folders" in text) == bool(said) and said in text
+
+
+def test_a_folder_in_the_folder_of_its_name_is_told(tmp_path, capsys):
+    for name in ("1.jpg", "bob/2.jpg"):
+        (tmp_path / "bob" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bob" / name).write_bytes(photo(1))
+    assert run(tmp_path / "raw", tmp_path / "bob") == 0
+    assert "'bob' from '.' and 'bob'" in capsys.readouterr().out
+
+
 def test_photos_in_no_folder_of_an_archive_are_a_question(tmp_path, capsys):
     source = make_zip(tmp_path / "Carol Jones.zip", {"1.jpg": photo(1), "./2.jpg": photo(2), "readme.txt": b"hello"})
     (tmp_path / "Eve.tar.gz").write_bytes(gzip.compress(tar_bytes([("y.jpg", photo(4)), ("A/1.jpg", photo(5))])))
@@ -243,6 +268,30 @@ def test_a_source_that_gives_no_photo_is_an_error(name, tmp_path, capsys):
         assert f"error: {source}: not one photo could be had from it" in text.err
         assert ("inside" in name) == ("a data set inside a data set" in text.out)
     assert len(tree(tmp_path / "raw")) == len(PHOTOS)
+
+
+def test_a_folder_of_data_sets_and_other_things_says_to_name_them(shared, tmp_path, capsys):
+    tsv = shared / "formats" / "msceleb_tsv" / "MsCelebV1-Faces-Aligned.sample.tsv"
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "faces.tsv").write_bytes(tsv.read_bytes())
+    (folder / "x.txt").touch()
+    assert run(tmp_path / "raw", folder) == 1
+    assert "it holds data sets beside other things; name these as sources" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", [100, 1000])
+def test_volumes_of_a_split_zip_say_how_they_are_joined(tmp_path, capsys, split):
+    data = b"PK\7\x08" + make_zip(tmp_path / "whole.zip", PHOTOS).read_bytes()
+    end = data.index(b"PK\5\6")
+    (tmp_path / "x.z01").write_bytes(data[:split])
+    (tmp_path / "x.zip").write_bytes(data[split : end + 4] + struct.pack("<2H", 1, 1) + data[end + 8 :])
+    for name in ("x.z01", "x.zip"):
+        assert run(tmp_path / "raw", tmp_path / name) == 1
+        text = capsys.readouterr().err
+        assert f"one volume of a split zip; `zip -s 0 {tmp_path}/x.zip --out whole.zip` joins them" in text
+    (tmp_path / "once.zip").write_bytes(data)  # the mark stays in front of volumes that were joined to one
+    assert run(tmp_path / "raw", tmp_path / "once.zip") == 0
 
 
 def test_recordio_becomes_a_folder_per_label(shared, tmp_path):
@@ -486,7 +535,7 @@ def test_unsafe_characters_lengths_and_our_own_names(tmp_path):
         "A/a_b_.jpg",
         "_extract/lock.jpg",
         "A/_hidden.jpg",
-        "listing~2.tsv/1.jpg",
+        "listing.tsv~2/1.jpg",
         "A/" + "\u4eba" * 65 + ".jpeg",
         "A/_.jpg",
     ]
@@ -512,6 +561,26 @@ def test_no_path_leads_out(name):
         return
     inside = Path("/out") / names.safe_name(identity) / names.safe_name(file)
     assert Path(os.path.normpath(inside)).parent.parent == Path("/out")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_names_in_a_zip_are_one_in_every_encoding(tmp_path, cut):
+    raw = {"utf8": "Jos\u00e9/1.jpg".encode(), "cp437": "Jos\u00e9/2.jpg".encode("cp437"), "field": b"Jos?/3.jpg"}
+    field = struct.pack("<BI", 1, zlib.crc32(raw["field"])) + "Jos\u00e9/3.jpg".encode()
+    stale = struct.pack("<BI", 1, 0) + b"Ann/4.jpg"  # of a name that was changed since
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        archive.writestr("Jos\u00e9/0.jpg", photo(0))  # with the flag
+        for number, (kind, name) in enumerate([*raw.items(), ("stale", b"Bob/4.jpg")], 1):
+            info = zipfile.ZipInfo(re.sub(rb"[^\0-\x7f]", b"_", name).decode())  # the library would set the flag
+            extra = {"field": field, "stale": stale}.get(kind)
+            info.extra = struct.pack("<HH", 0x7075, len(extra)) + extra if extra else b""
+            archive.writestr(info, photo(number))
+    data = (tmp_path / "s.zip").read_bytes()
+    for name in (raw["utf8"], raw["cp437"]):
+        data = data.replace(re.sub(rb"[^\0-\x7f]", b"_", name), name)
+    (tmp_path / "s.zip").write_bytes(data[: data.index(b"PK\1\2")] if cut else data)
+    assert run(tmp_path / "raw", tmp_path / "s.zip") == cut
+    assert set(tree(tmp_path / "raw")) == {*(f"Jos\u00e9/{number}.jpg" for number in range(4)), "Bob/4.jpg"}
 
 
 def test_what_was_in_the_output_folder_is_left_alone(tmp_path, capsys):

@@ -385,17 +385,25 @@ def test_realign_repeats_the_crop_from_the_row(tmp_path):
 
 def test_realign_of_rows_without_a_face_and_of_lost_photos(tmp_path):
     photo = Photo(tmp_path / "gone.jpg", "id/photo.png", "id")
-    row = FaceRow("id", "id/photo.png", NO_CROP, "no face")
-    assert realign(photo, row) == (row, None)
+    missing = FaceRow("id", "id/photo.png", NO_CROP, "missing")
+    row = FaceRow("id", "id/photo.png", NO_CROP, "no face", width=60, height=50, sha256="0" * 64)
+    assert realign(photo, row) == realign(photo, missing) == (missing, None)
     face = FaceRow.from_line(GOOD)
     assert realign(photo, face) == (FaceRow("id", "id/photo.png", NO_CROP, "missing"), None)
     save(photo.path, paint(60, 50, []))
     assert realign(photo, face)[0].reason.startswith("another photo")
+    assert realign(photo, row)[0].reason == "another photo: 60x50 pixels, the detections are of one of 60x50"
+    assert realign(photo, missing)[0].reason.endswith("the detections are of none that could be read")
+    row = replace(row, sha256=content_of(photo.path))
+    assert realign(photo, row) == (row, None)
     face = replace(face, sha256=content_of(photo.path))
     assert realign(photo, face)[0].reason.startswith("not alignable")
     for lost in ("box", "landmarks", "score"):
         row, crop = realign(photo, replace(face, **{lost: None}))
         assert crop is None and (row.status, row.reason) == (NO_CROP, "the detections do not say where the face is")
+    row = replace(face, status=BOX_CROP, reason="no annotation", box=None, landmarks=None, score=None)
+    row, crop = realign(photo, row)
+    assert crop is None and row.status == NO_CROP and row.reason.endswith("where the face is; no annotation")
 
 
 # Many photos

@@ -1,11 +1,15 @@
 """Different people never share a folder, and one person is not split: sources of every kind through extract.py."""
 
+import gzip
 import io
 import json
 import os
 import resource
+import subprocess
+import sys
 import tarfile
 
+import numpy as np
 import pytest
 from test_extract import check_listing, make_zip, photo, run, tar_bytes, tree
 
@@ -162,6 +166,13 @@ def test_a_folder_that_was_renamed_is_nobody_elses(tmp_path):
     assert people(tmp_path / "raw") == {"Bob": 1, "bob~2": 1, "bob~2~2": 1}
 
 
+def test_a_dot_in_a_name_is_no_ending(tmp_path):
+    for name, number in (("one.zip", 1), ("two.zip", 2)):
+        make_zip(tmp_path / name, {"J. R. Dotted Jr/1.jpg": photo(number)})
+    assert run(tmp_path / "raw", tmp_path / "one.zip", tmp_path / "two.zip") == 0
+    assert people(tmp_path / "raw") == {"J. R. Dotted Jr": 1, "J. R. Dotted Jr~2": 1}
+
+
 def test_names_that_differ_only_beyond_what_a_file_system_keeps(tmp_path):
     names = ["x" * 205 + "a", "x" * 205 + "b", "an\x01n", "an_n", ".ann", "_ann"]
     entries = [(f"{name}/1.jpg", photo(number)) for number, name in enumerate(names)]
@@ -203,6 +214,52 @@ def test_shards_name_what_has_no_label_or_two(tmp_path):
     assert rows["1.jpg"]["path"] == "Ann/1.jpg" and rows["4.jpg"]["path"].endswith("-0000007/4.jpg")
     assert rows["2.jpg"]["reason"].startswith("no label") and rows["3.jpg"]["reason"].startswith("two labels")
     assert rows["5.jpg"]["path"] == "_._.._evil/5.jpg"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("large", [(0,), (0, 1), (1, 2)])
+def test_a_shard_may_begin_with_large_photos(tmp_path, pack, large):
+    rest = np.random.default_rng(0).bytes(1_500_000)  # behind the picture, and not to be compressed
+    entries = []
+    for number, name in enumerate(("alice", "bob", "carol")):
+        entries += [(f"photos/{number}.jpg", photo(number) + rest * (number in large)), (f"photos/{number}.cls", name)]
+    path = shard(tmp_path / "wds-0000.tar", entries)
+    path.write_bytes(pack(path.read_bytes()))
+    assert run(tmp_path / "raw", path) == 0
+    assert people(tmp_path / "raw") == {"alice": 1, "bob": 1, "carol": 1}
+
+
+def test_a_tar_of_large_photos_is_not_read_to_its_end_to_see_what_it_is():
+    asked = []
+    data = tar_bytes([(f"A/{number}.jpg", bytes(1 << 20)) for number in range(20)])
+
+    def read(at, count):
+        asked.append(at)
+        return data[at : at + count]
+
+    assert not webdataset.has_labels(read) and asked == sorted(asked) and asked[-1] < 5 << 20
+
+
+def test_what_belongs_to_one_key_is_bounded(tmp_path, capsys):
+    large = photo(1) + bytes(700 << 10)
+    entries = [("1.jpg", photo(1)), ("1.cls", "Ann"), ("2.a.jpg", large), ("2.b.jpg", large), ("2.cls", "Bob")]
+    assert run(tmp_path / "raw", shard(tmp_path / "s.tar", entries), options=["--max-file-mb", "1"]) == 1
+    assert "more than 1048576 bytes of the key '2'" in capsys.readouterr().err
+    assert people(tmp_path / "raw") == {"Ann": 1}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_there_may_be_more_sources_than_open_files(tmp_path, kind):
+    sources = []
+    for number in range(50):
+        path = tmp_path / f"{number:04d}.{kind}"
+        entries = {f"A/{number}.jpg": photo(number)}
+        sources.append(shard(path, entries.items()) if kind == "tar" else make_zip(path, entries))
+    command = ["sh", "-c", 'ulimit -n 40 && exec "$@"', "sh", sys.executable, extract.__file__, *map(str, sources)]
+    for _ in range(2):
+        done = subprocess.run([*command, "--out", str(tmp_path / "raw")], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert people(tmp_path / "raw") == {"A": 50}
 
 
 def test_json_that_says_nothing_of_people_makes_no_shard(tmp_path):

@@ -397,6 +397,25 @@ def test_listing_follows_links_but_not_in_circles(tmp_path):
     assert list_photos(photos).files == ["p/1.jpg", "q/1.jpg", "q/broken.jpg", "q/itself.jpg"]
 
 
+def test_a_folder_that_several_links_lead_to_is_listed_once(tmp_path):
+    make_tree(tmp_path / "store", ["deep/1.jpg", "2.jpg"])
+    photos = tmp_path / "photos"
+    make_tree(photos, ["z/1.jpg"])
+    for name, target in (("a", photos / "z"), ("c", tmp_path / "store"), ("b", tmp_path / "store" / "deep")):
+        (photos / name).symlink_to(target)
+    # A folder's own path goes before links, and the first name before the others.
+    assert list_photos(photos).files == ["b/1.jpg", "c/2.jpg", "z/1.jpg"]
+    folder = photos
+    for _ in range(14):  # 2 ** 14 paths
+        folder = folder / "more"
+        folder.mkdir()
+        for name in ("left", "right"):
+            (folder / name).symlink_to(folder / "more")
+    make_tree(folder, ["more/4.jpg"])
+    files = list_photos(photos).files
+    assert files == ["b/1.jpg", "c/2.jpg", f"{'more/' * 15}4.jpg", "z/1.jpg"]
+
+
 @pytest.mark.parametrize("size", range(12, 24))
 def test_the_beginning_of_a_webp_is_no_crop(size):
     with pytest.raises(ValueError, match=r"."):

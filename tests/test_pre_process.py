@@ -215,6 +215,22 @@ def test_detections_are_tied_to_their_photos(painted, tmp_path):
     assert [row.status for row in rows] == [NO_CROP] * 5 + [CROP]
 
 
+def test_a_face_that_was_not_there_is_not_said_of_another_photo(painted, tmp_path):
+    folder = tmp_path / "photos" / "p"
+    for number, painting in enumerate(([(5, 5, 40)], [], [], [])):
+        save(folder / f"{number}.png", paint(60, 60, painting, seed=number))
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:100])
+    assert painted("--photos", folder.parent, "--out", tmp_path / "first") == 0
+    for number in (1, 2):
+        shutil.copy(folder / "0.png", folder / f"{number}.png")
+    (folder / "3.png").unlink()
+    table = tmp_path / "first" / "faces.tsv"
+    assert painted("--photos", folder.parent, "--out", tmp_path / "second", "--from-detections", table) == 0
+    rows = read_faces(tmp_path / "second" / "faces.tsv")
+    assert [row.reason.split(":")[0] for row in rows] == ["", "another photo", "another photo", "missing"]
+    assert {row.sha256 for row in rows[:3]} == {photos.content_of(folder / "0.png")}
+
+
 def test_reasons_with_semicolons_are_counted_once(painted, tmp_path, monkeypatch, capsys):
     for name in "abc":
         save(tmp_path / "photos" / "p" / f"{name}.png", paint(60, 60, [(5, 5, 40)]))
@@ -392,6 +408,18 @@ def test_realigning_refuses_options_that_would_do_nothing(painted, tmp_path, cap
     assert "--rule: has no effect with --from-detections" in capsys.readouterr().err
     (tmp_path / "faces.tsv").write_text("nonsense")
     assert painted(*arguments) == 1 and "not a table of faces" in capsys.readouterr().err
+
+
+def test_realigning_refuses_faces_of_photos_as_they_are_stored(painted, tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", 1)
+    (tmp_path / "faces.tsv").write_bytes(table_text([FaceRow("a", "a/1", NO_CROP, "no face")]))
+    arguments = ("--photos", photos, "--out", tmp_path / "out", "--from-detections", tmp_path / "faces.tsv")
+    for stage, refused in (("align_facescrub", True), ("align_megaface", False)):
+        (tmp_path / "report.json").write_text(json.dumps({"settings": {"stage": stage}}))
+        assert painted(*arguments) == 1
+        assert ("looks at photos as they are stored" in capsys.readouterr().err) == refused
+    (tmp_path / "report.json").write_text("[]")
+    assert painted(*arguments) == 1 and "not one of" in capsys.readouterr().err
 
 
 def test_no_crop_at_all_is_an_error_that_leaves_the_reasons(painted, tmp_path, capsys):
