@@ -34,7 +34,7 @@ DETECT_TOGETHER = 32
 # What decides how the photos look, where they are cut and what the detector says of them.
 CODE = (*dataset.CODE, *retinaface.CODE)
 PACKAGES = ("anny", "warp-lang")
-SEED = 20260101  # of what is random in pictures and cuts: the same for everybody's photo of a level
+SEED = 20260101  # of what is random in pictures and cuts
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,22 @@ def _decoded(jpeg: bytes) -> np.ndarray:
     return decoded
 
 
+def generator_of(factor: str, identity: Identity) -> np.random.Generator:
+    """What is random in a factor's pictures or cuts of a person: one direction, sign or grain at all levels, as nothing
+    but the level may move; another one for each person, so that the figures are of all directions.
+    """
+    return np.random.default_rng([SEED, sorted(factors.FACTORS).index(factor), identity.number])
+
+
+def _crop(shot: Shot, image: np.ndarray, landmarks: np.ndarray, identity: Identity) -> np.ndarray:
+    """The crop of a photo; cut by other landmarks, and of a photo that goes on, where the cut is what is moved."""
+    if shot.factor in factors.CUTS and shot.level is not None:
+        level, side = float(factors.FACTORS[shot.factor].levels[shot.level]), len(image)
+        landmarks = factors.wrong_landmarks(shot.factor, level, landmarks, generator_of(shot.factor, identity)) + side
+        image = cv2.copyMakeBorder(image, side, side, side, side, cv2.BORDER_REPLICATE)
+    return align_face(np.ascontiguousarray(image), landmarks)
+
+
 class _Maker:
     """Photographs one person after the other."""
 
@@ -130,7 +146,7 @@ class _Maker:
         images, landmarks, taken = self._photographs(identity)
         found, error = self._detected(images, landmarks)
         jpegs = [
-            encode(self._crop(shot, image, points), CROP_QUALITY)
+            encode(_crop(shot, image, points, identity), CROP_QUALITY)
             for shot, image, points in zip(people.shots, images, landmarks, strict=True)
         ]
         arrays: dict[str, np.ndarray] = {
@@ -177,23 +193,10 @@ class _Maker:
             image = images[0]
             if shot.factor in factors.PICTURES and shot.level is not None:
                 factor, change = factors.PICTURES[shot.factor]
-                image = change(image, ratio, float(factor.levels[shot.level]), self._generator(shot))
+                image = change(image, ratio, float(factor.levels[shot.level]), generator_of(factor.name, identity))
             images[number], landmarks[number] = image, landmarks[0]
         order = range(len(self.people.shots))
         return [images[k] for k in order], [landmarks[k] for k in order], taken
-
-    def _generator(self, shot: Shot) -> np.random.Generator:
-        names = sorted(factors.FACTORS)
-        return np.random.default_rng([SEED, names.index(str(shot.factor)), int(shot.level or 0)])
-
-    def _crop(self, shot: Shot, image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-        """The crop of a photo; cut by other landmarks, and of a photo that goes on, where the cut is what is moved."""
-        if shot.factor in factors.CUTS and shot.level is not None:
-            level = float(factors.FACTORS[shot.factor].levels[shot.level])
-            landmarks = factors.wrong_landmarks(shot.factor, level, landmarks, self._generator(shot)) + len(image)
-            side = len(image)
-            image = cv2.copyMakeBorder(image, side, side, side, side, cv2.BORDER_REPLICATE)
-        return align_face(np.ascontiguousarray(image), landmarks)
 
     def _detected(self, images: list[np.ndarray], landmarks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """bool [K] and float32 [K]: whether the best face is the one that is there, and its landmarks' error."""

@@ -282,6 +282,24 @@ def test_age_is_as_many_years_as_it_says_and_greys_as_people_do(factors):
     assert reached > 200
 
 
+def test_a_person_is_moved_in_one_direction_at_all_levels(factors):
+    """Shifted or shaken another way at each level, a curve would go up and down."""
+    from synthetic.stress_set import generator_of
+
+    angles = []
+    for number in range(30):
+        who = SimpleNamespace(number=number)
+        moved = []
+        for level in (2.0, 8.0):
+            shift = factors.wrong_landmarks("crop shift", level, LANDMARKS, generator_of("crop shift", who))
+            moved.append((LANDMARKS - shift).mean(0))
+        directions = [np.degrees(np.arctan2(*move[::-1])) for move in moved]
+        assert directions[0] == pytest.approx(directions[1], abs=0.01)
+        angles.append(directions[0])
+    assert np.histogram(angles, bins=4, range=(-180, 180))[0].min() > 0
+    assert generator_of("noise", who).random() != generator_of("motion blur", who).random()
+
+
 def test_noise_is_of_so_many_levels_in_the_crop(factors):
     grey = np.full((256, 256, 3), 128, np.uint8)
     for ratio in (1.05, 2.8):
