@@ -278,11 +278,10 @@ def answer(decision: Decision, angle: float) -> tuple[str, str]:
     if confidence is not None and confidence < 0.5:
         against = "two are likelier, but it is within" if same else "one is likelier, but it is beyond"
         return "not sure: one person or two", f"{figures}; {against} the threshold"
-    return "the same person" if same else "two different people", f"{figures}, {_confidence(decision, angle)}"
+    return "the same person" if same else "two different people", f"{figures}, {_as_text(confidence)}"
 
 
-def _confidence(decision: Decision, angle: float) -> str:
-    confidence = decision.confidence(angle)
+def _as_text(confidence: float | None) -> str:
     if confidence is None:
         return "confidence unknown"
     return f"confidence {'over 99.9 %' if confidence > 0.999 else f'{confidence:.1%}'}"

@@ -249,9 +249,11 @@ def as_good(trials: list[Trial]) -> list[Trial]:
     return [trial for trial in ways if trial is ways[0] or chance_of_best(ways, trial) > CHANCE]
 
 
-def chance_of_best(ways: Sequence[Trial], trial: Trial) -> float:
-    """Probability that the best of equally good ways, the first, is that much better than another one (Bonferroni)."""
-    return min(1.0, (len(ways) - 1) * chance_of(ways[0].result, trial.result))
+def chance_of_best(trials: Sequence[Trial], trial: Trial) -> float:
+    """Probability that the best of equally good ways is that much better than another one (Bonferroni)."""
+    ways = [one for one in trials if one.way is not None]
+    best = max(ways, key=lambda one: one.accuracy)
+    return min(1.0, (len(ways) - 1) * chance_of(best.result, trial.result))
 
 
 def verdict(trials: list[Trial]) -> str:
@@ -265,8 +267,7 @@ def verdict(trials: list[Trial]) -> str:
         if now.accuracy < 0.9:
             text += " Look elsewhere: the alignment of the crops, the pairs, the training."
         return text
-    ways = [best, *(trial for trial in trials if trial.way is not None and trial is not best)]
-    chance = 1 / max(chance_of_best(ways, now), 1e-12)
+    chance = 1 / max(chance_of_best(trials, now), 1e-12)
     text = (
         f"Fed now it has {now.accuracy:.2%}; {best.name} gives {best.accuracy:.2%} (by chance once in {chance:,.0f})."
     )

@@ -49,7 +49,7 @@ from download import checkpoint_path
 from models import MEAN, STD, feeding_of, name_of, network_from_state
 from networks.adaface import AdaFaceIR
 from networks.catalogue import RELEASED, Feeding
-from networks.files import read_prefixed
+from networks.files import read_state
 from utils import InputError
 
 METADATA_FORMAT = "face-embedding-1"
@@ -434,7 +434,7 @@ def load_network(path: Path) -> nn.Module:
 
 def _read_network(path: Path) -> tuple[nn.Module, str]:
     """The same, and the prefixes that its keys have in the file."""
-    state, prefix = read_prefixed(path)
+    state, prefix = read_state(path)
     try:
         return network_from_state(state), prefix
     except ValueError as error:

@@ -11,6 +11,7 @@ find it: a network that has learned from it may not, and a stricter rate of erro
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,10 +148,11 @@ def decide(
             found.action[index], found.to[index] = "move", int(nearest[index])
         else:
             found.action[index] = "drop"
+    times = Counter(copies.values())
+    confirmed = {name_of_duplicate(*names) for kind, *names in decisions.confirmed if kind == DUPLICATE}
     for name, drop in list(copies.items()):
         _, kept, _ = json.loads(name)
-        only = found.kinds[drop] == DUPLICATE and list(copies.values()).count(drop) == 1
-        if only and [DUPLICATE, drop, kept] in decisions.confirmed:
+        if found.kinds[drop] == DUPLICATE and times[drop] == 1 and name_of_duplicate(drop, kept) in confirmed:
             # Of the two it was the other one that was to go.
             found.set(drop, KEEP, "", "keep")
             found.score[drop] = np.nan

@@ -23,16 +23,11 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "network.", "net.")
 _HEADS = ("head.", "margin.", "classifier.", "loss.", "loss_fn.", "criterion.", "arcface.")
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
-    """The state_dict of the embedding network in a file, without prefixes; its tensors stay on disk until used.
+def read_state(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The state_dict of the embedding network in a file, and the prefixes that were taken off its keys (`module.`).
 
-    Raises InputError, naming the file, where it holds none.
+    Its tensors stay on disk until used. Raises InputError, naming the file, where it holds none.
     """
-    return read_prefixed(path)[0]
-
-
-def read_prefixed(path: str | Path) -> tuple[dict[str, Any], str]:
-    """The same, and the prefixes that its keys have in the file, such as `module.`."""
     content = utils.read_tensors(path, mmap=True, stand_ins=True)  # most of a checkpoint is of no interest here
     name, state = _inside(content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):

@@ -405,9 +405,14 @@ def _all_of(data: Sequence[tuple[str, str | None]]) -> str | None:
 def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     data = [(side, content[side].get("photos_sha256")) for side in ("probes", "distractors")]
     sha = _all_of(data)
-    figures = []
+    figures, notes = [], []
     for row in content["results"]:
         where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
+        lost = [
+            f"{row[f'missing_{side}']:,} {side}" for side in ("probes", "distractors") if row.get(f"missing_{side}")
+        ]
+        if lost:  # a distractor that is not there is nobody's nearest: the figures are too good
+            notes.append(f"{' and '.join(lost)} have no feature ({where})")
         for key in ("rank_1", "rank_10"):
             interval = span(row.get(f"{key}_by_identity"))
             figures.append(Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), interval, sha))
@@ -416,14 +421,6 @@ def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
                 figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
     sheets = [f"misses-{treatment}.png" for treatment in dict.fromkeys(row["noise"] for row in content["results"])]
     pictures = _pictures(path.parent, "cmc.png", "roc.png", *sheets)
-    notes = []
-    for row in content["results"]:
-        lost = [
-            f"{row[f'missing_{side}']:,} {side}" for side in ("probes", "distractors") if row.get(f"missing_{side}")
-        ]
-        if lost:  # a distractor that is not there is nobody's nearest: the figures are too good
-            where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
-            notes.append(f"{' and '.join(lost)} have no feature ({where})")
     common = (_command(path, content), [_model(content)], data, figures, pictures, notes)
     return [Source(path, "MegaFace", "Challenge 1", *common)]
 

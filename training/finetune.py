@@ -26,7 +26,7 @@ from embedding import Embedder, normalise
 from formats.crop_sets import Crops
 from formats.embeddings import EmbeddingStore
 from networks.catalogue import NETWORKS
-from networks.files import not_finite, read_prefixed
+from networks.files import not_finite, read_state
 from training.augment import Augmentation
 from training.distributed import World
 from training.margin import CENTRE_STD, MarginHead
@@ -51,7 +51,7 @@ def load_weights(network: nn.Module, init: str, name: str, embedding_size: int) 
         raise InputError(
             f"--init {path}: is ONNX, which is not trained; give the weights that it was made from (.pt, .pth, .ckpt)"
         )
-    state, prefix = read_prefixed(path)
+    state, prefix = read_state(path)
     try:
         found = models.name_of(state)
         weights = models.network_from_state(state).state_dict()
