@@ -22,6 +22,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
@@ -455,6 +456,23 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         mallopt(m_trim_threshold, -1)  # never
         mallopt(m_mmap_max, 0)
+
+
+@contextlib.contextmanager
+def computing_threads(count: int, each: int = 1) -> Iterator[Executor]:
+    """`count` threads that compute with torch at the same time, each with `each` threads inside a computation.
+
+    torch asks per thread how many it may start, and BLAS as many again.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "computing", initializer=torch.set_num_threads, initargs=(each,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what threads that start later begin with
 
 
 def emulates_bfloat16(device: "torch.device") -> bool:

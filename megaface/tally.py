@@ -19,13 +19,14 @@ recomputed for the most part and take some ten times as long.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+import utils
 from megaface import scores
 from megaface.scan import Block, Questions, Scan, worker_count
 from megaface.scores import Survey
@@ -48,18 +49,13 @@ class Tally:
 
 @contextmanager
 def worker_threads(device: torch.device) -> Iterator[Executor]:
-    """Threads that share the work, with matrix products in true float32 (no TF32, no bfloat16).
-
-    Each thread tells torch that it wants no others: torch asks per thread, and BLAS would start as many for each.
-    """
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    """Threads that share the work, with matrix products in true float32 (no TF32, no bfloat16)."""
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    pool = ThreadPoolExecutor(worker_count(device), "challenge", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield pool
+        with utils.computing_threads(worker_count(device)) as pool:
+            yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what threads that start later begin with
         torch.set_float32_matmul_precision(precision)
 
 

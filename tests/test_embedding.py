@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import onnx
@@ -130,6 +131,37 @@ def test_batches_do_not_change_features(network, batch_size):
     embedder = Embedder.from_network(network, "cpu", batch_size=batch_size)
     assert np.allclose(embedder.features(crops), expected, atol=1e-5)
     assert embedder.features(crops[:0]).shape == (0, 24)
+
+
+@pytest.mark.parametrize(
+    ("threads", "batches", "together"),
+    [(1, 9, 1), (2, 1, 1), (2, 2, 2), (2, 5, 1), (2, 99, 2), (8, 6, 2), (8, 16, 8), (7, 16, 1), (64, 640, 8)],
+)
+def test_no_thread_is_left_idle_by_batches_at_a_time(threads, batches, together):
+    assert embedding._together(batches, threads) == together
+
+
+@pytest.mark.parametrize("threads", [2, 4, 6])
+def test_batches_at_a_time_do_not_change_features(network, threads):
+    crops = random_crops(15)
+    expected = Embedder.from_network(network, "cpu").features(crops)
+    before, used = torch.get_num_threads(), []
+    handle = network.register_forward_hook(
+        lambda *_: used.append((threading.current_thread().name, torch.get_num_threads()))
+    )
+    try:
+        torch.set_num_threads(threads)
+        features = Embedder.from_network(network, "cpu", batch_size=4).features(crops)
+        assert torch.get_num_threads() == threads
+        assert len({name for name, _ in used}) > 1 and threading.current_thread().name not in dict(used)
+        assert {inside for _, inside in used} == {threads // {2: 2, 4: 4, 6: 2}[threads]}  # four batches
+        assert np.allclose(features, expected, atol=1e-5)
+        del used[:]
+        Embedder.from_network(network, "cpu", batch_size=4).features(crops[:4])
+        assert {name for name, _ in used} == {threading.current_thread().name}  # one batch has all threads inside
+    finally:
+        handle.remove()
+        torch.set_num_threads(before)
 
 
 def test_a_network_in_training_is_left_as_it_was(network):
