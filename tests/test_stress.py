@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+import utils
 from cropping.align import TEMPLATE, align_face, estimate_similarity
 from embedding import Embedder
 from utils import InputError
@@ -387,6 +388,19 @@ def test_pictures_of_an_earlier_run_do_not_stay(run, tmp_path):
     assert said.out.splitlines()[-1].endswith(": results.json, stress.md, people.png, named.png")
     assert "| _a\\|b" in (out / "stress.md").read_text()
     assert "_a|b" in (out / "named.svg").read_text()
+
+
+def test_two_runs_do_not_mix_their_results(run, tmp_path):
+    """Whoever comes second, while the first writes, says so and leaves everything as it is."""
+    out = tmp_path / "out"
+    assert run("--checkpoint", "a.onnx", "--factors", "blur")[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with utils.locked(out / ".report.lock", leave=False):
+        code, said = run("--checkpoint", "b.onnx", "--factors", "blur")
+    assert code != 0 and "another run is writing its results there" in said.err
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert run("--checkpoint", "b.onnx", "--factors", "blur")[0] == 0
+    assert json.loads((out / "results.json").read_text())["models"][0]["label"] == "b"
 
 
 def test_what_is_said_of_factors_that_fall_and_of_those_that_lose_nothing():
