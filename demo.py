@@ -317,7 +317,7 @@ def read_gallery(folder: Path, embedder: Embedder, options: config.Demo) -> tupl
         if row.landmarks is None:
             print(f"{path}: left out: {row.reason}", file=sys.stderr)
     names = sorted(set(people))
-    embeddings = normalise(embedder.features(found.crops[usable]))
+    embeddings = directions(embedder, found.crops[usable])
     owners = np.array(people)[usable]
     empty = [name for name in names if name not in owners]
     if empty:

@@ -29,9 +29,9 @@ import config
 import download
 import utils
 from config import CROP_SIZE
-from embedding import Embedder, Preprocessing, open_embedder
+from embedding import Embedder, Preprocessing, UnstatedError, open_embedder
 from models import MEAN, STD
-from options import parse
+from options import parse, refuse_useless
 from training import storage
 from utils import InputError
 from verification.features import verify
@@ -166,7 +166,9 @@ def inner_mistakes(embedder: Embedder, checkpoint: Path) -> Iterator[tuple[str, 
     if "format" in content:
         head = storage.open_stored(checkpoint).content.get("head")
         stored = head.get("centres") if isinstance(head, dict) else None
-        if not isinstance(stored, Tensor | storage.Rows) or stored.dim() not in (2, 3) or not stored.shape[0]:
+        if not (isinstance(stored, storage.Rows) or storage.is_dense(stored)) or stored.dim() not in (2, 3):
+            return
+        if not stored.shape[0] or stored.shape[-1] != embedder.dim:  # no labels; another network's head
             return
         centres = stored[:]
         logits = _Logits(network, centres).to(device)
@@ -334,13 +336,13 @@ def table(trials: list[Trial]) -> str:
 def _load(options: config.Doctor, device: torch.device) -> tuple[Embedder, Path]:
     checkpoint = download.checkpoint_path(options.checkpoint)
     options = dataclasses.replace(options, checkpoint=str(checkpoint))
-    if checkpoint.suffix.lower() == ".onnx" and options.mean is None and options.std is None:
-        try:
-            return open_embedder(options, device), checkpoint
-        except InputError as error:
-            print(f"{error}\ntaken for now: InsightFace's", file=sys.stderr)
-            options = dataclasses.replace(options, mean=[0.5], std=[0.5])
-    return open_embedder(options, device), checkpoint
+    try:
+        return open_embedder(options, device), checkpoint
+    except UnstatedError as error:
+        if options.mean is not None or options.std is not None:
+            raise
+        print(f"{error}\ntaken for now: InsightFace's", file=sys.stderr)
+    return open_embedder(dataclasses.replace(options, mean=[0.5], std=[0.5]), device), checkpoint
 
 
 @utils.command
@@ -349,6 +351,7 @@ def main() -> None:
     options = parse(config.Doctor, __doc__)
     if (options.lfw is None) == (options.bin is None):
         raise InputError("give either --lfw DIR or --bin FILE")
+    refuse_useless(options, [(options.lfw is None, "pairs of the photos in --lfw, which is not given", ("pairs",))])
     device = utils.choose_device(options.device)
     embedder, checkpoint = _load(options, device)
     cache = None if options.out is None else options.out / "cache"

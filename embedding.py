@@ -130,6 +130,10 @@ def _constants(
         return torch.tensor(shift, device=device), torch.tensor(scale, device=device)
 
 
+class UnstatedError(InputError):
+    """A model that does not say how it is to be fed, and nobody else does."""
+
+
 class Model(Protocol):
     """What runs: `run` maps a normalised float32 batch [n, 3, 112, 112] to float32 features [n, D]."""
 
@@ -494,7 +498,10 @@ def _fed(path: Path, network: nn.Module, prefix: str, given: dict[str, Any]) -> 
 # --- ONNX -----------------------------------------------------------------------------------------------------------
 
 LARGEST_ONNX = 1 << 31  # bytes; protobuf's limit
+LARGEST_BATCH = 1024  # crops of a fixed batch, which is filled up whatever there is to compute
 _ONNX_INPUTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# Not whole numbers, which are classes or need a scale that nobody states.
+_ONNX_OUTPUTS = (*_ONNX_INPUTS, "tensor(double)")
 
 
 class OnnxModel:
@@ -538,15 +545,20 @@ class OnnxModel:
             raise InputError(f"{self.path}: its input is {shape}, not [N, 3, {CROP_SIZE}, {CROP_SIZE}]")
         if kind not in _ONNX_INPUTS:
             raise InputError(f"{self.path}: its input is {kind}, not one of {', '.join(_ONNX_INPUTS)}")
-        return inputs[0].name, _ONNX_INPUTS[kind], shape[0] if isinstance(shape[0], int) else None
+        batch = shape[0] if isinstance(shape[0], int) else None
+        if batch is not None and batch > LARGEST_BATCH:
+            raise InputError(f"{self.path}: its batch is fixed at {batch:,} crops; at most {LARGEST_BATCH:,} are fed")
+        return inputs[0].name, _ONNX_INPUTS[kind], batch
 
     def _check_output(self) -> str:
         outputs = self.session.get_outputs()
-        matrices = [entry.name for entry in outputs if len(entry.shape) == 2]
+        matrices = [entry for entry in outputs if len(entry.shape) == 2]
         if len(matrices) != 1:
             found = ", ".join(f"{entry.name} {entry.shape}" for entry in outputs)
             raise InputError(f"{self.path}: needs exactly one output [N, D]; it has {found}")
-        return matrices[0]
+        if matrices[0].type not in _ONNX_OUTPUTS:
+            raise InputError(f"{self.path}: its output is {matrices[0].type}, not one of {', '.join(_ONNX_OUTPUTS)}")
+        return matrices[0].name
 
     def run(self, batch: torch.Tensor) -> torch.Tensor:
         array: np.ndarray = np.ascontiguousarray(batch.numpy(), dtype=self.dtype)
@@ -562,8 +574,8 @@ class OnnxModel:
             (features,) = self.session.run([self.output_name], {self.input_name: array})
         except Exception as error:  # as above
             raise InputError(f"{self.path}: onnxruntime cannot run it: {_first_line(error)}") from error
-        if features.shape[0] != size:
-            raise InputError(f"{self.path}: gives {features.shape[0]} rows for {size} crops")
+        if features.ndim != 2 or features.shape[0] != size or features.shape[1] == 0:  # whatever it declared
+            raise InputError(f"{self.path}: gives {list(features.shape)} for {size} crops, not [{size}, D]")
         return features[:count].astype(np.float32)
 
 
@@ -658,7 +670,7 @@ def _stated(path: Path, metadata: dict[str, Any], given: dict[str, Any]) -> Prep
 def _unstated(path: Path, given: dict[str, Any]) -> Preprocessing:
     missing = [f"--{key}" for key in ("mean", "std") if key not in given]
     if missing:
-        raise InputError(
+        raise UnstatedError(
             f"{path}: does not say how it is to be fed; give {' and '.join(missing)} (models of InsightFace: "
             "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --channels rgb)"
         )

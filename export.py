@@ -289,8 +289,6 @@ def differences(reference: np.ndarray, features: np.ndarray) -> dict[str, float]
     """How far `features` [N, D] are from `reference`: relative to its largest length, and as cosine and angle."""
     lengths = np.linalg.norm(reference, axis=1)
     cosines = (normalise(reference) * normalise(features)).sum(axis=1)
-    if not np.isfinite(features).all():
-        raise InputError("the exported network gives features that are not finite")
     return {
         "max_difference": float(np.abs(features - reference).max()),
         "max_relative_difference": float(np.linalg.norm(features - reference, axis=1).max() / lengths.max()),
@@ -317,6 +315,11 @@ class Exporter:
         self.measured = None if figures is None else measured_entry(figures, self.embedder)
         calibration = self.options.calibration
         self.crops = _random_crops() if calibration is None else calibration_crops(calibration, CALIBRATION_CROPS)
+        if "int8" in self.options.variants and len(self.crops) < self._calibration_batch:
+            raise InputError(
+                f"--calibration {calibration}: {len(self.crops)} crops, fewer than the {self._calibration_batch} that "
+                "int8 takes its ranges from at a time"
+            )
         self.reference = self.embedder.features(self.crops)
         # Before anything is exported: nothing could be said of how alike the files are.
         if not np.isfinite(self.reference).all() or not self.reference.any():
@@ -343,12 +346,16 @@ class Exporter:
         normalisation = self.embedder.preprocessing if self.options.normalise_inside else None
         return to_onnx(ExportedNetwork(self.network, normalisation, self.options.mirror_inside))
 
+    @property
+    def _calibration_batch(self) -> int:
+        return getattr(self.embedder.model, "batch", None) or 16
+
     def variant(self, base: bytes, name: str) -> bytes:
         """`base` in the arithmetic of a variant."""
         if name == "fp16":
             return pixels_first(to_fp16(base))
         if name == "int8":
-            size = getattr(self.embedder.model, "batch", None) or 16
+            size = self._calibration_batch
             whole = range(0, len(self.crops) - size + 1, size)
             parts = (torch.from_numpy(self.crops[start : start + size]) for start in whole)
             scratch = self.options.out / ".scratch"
@@ -363,7 +370,10 @@ class Exporter:
         metadata |= {"source": self.embedder.name, "source_sha256": str(self.embedder.sha256), "variant": name}
         metadata["insightface"] = fed_by_insightface(model, self.outside)
         exported = embedder_of_onnx(with_metadata(model, metadata), path.name)
-        found = differences(self.reference, exported.features(self.crops))
+        features = exported.features(self.crops)
+        if not np.isfinite(features).all():
+            raise InputError(f"{path}: in {name} the network gives features that are not finite; not written")
+        found = differences(self.reference, features)
         if name == "fp32" and not found["max_relative_difference"] <= TOLERANCE:
             raise InputError(
                 f"{path}: differs from its source by {found['max_relative_difference']:.1e}, more than {TOLERANCE}"
@@ -371,9 +381,14 @@ class Exporter:
         self._check_batches(exported)
         results = [self.verify(exported, pairs) for pairs in self.sets]
         if self.measured is not None and name == "fp32":  # what was measured is not of another arithmetic
-            metadata |= metadata_of(self.measured, self.options.far)
+            try:
+                metadata |= metadata_of(self.measured, self.options.far)
+            except (LookupError, TypeError, ValueError) as error:
+                wrong = f"not as lfw_eval.py writes it ({error!r})"
+                raise InputError(f"--figures {self.options.figures}: {wrong}") from error
         else:
             metadata |= self.figures(results)
+        (self.options.out / "export.json").unlink(missing_ok=True)  # of an earlier run, so of other files
         utils.write_bytes(path, with_metadata(model, metadata))
         return {
             "file": path.name,
@@ -495,28 +510,40 @@ def main() -> None:
         raise InputError("--variants int8 needs --calibration: crops (not those of the evaluation) to take ranges from")
     if options.figures is not None and (options.lfw or options.bin):
         raise InputError("--figures takes what was measured; --lfw and --bin measure: give one or the other")
+    weights = options.layout == "insightface"
+    useless = [
+        (weights, "--layout insightface writes weights alone, as they are", OF_ONNX),
+        (options.lfw is None, "pairs of the photos in --lfw, which is not given", ("pairs",)),
+        (not options.detector, "concerns --detector, which is not given", ("detector_weights",)),
+        (True, "files are written in the arithmetic of --variants", ("precision",)),
+    ]
+    refuse_useless(options, useless)
+    if options.mirror_inside and options.mirror is False:
+        raise InputError("--mirror-inside and --no-mirror contradict each other")
     inside = options.for_ or options.normalise_inside or options.mirror_inside
-    if inside and options.checkpoint.lower().endswith(".onnx"):
+    if options.for_ == "insightface":
+        # The package adds no mirror image, so a threshold measured with one would not be that of what it computes.
+        if options.mirror and not options.mirror_inside:
+            raise InputError("--for insightface: the package adds no mirror image; give --mirror-inside, not --mirror")
+        options = dataclasses.replace(options, normalise_inside=True, mirror=options.mirror_inside)
+    for name in ("onnxscript", "torch.onnx", "onnx_ir", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    embedder = open_embedder(options, "cpu")
+    if inside and not hasattr(embedder.model, "network"):
         raise InputError(
             f"{options.checkpoint}: is ONNX; its graph is copied as it is, without --normalise-inside, --mirror-inside "
             "and --for, which start from a checkpoint"
         )
-    weights = options.layout == "insightface"
-    refuse_useless(options, [(weights, "--layout insightface writes weights alone, as they are", OF_ONNX)])
-    if options.for_ == "insightface":
-        # The package adds no mirror image, so a threshold measured with one would not be that of what it computes.
-        mirror = options.mirror_inside or options.mirror or False
-        options = dataclasses.replace(options, normalise_inside=True, mirror=mirror)
-    if options.mirror_inside and options.mirror is False:
-        raise InputError("--mirror-inside and --no-mirror contradict each other")
-    for name in ("onnxscript", "torch.onnx", "onnx_ir", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    embedder = open_embedder(options, "cpu")
+    written = ["backbone.pth"] if weights else [f"embedding-{name}.onnx" for name in options.variants]
+    source = checkpoint_path(options.checkpoint).resolve()
+    for path in (options.out / name for name in written):
+        if path.resolve() == source:
+            raise InputError(f"--out {options.out}: {path} is what --checkpoint names, and would be overwritten")
     options.out.mkdir(parents=True, exist_ok=True)
     for path in options.out.glob(".*.tmp"):  # of a run that was killed while it wrote
         path.unlink(missing_ok=True)
     shutil.rmtree(options.out / ".scratch", ignore_errors=True)
-    if options.layout == "insightface":
+    if weights:
         print(f"{write_backbone(embedder, options.out)}: for InsightFace's get_model(...).load_state_dict(...)")
         return
     paths = ([options.lfw] if options.lfw else []) + options.bin

@@ -141,6 +141,34 @@ def test_metadata_may_hold_several_rates(tmp_path):
         find_decision(stated, tmp_path / "net.onnx", far=1e-5)
 
 
+def test_a_file_whose_pairs_resolved_another_rate_than_asked_for_has_a_threshold_all_the_same(tmp_path):
+    """As from the results.json of the same pairs: the next higher rate, else the best accuracy."""
+    figures = entry(0.3, [(0.1, 0.2), (0.01, 0.4)]) | {"data": "few"}
+    decision = find_decision(model(figures=figures), tmp_path / "net.onnx")
+    beside = find_decision(model(), tmp_path / "net.onnx", write(tmp_path / "eval.json", evaluated(figures)))
+    assert decision.threshold == beside.threshold == angle(0.4)
+    assert decision.genuine == beside.genuine and "net.onnx, few" in decision.source
+    unresolved = entry(0.3) | {"data": "few"}
+    assert find_decision(model(figures=unresolved), tmp_path / "net.onnx").threshold == angle(0.3)
+    with pytest.raises(InputError, match="no threshold is known"):
+        find_decision(model(figures={"data": "none"}), tmp_path / "net.onnx")
+
+
+def test_another_programs_results_beside_the_model_are_no_error_of_ours(tmp_path):
+    """Nobody named that file: it gives no threshold and the reason, and is in nobody's way who gives one."""
+    write(tmp_path / "results.json", {"of": "another program"})
+    assert find_decision(model(), tmp_path / "net.onnx", threshold=70.0) == Decision(70.0, "as given")
+    with pytest.raises(InputError, match=r"no threshold is known .*results\.json: not a results\.json"):
+        find_decision(model(), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("moments", [{"mean": 50.0, "std": 10**400}, {"mean": 1e300, "std": 5.0}])
+def test_senseless_angles_are_named(tmp_path, moments):
+    senseless = entry(0.5) | {"angles": ANGLES | {"genuine": moments}}
+    with pytest.raises(InputError, match=r"eval\.json: not a results\.json"):
+        find_decision(model(), tmp_path / "net.pt", write(tmp_path / "eval.json", evaluated(senseless)))
+
+
 def test_given_threshold_keeps_the_measured_distributions(tmp_path):
     write(tmp_path / "results.json", trained(0.0))
     found = find_decision(model(), tmp_path / "net.pt", None, 71.0)
@@ -211,3 +239,5 @@ def test_the_nearer_the_surer(first, second, genuine, impostor):
 def test_unknown_or_senseless_distributions_give_no_confidence():
     assert Decision(70.0, "").confidence(50) is None
     assert Decision(70.0, "", Normal(90.0, 5.0), Normal(50.0, 5.0)).confidence(60) is None
+    # Copies of one photo have angles that differ by nothing but rounding, and less.
+    assert Decision(70.0, "", Normal(0.0, 1e-200), Normal(90.0, 5.0)).confidence(60) == pytest.approx(0, abs=1e-9)

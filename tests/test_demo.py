@@ -214,6 +214,17 @@ def test_gallery_person_without_a_face(run, folder, tmp_path):
     assert code == 1 and "no usable photo of Wall" in err
 
 
+def test_a_gallery_without_features_is_no_gallery(run, folder, tmp_path, monkeypatch):
+    """Else everybody would be "nobody of the gallery"."""
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery" / "Eileen.png").write_bytes((folder / "astronaut.png").read_bytes())
+    monkeypatch.setattr(demo.Embedder, "features", lambda self, crops: np.full((len(crops), 16), np.nan, np.float32))
+    code, _, err = run(
+        "wall.png", "--gallery", str(tmp_path / "gallery"), "--checkpoint", "net.pt", "--threshold", "30"
+    )
+    assert code == 1 and "net.pt: gives no finite feature" in err
+
+
 def test_no_network_says_how_to_get_one(monkeypatch, tmp_path, run):
     monkeypatch.setattr(demo.download, "WEIGHTS", tmp_path)
     monkeypatch.setattr(demo, "DEMO_NETWORK", tmp_path / "embedding.pt")

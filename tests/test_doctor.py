@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT
+from helpers.toy_models import TEACHER, write_onnx
 from torch import nn
 
 import doctor
@@ -246,6 +247,16 @@ def test_command(tmp_path):
     assert run.returncode == 1 and run.stderr == "error: give either --lfw DIR or --bin FILE\n"
 
 
+@pytest.mark.parametrize(("name", "reason"), [("absent.onnx", "no such file"), ("stated.onnx", "its metadata says")])
+def test_only_a_model_that_says_nothing_is_taken_for_one_of_insightfaces(tmp_path, monkeypatch, capsys, name, reason):
+    write_onnx(tmp_path / "stated.onnx", metadata=TEACHER)
+    words = ["--checkpoint", tmp_path / name, "--channels", "bgr", "--bin", tmp_path / "none.bin", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *map(str, words)])
+    assert doctor.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and f"{name}: {reason}" in error
+
+
 def test_a_trainers_own_file_has_its_inner_mistakes_tried(tmp_path):
     """Also where the weights lie beside a head, as arcface_torch's checkpoints have them."""
     network = build_network("mbf", embedding_size=512).eval()
@@ -255,8 +266,9 @@ def test_a_trainers_own_file_has_its_inner_mistakes_tried(tmp_path):
     assert [name for name, _ in found] == ["training mode"]
 
 
-def test_a_training_checkpoint_without_its_head_has_no_head_tried(tmp_path):
+@pytest.mark.parametrize("head", [None, {"centres": torch.zeros(3, 9)}, {"centres": torch.zeros(3, 8).to_sparse()}])
+def test_a_training_checkpoint_without_its_head_has_no_head_tried(tmp_path, head):
     network = build_network("mfn_half", embedding_size=8).eval()
-    utils.save_checkpoint(tmp_path / "shared.pt", {"model": network.state_dict()})
+    utils.save_checkpoint(tmp_path / "shared.pt", {"model": network.state_dict(), "head": head})
     found = list(doctor.inner_mistakes(Embedder.from_network(network, "cpu"), tmp_path / "shared.pt"))
     assert [name for name, _ in found] == ["training mode"]

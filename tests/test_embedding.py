@@ -363,6 +363,20 @@ def test_damaged_metadata_names_the_file_and_the_key(tmp_path, key, text, reason
         load_embedder(path)
 
 
+def ending(source, path, operation, kind, constants=(), **settings):
+    """The model of a file with one operation more at its end, whose output says nothing of its width."""
+    model = onnx.load(source)
+    graph = model.graph
+    graph.node[-1].output[0] = "inner"
+    graph.node.append(helper.make_node(operation, ["inner", *constants], ["feature"], **settings))
+    for number, name in enumerate(("first", "second")):
+        graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, [1], [number]))
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info("feature", kind, ["n", "d"]))
+    onnx.save(model, path)
+    return path
+
+
 def test_onnx_of_other_shapes_and_broken_files_are_refused(tmp_path):
     half = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(InputError, match=r"large\.onnx.*\[N, 3, 112, 112\]"):
@@ -370,6 +384,14 @@ def test_onnx_of_other_shapes_and_broken_files_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"two\.onnx.*one output"):
         load_embedder(write_onnx(tmp_path / "two.onnx", outputs=("a", "b")), **half)
     whole = write_onnx(tmp_path / "whole.onnx")
+    with pytest.raises(InputError, match=r"many\.onnx: its batch is fixed at 1,000,000 crops"):
+        load_embedder(write_onnx(tmp_path / "many.onnx", batch=1_000_000), **half)
+    for kind in (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING):
+        with pytest.raises(InputError, match=r"cast\.onnx: its output is tensor\(.*, not one of tensor\(float\)"):
+            load_embedder(ending(whole, tmp_path / "cast.onnx", "Cast", kind, to=kind), **half)
+    empty = ending(whole, tmp_path / "empty.onnx", "Slice", TensorProto.FLOAT, ("first", "first", "second"))
+    with pytest.raises(InputError, match=r"empty\.onnx: gives \[2, 0\] for 2 crops, not \[2, D\]"):
+        load_embedder(empty, **half).features(random_crops(2))
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(whole.read_bytes()[:50_000])
     with pytest.raises(InputError, match=r"cut\.onnx: not an ONNX model"):

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
-from helpers.toy_models import write_onnx
+from helpers.toy_models import TEACHER, write_onnx
 
 import export
 import lfw_eval
@@ -143,6 +143,11 @@ def test_calibration_crops_are_spread_and_rgb(tmp_path):
     ("arguments", "reason"),
     [
         (["--variants", "int8"], "--calibration"),
+        (["--for", "insightface", "--mirror-inside", "--no-mirror"], "contradict each other"),
+        (["--for", "insightface", "--mirror"], "the package adds no mirror image"),
+        (["--pairs", "pairs.csv"], "--pairs: pairs of the photos in --lfw"),
+        (["--detector-weights", "own.pth"], "--detector-weights: concerns --detector"),
+        (["--precision", "bf16"], "--precision: files are written in the arithmetic of --variants"),
         (["--far", "0"], "--far 0"),
         ([], "no-such.pt"),
     ],
@@ -282,6 +287,71 @@ def test_what_needs_a_network_is_refused_for_onnx(exported, monkeypatch, capsys,
     path = folder / "out" / "embedding-fp32.onnx"
     code, _, err = run(monkeypatch, capsys, "--checkpoint", path, "--out", tmp_path, *wrong.split())
     assert code == 1 and "is ONNX" in err and not list(tmp_path.iterdir())
+
+
+def test_what_needs_a_network_is_refused_for_onnx_at_an_address(monkeypatch, capsys, tmp_path):
+    """The address need not end like the file: fp16 and int8 would say of plain pixels what the graph never learnt."""
+    model = write_onnx(tmp_path / "model.onnx", metadata=TEACHER)
+    monkeypatch.setattr("download.fetch", lambda url, folder: model)
+    address = "https://example.org/model.onnx?version=2"
+    arguments = ["--checkpoint", address, "--out", tmp_path / "out", "--normalise-inside", "--variants", "fp16"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and f"{address}: is ONNX" in err and not (tmp_path / "out").exists()
+
+
+def test_too_few_crops_to_calibrate_with_are_named(tmp_path, monkeypatch, capsys):
+    foreign = write_onnx(tmp_path / "foreign.onnx")
+    rng = np.random.default_rng(0)
+    write_crops(tmp_path / "crops", [(jpeg(rng), label) for label in range(15)])
+    arguments = ["--checkpoint", foreign, "--mean", "0.5", "--std", "0.5", "--out", tmp_path / "out"]
+    code, _, err = run(monkeypatch, capsys, *arguments, "--variants", "int8", "--calibration", tmp_path / "crops")
+    assert code == 1 and err.count("error:") == 1 and "15 crops, fewer than the 16" in err
+
+
+def test_a_variant_that_overflows_is_named_and_no_report_of_other_files_stays(tmp_path, monkeypatch, capsys):
+    foreign = write_onnx(tmp_path / "foreign.onnx")
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", foreign, "--mean", "0.5", "--std", "0.5", "--out", out]
+    assert run(monkeypatch, capsys, *arguments)[0] == 0 and (out / "export.json").exists()
+    monkeypatch.setattr(
+        export.Exporter, "variant", lambda self, base, name: base if name == "fp32" else too_large(base)
+    )
+    code, _, err = run(monkeypatch, capsys, *arguments, "--variants", "fp32", "fp16")
+    assert code == 1 and "embedding-fp16.onnx: in fp16 the network gives features that are not finite" in err
+    assert sorted(path.name for path in out.glob("e*")) == ["embedding-fp32.onnx"]
+
+
+def too_large(model):
+    proto = onnx.load_from_string(model)
+    kernel = onnx.numpy_helper.to_array(proto.graph.initializer[0])
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full_like(kernel, np.inf), "kernel"))
+    return proto.SerializeToString()
+
+
+def test_the_source_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    """A copy has no threshold of its own: made in the place of its source, it would take what was measured along."""
+    source = write_onnx(tmp_path / "embedding-fp32.onnx", metadata=TEACHER | {"threshold": '{"cosine": 0.5}'})
+    before = source.read_bytes()
+    code, _, err = run(monkeypatch, capsys, "--checkpoint", source, "--out", tmp_path)
+    assert code == 1 and "would be overwritten" in err and source.read_bytes() == before
+    weights = tmp_path / "backbone.pth"
+    torch.save(build_network("mbf").half().state_dict(), weights)
+    before = weights.read_bytes()
+    code, _, err = run(monkeypatch, capsys, "--checkpoint", weights, "--out", tmp_path, "--layout", "insightface")
+    assert code == 1 and "would be overwritten" in err and weights.read_bytes() == before
+
+
+def test_figures_of_another_version_are_named(tmp_path, monkeypatch, capsys):
+    foreign = write_onnx(tmp_path / "foreign.onnx")
+    told = ["--mean", "0.5", "--std", "0.5"]
+    asked = load_embedder(foreign, mean=(0.5,) * 3, std=(0.5,) * 3)
+    best = {"cosine": 0.5, "angle": 60.0}
+    entry = {"name": "pairs", "sha256": "ab", "threshold_best": best, "angles": None, "tar_at_far": []}
+    model = {"sha256": asked.sha256, "preprocessing": dataclasses.asdict(asked.preprocessing)}
+    (tmp_path / "old.json").write_text(json.dumps({"model": model, "sets": [entry]}))
+    arguments = ["--checkpoint", foreign, *told, "--out", tmp_path / "out", "--figures", tmp_path / "old.json"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and "old.json: not as lfw_eval.py writes it" in err and "pairs" in err
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

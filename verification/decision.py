@@ -21,6 +21,8 @@ from embedding import Embedder
 from utils import InputError
 
 USUAL_FAR = 1e-3  # where nobody says which
+# What reading figures out of another program's JSON can raise; OverflowError comes of whole numbers without end.
+_NOT_UNDERSTOOD = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Normal:
 
     def log_density(self, angle: float) -> float:
         """Natural logarithm of the density, but for the constant that all normals share."""
-        return -0.5 * ((angle - self.mean) / self.std) ** 2 - math.log(self.std)
+        distance = (angle - self.mean) / self.std
+        return -0.5 * distance * distance - math.log(self.std)
 
 
 @dataclass(frozen=True)
@@ -154,32 +157,39 @@ def _measured(embedder: Embedder, checkpoint: Path, figures: Path | None) -> tup
             raise InputError(f"--figures {figures}: no set there has both kinds of pairs, so it holds no threshold")
         return found, ""
     why = ""
-    if "threshold" in embedder.metadata:
-        if embedder.as_stated:
-            return _from_metadata(embedder), ""
-        why = f" fed in this way (the threshold in its metadata is of mirror: {embedder.metadata['mirror']})"
+    if {"threshold", "figures"} & embedder.metadata.keys():
+        found = _from_metadata(embedder)
+        if embedder.as_stated and (found.points or found.best is not None):
+            return found, ""
+        if not embedder.as_stated:
+            why = f" fed in this way (the threshold in its metadata is of mirror: {embedder.metadata['mirror']})"
     beside = checkpoint.parent / "results.json"
     if not beside.is_file():
         return None, why
-    found, wrong = _from_results(beside, embedder)
-    return (None, f"{why} ({beside}: {wrong})") if wrong else (found, "")
+    try:
+        found_beside, wrong = _from_results(beside, embedder)
+    except InputError as error:  # nobody named this file: it may be another program's
+        return None, f"{why} ({error})"
+    return (None, f"{why} ({beside}: {wrong})") if wrong else (found_beside, "")
 
 
 def _from_metadata(embedder: Embedder) -> _Figures:
+    """What an exported file says. Where its pairs did not resolve --far, it has figures and no threshold of its own."""
     try:
-        threshold, known = embedder.metadata["threshold"], embedder.metadata.get("figures", {})
-        source = f"{embedder.name}, {threshold.get('data', 'its metadata')}"
+        threshold, known = embedder.metadata.get("threshold", {}), embedder.metadata.get("figures", {})
+        source = f"{embedder.name}, {threshold.get('data', known.get('data', 'its metadata'))}"
         points = [
             _point(point, point["threshold"]["cosine"]) for point in known.get("tar_at_far", ()) if point["resolved"]
         ]
-        best = None
+        stated = known.get("threshold_best")
+        best = None if stated is None else _cosine(stated["cosine"])
         if "far" in threshold:
             points = [point for point in points if point[0] != threshold["far"]]
             points.append(_point(threshold, threshold["cosine"]))
-        else:
+        elif threshold:
             best = _cosine(threshold["cosine"])
         return _Figures(source, points, best, _normals(known.get("angles")))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except _NOT_UNDERSTOOD as error:
         raise InputError(f"{embedder.name}: the threshold in its metadata is not understood ({error!r})") from error
 
 
@@ -204,7 +214,7 @@ def _from_results(path: Path, embedder: Embedder) -> tuple[_Figures | None, str]
             best = _cosine(entry["threshold_best"]["cosine"])
             found = _Figures(f"{path}, {name}", points, best, _normals(entry["angles"]))
             return found, _mismatch(measured, embedder)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except _NOT_UNDERSTOOD as error:
         raise InputError(f"{path}: not a results.json of train.py or lfw_eval.py ({error!r})") from error
     return None, ""
 
@@ -251,4 +261,7 @@ def _normals(angles: dict[str, Any] | None) -> tuple[Normal | None, Normal | Non
 def _normal(moments: dict[str, float] | None) -> Normal | None:
     if not moments or not moments["std"] > 0:
         return None
-    return Normal(float(moments["mean"]), float(moments["std"]))
+    mean, std = float(moments["mean"]), float(moments["std"])
+    if not (0 <= mean <= 180 and std <= 180):
+        raise ValueError(f"mean {mean:g} and deviation {std:g} are not of angles")
+    return Normal(mean, std)
