@@ -39,7 +39,7 @@ from verification.all_pairs import AllPairs, Side, Summary, people_needed, summa
 from verification.hold_out import split
 from verification.lfw import CachedFinder, crop_faces
 from verification.metrics import evaluate
-from verification.people import People, check_apart, embed_people
+from verification.people import People, check_apart, embed_people, in_both
 from verification.report import Errors, draw_errors
 from verification.sets import VerificationSet, read_crops
 
@@ -65,6 +65,7 @@ def main() -> None:
     sources = [
         embed_people(embedder, folder, cache, finder=finder, workers=options.workers) for folder in folders if folder
     ]
+    leaks = in_both(sources[0], sources[1]) if len(sources) > 1 else []
     numbers: dict[str, int] = {}
     sides = [source.side(numbers) for source in sources]
     pairs = AllPairs(sides[0], sides[1] if len(sides) > 1 else None)
@@ -90,7 +91,7 @@ def main() -> None:
         },
         "closed_set": closed,
         "open_set": opened,
-        "notes": [note for source in sources for note in source.notes] + notes,
+        "notes": [note for source in sources for note in source.notes] + leaks + notes,
         "seed": options.seed,
     }
     options.out.mkdir(parents=True, exist_ok=True)

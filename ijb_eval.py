@@ -23,7 +23,7 @@ from cropping.contents import photos_sha256
 from embedding import open_embedder
 from ijb import report
 from ijb.crops import FOLDER, embed_images, read_features
-from ijb.lists import Lists, all_people, read_lists, read_pairs
+from ijb.lists import Lists, all_people, check_others, read_lists, read_pairs
 from ijb.one_to_many import Identification, identification
 from ijb.one_to_one import PairScorer, Verification, identities, verification
 from ijb.templates import TREATMENTS, USUAL, Templates, pool
@@ -40,6 +40,7 @@ def main() -> None:
     if (options.checkpoint is None) == (options.features is None):
         raise InputError("give --checkpoint FILE or --features FILE.npz, one of them")
     lists = read_lists(options.ijb)
+    check_others(lists, options.protocol)
     data = report.lists_json(lists)
     if options.features is not None:
         features, gone = read_features(options.features, lists)

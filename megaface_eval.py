@@ -233,6 +233,8 @@ def _write_devkit(
                 raise InputError(f"--write-bin: {photo!r} of {side.folder} or its list is {error}") from None
     for side, store, what in zip(sides, stores, (PROBES, DISTRACTORS), strict=True):
         rows = [row for row in range(len(side)) if row not in store.problems]
+        for row in store.problems:  # that of an earlier run, when there was a feature
+            (folder / what / f"{side.names[row]}_{name}.bin").unlink(missing_ok=True)
         with utils.progress(len(rows), f"writing {what} .bin", unit="file") as bar:
             for start in range(0, len(rows), 1 << 16):
                 part = rows[start : start + (1 << 16)]
@@ -270,6 +272,13 @@ def _compete(
     features = np.asarray(stores[0].features), stores[1].features
     nobody = np.zeros(len(probes), bool), np.zeros(len(distractors), bool)
     marks = nobody if noise is None else (noise[1].marks(probes.names), noise[2].marks(distractors.names))
+    if noise is not None:
+        for listed, mark, path, what in (
+            (noise[1], marks[0], options.facescrub_noises, "probes"),
+            (noise[2], marks[1], options.megaface_noises, "distractors"),
+        ):
+            if not mark.any():  # the other side's list, or names in another form: a cleaned result that is the raw one
+                print(f"{path}: none of its {len(listed):,} names is among the {what}", file=sys.stderr)
     gone = [np.isin(np.arange(len(store.names)), list(store.problems)) for store in stores]
     assert probes.ids is not None
     outcomes = []

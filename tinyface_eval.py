@@ -24,7 +24,7 @@ from cropping import align, photos
 from cropping.contents import photos_sha256
 from embedding import normalise, open_embedder
 from ijb import crops, tinyface
-from ijb.tinyface import ALIGNED, RANKS, Lists, Search, cutter, read_lists, search
+from ijb.tinyface import ALIGNED, RANKS, Lists, Search, cutter, read_lists, refuse_gaps, search
 from options import parse
 from retinaface import RetinaFace
 from utils import InputError
@@ -63,6 +63,7 @@ def main() -> None:
         paths = lists.paths(folder if folder.is_dir() else options.tinyface)
         embeddings, model, preparation = _embed(options, paths)
         data["photos_sha256"] = photos_sha256(paths, lists.names, options.out, options.workers)
+    refuse_gaps(lists, embeddings)
     found = search(lists, embeddings, options.replicates)
     results = {
         "protocol": "TinyFace",
@@ -98,6 +99,8 @@ def _embed(options: config.TinyfaceEval, paths: list[Path]) -> tuple[np.ndarray,
     gone = np.flatnonzero(np.isnan(embeddings[:, 0]))
     there = ~np.isnan(rows[:, -1])
     preparation = {
+        "aligned_before": options.aligned,
+        "detector_sha256": way.get("detector"),
         "aligned": int((rows[there, -1] == ALIGNED).sum()),
         "whole_picture_resized": int((rows[there, -1] != ALIGNED).sum()),
         "without_feature": len(gone),
@@ -150,7 +153,7 @@ def _table(found: Search, preparation: dict[str, Any]) -> str:
 
 
 def _cell(rate: Interval) -> str:
-    return f"{100 * rate.value:6.2f} ({100 * rate.low:.2f} ... {100 * rate.high:.2f})"
+    return f"{utils.percent(rate.value).removesuffix(' %'):>6} ({100 * rate.low:.2f} ... {100 * rate.high:.2f})"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ IJB-B's are called `ijbb_` and its galleries `S1` and `S2`. Which of the two it 
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,8 +144,23 @@ def read_people(lists: Lists, name: str) -> People:
 
 def all_people(lists: Lists) -> list[People]:
     """The lists of 1:N that are there: they say whose the templates are."""
-    names = [f"1N_gallery_{gallery}" for gallery in lists.galleries] + ["1N_probe_mixed"]
-    return [read_people(lists, name) for name in names if lists.path(f"{name}.csv").is_file()]
+    return [read_people(lists, name) for name in _lists_of_people(lists) if lists.path(f"{name}.csv").is_file()]
+
+
+def check_others(lists: Lists, protocols: Sequence[str]) -> None:
+    """An error for a list of `protocols` (1:1, 1:N) that is not there or, of 1:N, damaged: before features are computed
+    for hours, not after. The long list of pairs is only looked for."""
+    if "1:1" in protocols:
+        lists.path("template_pair_label.txt").stat()
+    if "1:N" in protocols:
+        for name in _lists_of_people(lists):
+            read_people(lists, name)
+    else:
+        all_people(lists)  # 1:1 asks those that are there whose the templates are
+
+
+def _lists_of_people(lists: Lists) -> list[str]:
+    return [*(f"1N_gallery_{gallery}" for gallery in lists.galleries), "1N_probe_mixed"]
 
 
 def _check_known(path: Path, numbers: np.ndarray, known: np.ndarray, first_line: int) -> None:

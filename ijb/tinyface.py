@@ -27,7 +27,7 @@ import utils
 from config import CROP_SIZE
 from cropping.align import AlignmentError, align_face, choose_face, warp
 from cropping.faces import Detector
-from cropping.photos import PhotoError, read_photo
+from cropping.photos import COMPANIONS, PhotoError, read_photo
 from ijb.crops import Cut
 from utils import InputError
 from verification.intervals import REPLICATES, Interval, rate_interval
@@ -35,6 +35,7 @@ from verification.intervals import REPLICATES, Interval, rate_interval
 RANKS = (1, 5, 20)
 ALIGNED, WHOLE = 1.0, 0.0  # remarks on crops: on landmarks, the whole picture resized
 
+_MOST_MISSING = 0.5  # of probes, matches or distractors: a distractor without a feature is nobody's nearest
 _VIEW, _PICTURE = 320, 200  # pixels of the view to detect in, and of the picture's longer side in its middle
 _PROBES = 64  # probes that are compared with the whole gallery together
 _NAMES = ("probe", "gallery_match", "gallery_distractor")
@@ -134,9 +135,17 @@ def _read_list(folder: Path, name: str) -> tuple[list[str], Path]:
             raise InputError(f"{path}: not a .mat file with the cells {_MAT[name][1]}") from error
     place = folder / _FOLDERS[name]
     if name == "gallery_distractor" and place.is_dir():
-        return sorted(file.name for file in place.iterdir() if not file.name.startswith(".")), place
+        names = sorted(file.name for file in place.iterdir() if _is_photo(file))
+        if not names:
+            raise InputError(f"{place}: holds no photos; without distractors every model finds the mates")
+        return names, place
     wanted = " or ".join([*([_MAT[name][0]] if name in _MAT else [_FOLDERS[name]]), f"{name}.txt", "lists.json"])
     raise InputError(f"{folder}: no list {name} ({wanted})")
+
+
+def _is_photo(file: Path) -> bool:
+    """Whether a file of Gallery_Distractor/ is a distractor; Thumbs.db and the like are not."""
+    return not file.name.startswith(".") and file.suffix.lower() not in COMPANIONS and not file.is_dir()
 
 
 def subjects(names: Sequence[str]) -> np.ndarray:
@@ -217,6 +226,19 @@ class Search:
     printed: dict[int, float]
     rates: dict[int, Interval]
     mean_precision: Interval
+
+
+def refuse_gaps(lists: Lists, embeddings: np.ndarray) -> None:
+    """`InputError` where most of the probes, matches or distractors have no feature (a row of NaN): the figures of the
+    rest would mean nothing, and without distractors they would be too good."""
+    start = 0
+    for name in _NAMES:
+        files = getattr(lists, name)
+        gone = np.flatnonzero(np.isnan(embeddings[start : start + len(files), 0]))
+        if len(gone) > _MOST_MISSING * len(files):
+            said = f"{len(gone):,} of {len(files):,} of {name} have no feature, the first is {files[gone[0]]}"
+            raise InputError(f"{lists.files[0]}: {said}; no figure of the rest would mean anything")
+        start += len(files)
 
 
 def search(lists: Lists, embeddings: np.ndarray, replicates: int = REPLICATES) -> Search:

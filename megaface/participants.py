@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
 from cropping.chunks import PARTS
 from cropping.photos import identity_of, list_photos
 from formats.names import path_parts
@@ -61,6 +62,7 @@ def open_side(folder: Path, what: str, template: TemplateList | None, *, with_id
         raise InputError(f"{folder}: no such folder of aligned {what}")
     path = folder / "faces.tsv"
     table = FaceTable(path) if path.is_file() else None
+    _check_whole(folder, 0 if table is None else len(list(table)))
     if table is None and (folder / PARTS).is_dir():
         raise InputError(f"{folder}: stage 5 has not finished here, run it again; so far some {what} have no crop")
     if table is None:
@@ -75,6 +77,22 @@ def open_side(folder: Path, what: str, template: TemplateList | None, *, with_id
     if template is None:
         return _from_tree(folder, what, files, table, fingerprint, with_ids=with_ids)
     return _from_list(folder, template, files, table, fingerprint)
+
+
+def _check_whole(folder: Path, rows: int) -> None:
+    """`InputError` where the alignment says that it had another number of photos than faces.tsv has rows: half a table,
+    or none, would be taken for a smaller challenge."""
+    path = folder / "report.json"
+    try:
+        report = utils.read_json(path)
+    except (FileNotFoundError, ValueError):  # crops of elsewhere
+        return
+    photos = report.get("photos") if isinstance(report, dict) else None
+    if isinstance(photos, int) and photos != rows:
+        raise InputError(
+            f"{folder / 'faces.tsv'}: {rows:,} rows, but {path.name} beside it speaks of {photos:,} photos; bring both "
+            f"from where they were made, or remove {folder} and run stage 5 again"
+        )
 
 
 def _from_tree(

@@ -386,8 +386,9 @@ def _tinyface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
         named = photos["names_without_feature"]
         first = f" ({named[0]}{' ...' if photos['without_feature'] > 1 else ''})" if named else ""
         notes.append(f"{photos['without_feature']:,} photos give no feature and fail{first}")
-    models = [_model(content)]
-    return [Source(path, "TinyFace", "TinyFace", _command(path, content), models, data, figures, notes=notes)]
+    protocol = json.dumps([photos.get(key) for key in ("aligned_before", "detector_sha256")])
+    common = (_command(path, content), [_model(content)], data, figures)
+    return [Source(path, "TinyFace", "TinyFace", *common, notes=notes, protocol=protocol)]
 
 
 def _files_of(data: dict[str, Any], key: str) -> list[tuple[str, str | None]]:
@@ -405,24 +406,44 @@ def _all_of(data: Sequence[tuple[str, str | None]]) -> str | None:
 def _megaface(path: Path, content: dict[str, Any], _: Run) -> list[Source]:
     data = [(side, content[side].get("photos_sha256")) for side in ("probes", "distractors")]
     sha = _all_of(data)
-    figures, notes = [], []
-    for row in content["results"]:
-        where = f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
-        lost = [
-            f"{row[f'missing_{side}']:,} {side}" for side in ("probes", "distractors") if row.get(f"missing_{side}")
-        ]
-        if lost:  # a distractor that is not there is nobody's nearest: the figures are too good
-            notes.append(f"{' and '.join(lost)} have no feature ({where})")
-        for key in ("rank_1", "rank_10"):
-            interval = span(row.get(f"{key}_by_identity"))
-            figures.append(Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), interval, sha))
-        for point in row.get("verification", []):
-            if point.get("resolved"):
-                figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
-    sheets = [f"misses-{treatment}.png" for treatment in dict.fromkeys(row["noise"] for row in content["results"])]
-    pictures = _pictures(path.parent, "cmc.png", "roc.png", *sheets)
-    common = (_command(path, content), [_model(content)], data, figures, pictures, notes)
-    return [Source(path, "MegaFace", "Challenge 1", *common)]
+    # In which order they stand decides who the first distractors are.
+    lists = [content[side].get("names_sha256") for side in ("probes", "distractors")]
+    noise_lists = list((content.get("noise_lists") or {}).values())
+    sources: list[Source] = []
+    for noise in dict.fromkeys(row["noise"] for row in content["results"]):
+        figures, notes = [], []
+        for row in content["results"]:
+            if row["noise"] == noise:
+                figures += _challenge(row, sha)
+                notes += _missing(row)
+        pictures = _pictures(path.parent, *([] if sources else ["cmc.png", "roc.png"]), f"misses-{noise}.png")
+        subject = "Challenge 1" if noise == "raw" else f"Challenge 1, noise lists: {noise}"
+        protocol = json.dumps([lists, [] if noise == "raw" else noise_lists])
+        common = (_command(path, content), [_model(content)], data, figures, pictures, notes)
+        sources.append(Source(path, "MegaFace", subject, *common, protocol=protocol))
+    return sources
+
+
+def _challenge(row: dict[str, Any], sha: str | None) -> list[Figure]:
+    where = _where(row)
+    figures = []
+    for key in ("rank_1", "rank_10"):
+        interval = span(row.get(f"{key}_by_identity"))
+        figures.append(Figure(f"{key.replace('_', ' ')}, {where}", percent(row[key]), interval, sha))
+    for point in row.get("verification", []):
+        if point.get("resolved"):
+            figures.append(Figure(f"TAR at FAR {point['far']:g}, {where}", percent(point["rate"]), "", sha))
+    return figures
+
+
+def _missing(row: dict[str, Any]) -> list[str]:
+    """Who has no feature. A distractor that is not there is nobody's nearest: the figures are too good."""
+    lost = [f"{row[f'missing_{side}']:,} {side}" for side in ("probes", "distractors") if row.get(f"missing_{side}")]
+    return [f"{' and '.join(lost)} have no feature ({_where(row)})"] if lost else []
+
+
+def _where(row: dict[str, Any]) -> str:
+    return f"{row['distractors']:,} distractors, noise lists: {row['noise']}"
 
 
 def _stress(path: Path, content: dict[str, Any], _: Run) -> list[Source]:

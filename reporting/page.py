@@ -105,7 +105,7 @@ def _subject(runs: Sequence[Run], kind: str, subject: str) -> list[str]:
     elif len({source.protocol for _, source in columns}) > 1:
         parts.append(
             '<blockquote class="warn">Not measured in the same way in all columns (how faces are found, folds, '
-            "galleries; see the commands): do not compare.</blockquote>"
+            "galleries, lists; see the commands): do not compare.</blockquote>"
         )
     parts.append(f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>')
     for label in labels:

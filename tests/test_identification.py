@@ -307,7 +307,14 @@ def test_given_roles_and_a_table_of_scores(tmp_path, monkeypatch, model):
     rows = [line.split("\t") for line in (tmp_path / "s.tsv").read_text().splitlines()]
     assert rows[0] == ["first", "second", "same", "cosine"] and len(rows) == 1 + 6 * 8
     assert sum(row[2] == "1" for row in rows[1:]) == found["verification"]["genuine_pairs"] == 8
-    assert (tmp_path / "out" / "dir.png").is_file()
+    assert (tmp_path / "out" / "dir.png").is_file() and not found["notes"]
+    # A probe that is a photo of the gallery finds itself.
+    again = tmp_path / "probes" / "person 2" / "again.png"
+    shutil.copy(tmp_path / "gallery" / "person 2" / "1.png", again)
+    assert run(monkeypatch, *model, *words, "--out", tmp_path / "out") == 0
+    (note,) = json.loads((tmp_path / "out" / "results.json").read_text())["notes"]
+    assert note.startswith("1 probes are in the gallery, too, byte for byte") and f"person 2/1.png = {again}" in note
+    again.unlink()
     # Again into the same folder: one of the three has no face in the gallery any more, and nobody is a stranger.
     for number in (0, 1):
         (tmp_path / "gallery" / "person 1" / f"{number}.png").write_bytes(b"no picture")

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 import ijb_eval
 from cropping import contents
 from embedding import load_embedder
-from ijb import crops, kernels, one_to_many, one_to_one
+from ijb import crops, kernels, one_to_many, one_to_one, report
 from ijb.lists import Lists, Pairs, People, read_lists, read_pairs, read_people
 from ijb.templates import TREATMENTS, USUAL, ImageFeatures, pool
 from retinaface import RetinaFace
 from utils import InputError
 from verification import metrics
+from verification.intervals import Interval
 
 CASES = ("small/IJBC", "medium/IJBB")
 
@@ -556,6 +557,49 @@ def test_killed_it_goes_on(lfw_tree, tmp_path, monkeypatch):
         file.write(b"x")
     again, _ = crops.embed_images(lists, lfw_tree / "loose_crop", embedder, tmp_path, workers=1)
     assert seen == [8, 8, 8, 8] and np.array_equal(again.rows, features.rows)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "name", "text", "message"),
+    [
+        ("1:1", "template_pair_label.txt", None, "ijbc_template_pair_label.txt: No such file"),
+        ("1:1", "1N_gallery_G1.csv", "a,b\n7\n", "line 2: neither a template"),
+        ("1:1", "1N_gallery_G1.csv", None, ""),
+        ("1:N", "template_pair_label.txt", None, ""),
+        ("1:N", "1N_gallery_G2.csv", None, "ijbc_1N_gallery_G2.csv: No such file"),
+        ("1:N", "1N_probe_mixed.csv", "a,b\n7\n", "line 2: neither a template"),
+    ],
+)
+def test_lists_that_fail_do_so_before_features_are_computed(tmp_path, run, monkeypatch, protocol, name, text, message):
+    path = small_protocol(tmp_path / "IJBC") / "meta" / f"ijbc_{name}"
+    path.unlink() if text is None else path.write_text(text)
+    (tmp_path / "IJBC" / "loose_crop").mkdir()
+
+    def begin(*_):
+        raise InputError("hours of work")
+
+    monkeypatch.setattr(ijb_eval, "embed_images", begin)
+    model = ("--checkpoint", write_onnx(tmp_path / "toy.onnx"), "--mean", 0.5, "--std", 0.5)
+    code, _, error = run(*model, "--ijb", tmp_path / "IJBC", "--protocol", protocol, "--out", tmp_path / "out")
+    assert code == 1 and (message or "hours of work") in error
+
+
+def test_one_miss_in_many_is_no_hundred_per_cent():
+    genuine = np.append(np.full(59_999, 0.9), 0.1)
+    point = metrics.point_at(genuine, np.full(100, 0.2), 0.1)
+    assert report._tar(point) == "99.998" and "99.998 %" in report._point_line(point, None)
+    rate = Interval(1 - 1e-5, 0.99, 1.0, 5, 100)
+    gallery = one_to_many.Gallery(
+        "G1", 1, 1, 1, {}, {}, {}, {}, [one_to_many.Detection(fpir, 9, tpir=1 - 1e-5) for fpir in (1e-2, 1e-1)],
+        np.zeros(1, int), np.zeros(1, int),
+    )  # fmt: skip
+    found = one_to_many.Identification(
+        (gallery,), dict.fromkeys(one_to_many.RANKS, 1.0), dict.fromkeys(one_to_many.CURVE, 1.0),
+        dict.fromkeys(one_to_many.RANKS, rate),
+    )  # fmt: skip
+    lists = Lists("IJB-C", Path(), "ijbc", [], *np.zeros((4, 0)))
+    text = report.table(lists, {"images": 0, "zero_features": 0}, [], found)
+    assert text.count("| 99.999 (99.00 ... 100.00)") == 3 and text.count("G1 99.999") == 2
 
 
 def test_errors_are_one_line(lfw_tree, tmp_path, run):

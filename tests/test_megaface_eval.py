@@ -192,6 +192,16 @@ def test_without_noise_lists_there_is_only_the_raw_result(run, trees, tmp_path):
     assert code == 1 and "megaface/facescrub_noises.txt: No such file" in error_of(err)
 
 
+def test_noise_lists_that_mean_nobody_are_told(run, trees):
+    code, _, err = run(*noise_options(trees, "exclude"))
+    assert code == 0 and "none of its" not in err
+    (trees / "utf16.txt").write_text("0/0@N00/0_0.jpg\n", encoding="utf-16")
+    swapped = ["--facescrub-noises", trees / "mf_noise.txt", "--megaface-noises", trees / "utf16.txt"]
+    code, _, err = run("--noise", "exclude", *swapped)
+    assert code == 0 and "mf_noise.txt: none of its 3 names is among the probes\n" in err
+    assert "utf16.txt: none of its " in err and "names is among the distractors\n" in err
+
+
 # ---------------------------------------------------------------------------------------------- missing photos
 
 
@@ -239,6 +249,14 @@ def test_missing_photos_may_count_as_failures(run, tmp_path):
     store = open_store(tmp_path / "out" / "features" / "facescrub")
     assert np.isnan(store.features[30]).all() and store.problems[30] == "not in the tree"
     assert len(list((tmp_path / "out" / "devkit" / "facescrub").rglob("*.bin"))) == 30
+
+
+def test_a_feature_that_is_gone_leaves_no_file_of_an_earlier_run(run, trees, tmp_path):
+    copy = shutil.copytree(trees / "probes", tmp_path / "probes")
+    for left in (30, 29):
+        assert run("--noise", "raw", "--allow-missing", "--write-bin", facescrub=copy)[0] == 0
+        assert len(list((tmp_path / "out" / "devkit" / "facescrub").rglob("*.bin"))) == left
+        (copy / "Some Body2" / "Some Body2_20.png").unlink(missing_ok=True)
 
 
 def test_crops_that_cannot_be_used_are_missing(run, trees, tmp_path):
@@ -298,6 +316,22 @@ def test_an_alignment_that_has_not_finished_is_no_smaller_challenge(run, trees, 
     (copy / ".parts").mkdir()
     code, _, err = run("--noise", "raw", facescrub=copy)
     assert code == 1 and f"{copy}: stage 5 has not finished here" in error_of(err)
+
+
+def test_a_table_that_lost_rows_is_no_smaller_challenge(run, trees, tmp_path):
+    tree = shutil.copytree(trees / "distractors", tmp_path / "distractors")
+    report = {"photos": STRANGERS}
+    for text in (json.dumps(report), "[]", "no JSON"):  # the latter two say nothing
+        (tree / "report.json").write_text(text)
+        assert run(megaface=tree)[0] == 0
+    rows = (tree / "faces.tsv").read_text().splitlines(keepends=True)
+    (tree / "faces.tsv").write_text("".join(rows[:-10]))
+    (tree / "report.json").write_text(json.dumps(report))
+    code, _, err = run(megaface=tree)
+    assert code == 1 and "faces.tsv: 30 rows, but report.json beside it speaks of 40 photos" in error_of(err)
+    (tree / "faces.tsv").unlink()
+    code, _, err = run(megaface=tree)
+    assert code == 1 and "faces.tsv: 0 rows, but report.json" in error_of(err)
 
 
 def test_photos_in_a_folder_between_the_tree_and_the_list(run, trees, tmp_path):

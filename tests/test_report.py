@@ -220,6 +220,47 @@ def test_folders_of_one_model_together(tmp_path, monkeypatch):
     assert "## Training: faces" in text and "## Verification: lfw" in text
 
 
+def megaface(names="1" * 64, noise=None):
+    side = {"photos_sha256": DATA, "names_sha256": names}
+    rows = [
+        {"noise": treatment, "distractors": 10, "rank_1": rate, "rank_10": 1.0}
+        for treatment, rate in (("raw", 0.25), ("exclude", 0.5))
+        if treatment == "raw" or noise
+    ]
+    lists = {"noise_lists": {"fs.txt": noise, "mf.txt": "2" * 64} if noise else {}}
+    return {"model": {"name": "net.pt", "sha256": MODEL}, "probes": side, "distractors": side, "results": rows} | lists
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "compares"),
+    [
+        (megaface(noise="3" * 64), megaface(noise="3" * 64), True),
+        (megaface(), megaface(noise="3" * 64), True),  # the raw figures of both
+        (megaface(noise="3" * 64), megaface(noise="4" * 64), False),
+        (megaface(), megaface("5" * 64), False),  # the same photos in another order
+    ],
+)
+def test_megaface_compares_by_the_same_lists(tmp_path, monkeypatch, one, other, compares):
+    put(tmp_path / "a", one)
+    put(tmp_path / "b", other)
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / "a" / "cmc.png")
+    assert run(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "r.html") == 0
+    page = Page((tmp_path / "r.html").read_text())
+    assert ("Not measured in the same way in all columns" not in page.text) == compares
+    assert "Not the same data" not in page.text and sum(value.startswith("data:") for value in page.loads) == 1
+    assert ("Challenge 1, noise lists: exclude" in page.text) == any(c["noise_lists"] for c in (one, other))
+
+
+def test_tinyface_compares_where_faces_were_found_in_one_way(tmp_path, monkeypatch):
+    for name, before in (("a", False), ("b", True)):
+        photos = {"aligned_before": before, "detector_sha256": None if before else DATA, "without_feature": 0}
+        sizes = {"lists": {"l": DATA}, "photos_sha256": DATA, "probes": 9, "matches": 8, "distractors": 7}
+        content = {"protocol": "TinyFace", "model": {"name": "net.pt", "sha256": MODEL}, "data": sizes}
+        put(tmp_path / name, content | {"photos": photos, "as_printed": {"rank-1": 50.0}})
+    assert run(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "r.html") == 0
+    assert "Not measured in the same way in all columns" in (tmp_path / "r.html").read_text()
+
+
 def test_ijb_tinyface_megaface_stress_audit_and_comparison(tmp_path):
     interval = {"value": 0.5, "interval_95": [0.4, 0.6]}
     model = {"model": {"name": "net.pt", "sha256": MODEL}, "environment": {"command": ["x.py"]}}

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import tinyface_eval
 from ijb import tinyface
-from ijb.tinyface import Lists, read_lists, search
+from ijb.tinyface import Lists, read_lists, refuse_gaps, search
 from retinaface import RetinaFace
 from utils import InputError
+from verification.intervals import Interval
 
 
 @pytest.fixture
@@ -121,6 +122,41 @@ def test_lists_of_any_kind(tmp_path):
     assert read_lists(official).paths(official)[-1] == official / "Gallery_Distractor" / "8.jpg"
 
 
+def test_distractors_of_a_folder_are_its_photos(tmp_path):
+    for name in ("probe", "gallery_match"):
+        (tmp_path / f"{name}.txt").write_text("1_1.jpg\n")
+    folder = tmp_path / "Gallery_Distractor"
+    (folder / "more").mkdir(parents=True)
+    for name in (".DS_Store", "Thumbs.db", "list.txt"):
+        (folder / name).touch()
+    with pytest.raises(InputError, match="Gallery_Distractor: holds no photos"):
+        read_lists(tmp_path)
+    for name in ("7.jpg", "8"):
+        (folder / name).touch()
+    assert read_lists(tmp_path).gallery_distractor == ["7.jpg", "8"]
+
+
+@pytest.mark.parametrize("place", ["probe", "gallery_match", "gallery_distractor"])
+def test_no_figure_where_most_of_a_list_has_no_feature(tmp_path, run, place):
+    lists = {
+        "probe": ["1_1.jpg", "2_1.jpg", "3_1.jpg", "4_1.jpg"],
+        "gallery_match": ["1_2.jpg", "2_2.jpg", "3_2.jpg", "4_2.jpg"],
+        "gallery_distractor": ["5.jpg", "6.jpg", "7.jpg", "8.jpg"],
+    }
+    (tmp_path / "lists.json").write_text(json.dumps(lists))
+    names = [name for some in lists.values() for name in some]
+    features = np.random.default_rng(0).standard_normal((12, 4)).astype(np.float32)
+    arguments = ("--features", tmp_path / "f.npz", "--lists", tmp_path / "lists.json", "--out", tmp_path / "out")
+    for lost in (2, 3):
+        features[[names.index(name) for name in lists[place][:lost]]] = np.nan
+        np.savez(tmp_path / "f.npz", features=features, names=names)
+        (tmp_path / "out" / "results.json").unlink(missing_ok=True)
+        code, _, error = run(*arguments, "--replicates", 100)
+        assert code == (lost > 2) and (tmp_path / "out" / "results.json").exists() == (lost == 2)
+    assert f"lists.json: 3 of 4 of {place} have no feature, the first is {lists[place][0]}" in error
+    refuse_gaps(Lists(["1_1.jpg"], ["1_2.jpg"], [], [tmp_path]), np.ones((2, 4)))  # a list may be empty
+
+
 def test_names_that_stand_there_twice_are_told():
     assert Lists(["1_1.jpg"], ["1_2.jpg"], ["7.jpg"], []).notes() == []
     notes = Lists(["1_1.jpg", "1_1.jpg"], ["1_1.jpg", "1_2.jpg"], ["7.jpg", "7.jpg"], []).notes()
@@ -180,6 +216,7 @@ def test_from_photos_to_results(tiny_lfw, tmp_path, run):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["photos"]["aligned"] >= 13 and results["photos"]["whole_picture_resized"] >= 1
     assert results["mated_probes"] == 6 and results["data"]["distractors"] == 4
+    assert not results["photos"]["aligned_before"] and len(results["photos"]["detector_sha256"]) == 64
     digest = results["data"]["photos_sha256"]
     assert re.fullmatch("[0-9a-f]{64}", digest)
     stored = next((tmp_path / "out").glob("features-*/embeddings.npy"))
@@ -202,6 +239,11 @@ def test_tiny_faces_are_aligned_on_their_landmarks(tiny_lfw):
         assert crop.shape == (112, 112, 3) and remark == (tinyface.ALIGNED,)
         if len(face.scores):
             assert np.abs(face.landmarks[0] - tinyface_eval.align.TEMPLATE).max() < 12
+
+
+def test_one_miss_in_many_is_no_hundred_per_cent():
+    assert tinyface_eval._cell(Interval(1 - 1e-5, 0.99, 1.0, 5, 100)) == "99.999 (99.00 ... 100.00)"
+    assert tinyface_eval._cell(Interval(0.5, 0.25, 1.0, 5, 100)) == " 50.00 (25.00 ... 100.00)"
 
 
 def test_errors_are_one_line(tmp_path, run, shared):

@@ -42,6 +42,7 @@ class People:
     reasons: dict[int, str]
     sha256: str
     detector: str
+    hashes: list[str]  # SHA-256 of each photo, "" where it could not be read
     notes: list[str] = field(default_factory=list)
 
     def side(self, numbers: dict[str, int]) -> Side:
@@ -107,6 +108,7 @@ def embed_people(
         reasons=reasons,
         sha256=photos_hash(hashes, files),
         detector="" if finder is None else finder.detector,
+        hashes=hashes,
         notes=notes,
     )
 
@@ -133,6 +135,17 @@ def _repeated(files: Sequence[str], persons: Sequence[str], hashes: Sequence[str
             rest = f" and {len(groups) - NAMED} more" if len(groups) > NAMED else ""
             notes.append(f"{len(groups)} photos are there {kind}, byte for byte: {named}{rest}")
     return notes
+
+
+def in_both(gallery: People, probes: People) -> list[str]:
+    """A note about probes that are photos of the gallery, byte for byte: they find themselves."""
+    places = {digest: index for index, digest in enumerate(gallery.hashes) if digest}
+    found = [(places[digest], index) for index, digest in enumerate(probes.hashes) if digest in places]
+    if not found:
+        return []
+    named = "; ".join(f"{gallery.path(one)} = {probes.path(other)}" for one, other in found[:NAMED])
+    rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return [f"{len(found)} probes are in the gallery, too, byte for byte, and find themselves: {named}{rest}"]
 
 
 def check_apart(first: Path, second: Path) -> None:
