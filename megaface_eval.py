@@ -251,8 +251,12 @@ def _write_devkit(
 
 
 def _write_list(path: Path, content: TemplateList) -> None:
+    utils.write_bytes(path, _list_bytes(content))
+
+
+def _list_bytes(content: TemplateList) -> bytes:
     texts = {"path": content.paths} | ({} if content.ids is None else {"id": content.ids})
-    utils.write_bytes(path, json.dumps(texts, indent=1).encode("utf-8", "surrogateescape"))
+    return json.dumps(texts, indent=1).encode("utf-8", "surrogateescape")
 
 
 # ---------------------------------------------------------------------------------------------- the challenge
@@ -331,19 +335,22 @@ def _write_results(
     folder: Path, name: str, entrants: Entrants, results: list[Identification], sides: tuple[Side, Side]
 ) -> None:
     """The devkit's two files for each size, and the lists that their numbers refer to."""
-    for kind in ("cmc", "matches"):  # of an earlier run with other lists; their numbers would mean others now
-        for path in folder.glob(f"{kind}_{PROBES}_{DISTRACTORS}_{glob.escape(name)}_*_1.json"):
+    lists = {
+        folder / "probes.json": TemplateList([sides[0].names[row] for row in entrants.probe_rows], entrants.ids),
+        folder / "distractors.json": TemplateList([sides[1].names[row] for row in entrants.distractor_rows], None),
+    }
+    kept = all(path.is_file() and path.read_bytes() == _list_bytes(content) for path, content in lists.items())
+    # Of this model's earlier run; where the lists are others now, of every model's: their numbers would mean others.
+    names = glob.escape(name) if kept else "*"
+    for kind in ("cmc", "matches"):
+        for path in folder.glob(f"{kind}_{PROBES}_{DISTRACTORS}_{names}_*_1.json"):
             path.unlink()
     for result in results:
         ending = f"{PROBES}_{DISTRACTORS}_{name}_{result.size}_1.json"
         utils.write_text(folder / f"cmc_{ending}", cmc_text(result))
         utils.write_text(folder / f"matches_{ending}", matches_text(result))
-    _write_list(
-        folder / "probes.json", TemplateList([sides[0].names[row] for row in entrants.probe_rows], entrants.ids)
-    )
-    _write_list(
-        folder / "distractors.json", TemplateList([sides[1].names[row] for row in entrants.distractor_rows], None)
-    )
+    for path, content in lists.items():
+        _write_list(path, content)
 
 
 # ---------------------------------------------------------------------------------------------- the report

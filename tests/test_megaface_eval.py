@@ -348,6 +348,21 @@ def test_photos_in_a_folder_between_the_tree_and_the_list(run, trees, tmp_path):
         assert (tmp_path / "out" / "raw" / name).read_bytes() == (tmp_path / "plain" / "raw" / name).read_bytes()
 
 
+def test_files_whose_numbers_would_mean_others_do_not_stay(run, tmp_path):
+    """A second model in the same folder: the first one's files stay beside the same lists, and go with other lists."""
+    raw, ending = tmp_path / "out" / "raw", "facescrub_megaface_run-toy_40_1.json"
+    assert run("--noise", "raw")[0] == 0
+    others = [raw / f"{kind}_facescrub_megaface_other_7_1.json" for kind in ("cmc", "matches")]
+    for path in others:
+        path.write_text("{}")
+    assert run("--noise", "raw")[0] == 0 and all(path.exists() for path in others)
+    lists = template_lists(tmp_path)
+    content = json.loads(lists[1].read_text())
+    lists[1].write_text(json.dumps({"path": content["path"][::-1]}))
+    assert run("--noise", "raw", "--distractor-list", lists[1])[0] == 0
+    assert not any(path.exists() for path in others) and (raw / f"matches_{ending}").exists()
+
+
 def test_no_figure_where_most_distractors_are_missing(run, trees, tmp_path):
     """A missing distractor beats nobody: with nearly all of them missing any model would have rank-1 100 %."""
     lists = template_lists(tmp_path)
