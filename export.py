@@ -528,16 +528,16 @@ def main() -> None:
         options = dataclasses.replace(options, normalise_inside=True, mirror=options.mirror_inside)
     for name in ("onnxscript", "torch.onnx", "onnx_ir", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    embedder = open_embedder(options, "cpu")
-    if inside and not hasattr(embedder.model, "network"):
+    source = checkpoint_path(options.checkpoint)  # an address need not end like its file
+    if inside and source.suffix.lower() == ".onnx":
         raise InputError(
             f"{options.checkpoint}: is ONNX; its graph is copied as it is, without --normalise-inside, --mirror-inside "
             "and --for, which start from a checkpoint"
         )
+    embedder = open_embedder(options, "cpu")
     written = ["backbone.pth"] if weights else [f"embedding-{name}.onnx" for name in options.variants]
-    source = checkpoint_path(options.checkpoint).resolve()
     for path in (options.out / name for name in written):
-        if path.resolve() == source:
+        if path.resolve() == source.resolve():
             raise InputError(f"--out {options.out}: {path} is what --checkpoint names, and would be overwritten")
     options.out.mkdir(parents=True, exist_ok=True)
     for path in options.out.glob(".*.tmp"):  # of a run that was killed while it wrote
