@@ -373,11 +373,12 @@ def test_freed_memory_is_used_again():
         "fresh_pages()\n"
         "handed_back = sum(fresh_pages() for _ in range(12))\n"
         "utils.keep_freed_memory()\n"
+        "settling = [fresh_pages() for _ in range(24)]\n"
         "print(handed_back, sum(fresh_pages() for _ in range(12)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     handed_back, kept = map(int, done.stdout.split())
-    assert kept < handed_back / 2  # a few blocks are laid anew until the heap has settled
+    assert kept < handed_back / 4  # usually nothing, once a few blocks have been laid anew and the heap has settled
 
 
 def test_training_and_embedding_on_a_cpu_keep_memory_and_on_a_gpu_leave_it(monkeypatch):
