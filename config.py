@@ -489,7 +489,12 @@ class Stress(Feeding):
     checkpoint: list[str] = option(
         REQUIRED, "the models, as for lfw_eval.py: files, addresses, or released", group="model", metavar="FILE"
     )
-    labels: list[str] = option([], "a name for each model; none means the files' own", group="model", metavar="TEXT")
+    labels: list[str] = option(
+        [],
+        "a name for each model; none means the files' own, with their folders' where those agree",
+        group="model",
+        metavar="TEXT",
+    )
     identities: int = option(200, "how many people", group="people", metavar="N", at_least=5, at_most=10_000)
     first: int = option(0, "number of the first person", group="people", metavar="N", at_least=0)
     seed: int = option(1, "another seed gives other people", group="people", at_least=0)

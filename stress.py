@@ -135,7 +135,10 @@ def main() -> None:
 
 
 def _labels(options: config.Stress) -> list[str]:
-    labels = [" ".join(label.split()) for label in options.labels or [Path(name).stem for name in options.checkpoint]]
+    named = [Path(name).stem for name in options.checkpoint]
+    if len(set(named)) < len(named):  # most are called embedding.pt; what tells them apart is the run's folder
+        named = [f"{Path(name).parent.name}/{Path(name).stem}".lstrip("/") for name in options.checkpoint]
+    labels = [" ".join(label.split()) for label in options.labels or named]
     if len(labels) != len(options.checkpoint):
         raise InputError(f"--labels: {len(labels)} labels for {len(options.checkpoint)} models")
     if len(set(labels)) < len(labels):

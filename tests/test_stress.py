@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+import config
 import utils
 from cropping.align import TEMPLATE, align_face, estimate_similarity
 from embedding import Embedder
@@ -401,6 +402,20 @@ def test_two_runs_do_not_mix_their_results(run, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     assert run("--checkpoint", "b.onnx", "--factors", "blur")[0] == 0
     assert json.loads((out / "results.json").read_text())["models"][0]["label"] == "b"
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders():
+    pytest.importorskip("warp")
+    import stress
+
+    def labels(*checkpoints, **more):
+        return stress._labels(config.Stress(checkpoint=list(checkpoints), out=None, **more))
+
+    assert labels("runs/a/embedding.pt", "b.onnx") == ["embedding", "b"]
+    assert labels("runs/a/embedding.pt", "runs/b/embedding.pt") == ["a/embedding", "b/embedding"]
+    assert labels("embedding.pt", "b/embedding.pt") == ["embedding", "b/embedding"]
+    assert labels("x/a/embedding.pt", "y/a/embedding.pt") == ["a/embedding (1)", "a/embedding (2)"]
+    assert labels("a.pt", "a.onnx", labels=["one", "two"]) == ["one", "two"]
 
 
 def test_what_is_said_of_factors_that_fall_and_of_those_that_lose_nothing():
