@@ -156,7 +156,7 @@ class _Logits(nn.Module):
 
 def inner_mistakes(embedder: Embedder, checkpoint: Path) -> Iterator[tuple[str, Embedder]]:
     """Models made from this one by the mistakes that a caller makes inside it; none for ONNX."""
-    network = getattr(embedder.model, "network", None)
+    network = embedder.network
     if network is None:
         return
     device = embedder.model.device

@@ -202,6 +202,11 @@ class Embedder:
         return cls(model, preprocessing, name=name, sha256=sha256, engine=engine, batch_size=batch_size)
 
     @property
+    def network(self) -> nn.Module | None:
+        """The network that computes; None for an ONNX model."""
+        return getattr(self.model, "network", None)
+
+    @property
     def dim(self) -> int:
         """Numbers in a feature. Asked for the first time before any features were computed, it costs one crop."""
         if self._dim is None:
@@ -216,7 +221,7 @@ class Embedder:
         """
         if self.sha256 is None:
             return None
-        code = utils.code_sha256(__file__, *_sources(getattr(self.model, "network", None)))
+        code = utils.code_sha256(__file__, *_sources(self.network))
         recipe = [self.sha256, self.engine, dataclasses.astuple(self.preprocessing), code]
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
@@ -249,13 +254,12 @@ class Embedder:
         Threads that share a layer wait for each other at its end. Measured with `mfn` on two cores: a thread a batch
         is up to a quarter faster in float32 and a third in bfloat16. An ONNX engine has threads of its own.
         """
-        count = 1
-        if getattr(self.model, "network", None) is not None and self.model.device.type == "cpu":
-            count = _together(batches, torch.get_num_threads())
+        on_cpu, threads = self.network is not None and self.model.device.type == "cpu", torch.get_num_threads()
+        count = _together(batches, threads) if on_cpu else 1
         if count == 1:
             yield map
             return
-        with utils.computing_threads(count, torch.get_num_threads() // count) as pool:
+        with utils.computing_threads(count, threads // count) as pool:
             yield pool.map
 
     def _batch(self, crops: np.ndarray) -> np.ndarray:
@@ -266,7 +270,7 @@ class Embedder:
         return feature.cpu().numpy()
 
     def _evaluating(self) -> contextlib.AbstractContextManager[None]:
-        network = getattr(self.model, "network", None)
+        network = self.network
         return contextlib.nullcontext() if network is None else _evaluation_mode(network, self.model.device)
 
     @property

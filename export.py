@@ -309,7 +309,7 @@ class Exporter:
     sets: list[VerificationSet]
 
     def __post_init__(self) -> None:
-        self.network: nn.Module | None = getattr(self.embedder.model, "network", None)
+        self.network = self.embedder.network
         self.results = [self.verify(self.embedder, pairs) for pairs in self.sets]
         figures = self.options.figures
         self.measured = None if figures is None else measured_entry(figures, self.embedder)
@@ -451,7 +451,7 @@ def export_detector(options: config.Export) -> dict[str, Any]:
 
 def write_backbone(embedder: Embedder, out: Path) -> Path:
     """The weights as arcface_torch has them: a plain float32 state_dict under its key names, which are ours."""
-    network = getattr(embedder.model, "network", None)
+    network = embedder.network
     if network is None:
         raise InputError(f"{embedder.name}: is ONNX; --layout insightface starts from weights of a network")
     name = name_of(network.state_dict())

@@ -241,20 +241,16 @@ def _write_devkit(
                 paths = [str(folder / what / f"{side.names[row]}_{name}.bin") for row in part]
                 write_features(paths, np.asarray(store.features[part]), bar.update)
     lists = folder / "templatelists"
-    _write_list(lists / f"{PROBES}_features_list.json", TemplateList(sides[0].names, sides[0].ids))
+    utils.write_bytes(lists / f"{PROBES}_features_list.json", _as_json(TemplateList(sides[0].names, sides[0].ids)))
     for size in sizes:
         content = TemplateList(sides[1].names[:size], None)
-        _write_list(lists / f"{DISTRACTORS}_features_list.json_{size}_1", content)
+        utils.write_bytes(lists / f"{DISTRACTORS}_features_list.json_{size}_1", _as_json(content))
     command = ["python", "megaface/run_experiment.py", folder / DISTRACTORS, folder / PROBES, f"_{name}.bin"]
     command += [folder / "results", "-s", *sizes, "-p", lists / f"{PROBES}_features_list.json", "-dlp", lists]
     print(shlex.join(map(str, command)))
 
 
-def _write_list(path: Path, content: TemplateList) -> None:
-    utils.write_bytes(path, _list_bytes(content))
-
-
-def _list_bytes(content: TemplateList) -> bytes:
+def _as_json(content: TemplateList) -> bytes:
     texts = {"path": content.paths} | ({} if content.ids is None else {"id": content.ids})
     return json.dumps(texts, indent=1).encode("utf-8", "surrogateescape")
 
@@ -336,10 +332,14 @@ def _write_results(
 ) -> None:
     """The devkit's two files for each size, and the lists that their numbers refer to."""
     lists = {
-        folder / "probes.json": TemplateList([sides[0].names[row] for row in entrants.probe_rows], entrants.ids),
-        folder / "distractors.json": TemplateList([sides[1].names[row] for row in entrants.distractor_rows], None),
+        folder / "probes.json": _as_json(
+            TemplateList([sides[0].names[row] for row in entrants.probe_rows], entrants.ids)
+        ),
+        folder / "distractors.json": _as_json(
+            TemplateList([sides[1].names[row] for row in entrants.distractor_rows], None)
+        ),
     }
-    kept = all(path.is_file() and path.read_bytes() == _list_bytes(content) for path, content in lists.items())
+    kept = all(path.is_file() and path.read_bytes() == text for path, text in lists.items())
     # Of this model's earlier run; where the lists are others now, of every model's: their numbers would mean others.
     names = glob.escape(name) if kept else "*"
     for kind in ("cmc", "matches"):
@@ -349,8 +349,8 @@ def _write_results(
         ending = f"{PROBES}_{DISTRACTORS}_{name}_{result.size}_1.json"
         utils.write_text(folder / f"cmc_{ending}", cmc_text(result))
         utils.write_text(folder / f"matches_{ending}", matches_text(result))
-    for path, content in lists.items():
-        _write_list(path, content)
+    for path, text in lists.items():
+        utils.write_bytes(path, text)
 
 
 # ---------------------------------------------------------------------------------------------- the report

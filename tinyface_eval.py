@@ -153,7 +153,7 @@ def _table(found: Search, preparation: dict[str, Any]) -> str:
 
 
 def _cell(rate: Interval) -> str:
-    return f"{utils.percent(rate.value).removesuffix(' %'):>6} ({100 * rate.low:.2f} ... {100 * rate.high:.2f})"
+    return f"{utils.percent(rate.value, ''):>6} ({100 * rate.low:.2f} ... {100 * rate.high:.2f})"
 
 
 if __name__ == "__main__":

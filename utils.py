@@ -576,7 +576,7 @@ def read_tensors(path: str | Path, *, mmap: bool = False, stand_ins: bool = Fals
     return content
 
 
-def percent(rate: float | None) -> str:
+def percent(rate: float | None, unit: str = " %") -> str:
     """A rate in [0, 1] with two decimals, more where these would make it all or nothing, which it is not; "-" for None.
 
     One wrong pair in 60,000 is 99.998 %, not 100.00 %.
@@ -584,7 +584,7 @@ def percent(rate: float | None) -> str:
     if rate is None:
         return "-"
     digits = next((n for n in range(2, 6) if not 0 < rate < 1 or 0 < float(f"{100 * rate:.{n}f}") < 100), 6)
-    return f"{100 * rate:.{digits}f} %"
+    return f"{100 * rate:.{digits}f}{unit}"
 
 
 def shown(text: object, most: int = 60) -> str:

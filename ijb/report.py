@@ -160,12 +160,7 @@ def _point(result: Verification, far: float) -> OperatingPoint:
 
 
 def _tar(point: OperatingPoint) -> str:
-    return _digits(point.tar)
-
-
-def _digits(rate: float | None) -> str:
-    """A rate in per cent without the sign; "-" for None."""
-    return utils.percent(rate).removesuffix(" %")
+    return utils.percent(point.tar, "")
 
 
 def _range(bounds: tuple[float, float] | None) -> str:
@@ -186,7 +181,7 @@ def _identification_lines(lists: Lists, result: Identification) -> list[str]:
     lines = [f"{lists.subset} 1:N, {USUAL.name}. In %; as public code prints it | over mated probes, 95 % by person:"]
     for rank in RANKS:
         rate = result.rates[rank]
-        measured = "-" if rate is None else f"{_digits(rate.value)} ({_range((rate.low, rate.high))})"
+        measured = "-" if rate is None else f"{utils.percent(rate.value, '')} ({_range((rate.low, rate.high))})"
         lines.append(f"  rank-{rank:<3} {100 * result.printed[rank]:7.2f} | {measured}")
     for fpir in (1e-2, 1e-1):
         printed = result.printed_tpir[min(CURVE, key=lambda point: abs(point - fpir))]
@@ -194,7 +189,7 @@ def _identification_lines(lists: Lists, result: Identification) -> list[str]:
         for gallery in result.galleries:
             found = next(one for one in gallery.detections if one.fpir == fpir)
             bounds = None if found.by_identity is None else (found.by_identity.low, found.by_identity.high)
-            value = "-" if found.tpir is None else f"{_digits(found.tpir)} ({_range(bounds)})"
+            value = "-" if found.tpir is None else f"{utils.percent(found.tpir, '')} ({_range(bounds)})"
             cells.append(f"{gallery.name} {value}")
         lines.append(f"  TPIR at FPIR {fpir:<5g} {100 * printed:7.2f} | not exceeded: {', '.join(cells)}")
     sizes = ", ".join(f"{g.name}: {g.size} people, {g.mated} of {g.probes} probes mated" for g in result.galleries)

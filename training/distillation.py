@@ -67,7 +67,7 @@ class OnlineTeacher:
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
         self.dim = embedder.dim
-        self.network = getattr(embedder.model, "network", None)
+        self.network = embedder.network
         if self.network is not None:
             self.network.eval().requires_grad_(False)
         self.trusted = False
