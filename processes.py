@@ -8,7 +8,7 @@ here, in this order:
 2. Slurm's SLURM_PROCID, SLURM_LOCALID, SLURM_NTASKS, which `srun` gives to each task. A job array multiplies the
    shards by its tasks (SLURM_ARRAY_TASK_ID, _MIN, _STEP, _COUNT); training takes no notice of it, because the jobs of
    an array start when they like;
-3. nothing: one process.
+3. nothing: one process. So is what a batch script starts without `srun`, though `sbatch` calls it number 0 of all.
 """
 
 import os
@@ -43,7 +43,7 @@ def task(environment: Mapping[str, str] = os.environ) -> Task:
     if "WORLD_SIZE" in environment or "RANK" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return _task("torchrun", names, environment)
-    if "SLURM_PROCID" in environment:
+    if "SLURM_PROCID" in environment and not _is_batch_script(environment):
         # Of the step that srun started, where it says so: a step may have fewer tasks than its job.
         size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
         found = _task("srun", ("SLURM_PROCID", size, "SLURM_LOCALID", ""), environment)
@@ -51,9 +51,15 @@ def task(environment: Mapping[str, str] = os.environ) -> Task:
     return Task()
 
 
+def _is_batch_script(environment: Mapping[str, str]) -> bool:
+    """Whether `sbatch` started this alone: as task 0, but of no step."""
+    return environment["SLURM_PROCID"] == "0" and not environment.keys() & {"SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"}
+
+
 def _task(launcher: str, names: tuple[str, str, str, str], environment: Mapping[str, str]) -> Task:
     rank, size, local_rank, local_size = (environment.get(name) for name in names)
-    rank, size = rank or "0", size or "1"
+    size = size or "1"
+    rank = rank or ("0" if size == "1" else "")
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise InputError(f"{names[0]}={rank} {names[1]}={size}: not a rank within a world size")
     if not all(text is None or text.isdecimal() for text in (local_rank, local_size)):
@@ -115,7 +121,7 @@ class Shard:
 
         Raises `InputError` for anything else.
         """
-        if text:
+        if text is not None:
             index, slash, count = text.partition("/")
             if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
                 raise InputError(f"--shard {text}: expected K/N with 1 <= K <= N, such as 3/16")

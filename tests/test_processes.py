@@ -43,12 +43,23 @@ def test_slurm():
     assert task({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}) == Task()
 
 
+def test_a_command_of_a_batch_script_without_srun_is_alone():
+    """sbatch calls its script number 0 of all tasks; nobody starts the others."""
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "64"}
+    batch["SLURM_TASKS_PER_NODE"] = "34,26,2(x2)"
+    assert task(batch) == Task() and Shard.parse(None, batch) == Shard(0, 1)
+    array = batch | {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "8"}
+    assert Shard.parse(None, array) == Shard(5, 8)
+    assert task(batch | {"SLURM_STEP_NUM_TASKS": "64"}).size == 64
+
+
 @pytest.mark.parametrize(
     "variables",
     [
         {"RANK": "2", "WORLD_SIZE": "2"},
         {"RANK": "-1", "WORLD_SIZE": "2"},
         {"RANK": "x", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"},
         {"SLURM_PROCID": "4", "SLURM_NTASKS": "4"},
     ],
@@ -93,7 +104,7 @@ def test_shards_of_tasks_and_arrays():
     steps = {"SLURM_ARRAY_TASK_ID": "14", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_STEP": "2"}
     assert Shard.parse(None, steps) == Shard(7, 8)
     found = {
-        Shard.parse(None, array | {"SLURM_ARRAY_TASK_ID": str(a), "SLURM_PROCID": str(p), "SLURM_NTASKS": "4"})
+        Shard.parse(None, array | {"SLURM_ARRAY_TASK_ID": str(a), "SLURM_PROCID": str(p), "SLURM_STEP_NUM_TASKS": "4"})
         for a in range(8)
         for p in range(4)
     }
@@ -108,7 +119,7 @@ def test_an_array_with_gaps_is_a_question():
         Shard.parse(None, gaps)
 
 
-@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/", "/2", "-1/2"])
+@pytest.mark.parametrize("text", ["", "0/4", "5/4", "1", "a/b", "1/", "/2", "-1/2"])
 def test_shards_that_mean_nothing(text):
     with pytest.raises(InputError, match=f"--shard {text}: expected K/N"):
         Shard.parse(text, {})

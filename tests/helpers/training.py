@@ -153,6 +153,7 @@ def start(target, *arguments, output, size=1, launcher="torchrun"):
                 "SLURM_PROCID": str(rank),
                 "SLURM_LOCALID": str(rank),
                 "SLURM_NTASKS": str(size),
+                "SLURM_STEP_NUM_TASKS": str(size),
                 "SLURM_NODEID": "0",
                 "SLURM_TASKS_PER_NODE": str(size),
                 "SLURM_JOB_ID": str(port),
