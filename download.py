@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from email.message import Message
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +64,9 @@ def fetch(url: str, folder: Path = WEIGHTS) -> Path:
     Several processes may ask for the same file: one downloads, the others wait for it.
     """
     target = place_of(url, folder)
+    if target.exists() and _record_of(target).exists():  # nothing to write, so the folder may be for reading only
+        _check_recorded_hash(target)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f".{target.name}.lock")):
         if not target.exists():
@@ -129,17 +133,18 @@ class _WrongStartError(_RefusedError):
 def _download(url: str, target: Path) -> None:
     """Fetch `url` into `target` over as many connections as it takes (at most `ATTEMPTS` in a row without progress)."""
     part = target.with_name(f"{target.name}.part")
-    failures = 0
+    failures, furthest = 0, _size_of(part)
     while True:
-        before = part.stat().st_size if part.exists() else 0
         try:
             _receive(url, part)
             break
         except _RefusedError as error:
             raise InputError(f"{url}: {error}; {_by_hand(url, target)}") from error
         except (OSError, http.client.HTTPException, _CutOffError) as error:
-            received = part.stat().st_size if part.exists() else 0
-            failures = 0 if received >= before + SLOWEST else failures + 1
+            received = _size_of(part)
+            # What came before and had to be thrown away is no progress when it comes again.
+            failures = 0 if received >= furthest + SLOWEST else failures + 1
+            furthest = max(furthest, received)
             if failures >= ATTEMPTS or _is_unreachable(error):
                 reason = getattr(error, "reason", error)
                 raise InputError(
@@ -151,6 +156,10 @@ def _download(url: str, target: Path) -> None:
     fsync_directory(target.parent)
 
 
+def _size_of(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
 def _is_unreachable(error: Exception) -> bool:
     """No network at all (no name, no route, refused): waiting seconds will not change that."""
     return isinstance(error, urllib.error.URLError) and not isinstance(error.reason, TimeoutError)
@@ -158,13 +167,15 @@ def _is_unreachable(error: Exception) -> bool:
 
 def _receive(url: str, part: Path) -> None:
     """One connection: append to `part` what is missing; returns when the file is as long as announced."""
-    have = part.stat().st_size if part.exists() else 0
+    have = _size_of(part)
     tag_file = part.with_name(part.name + ".etag")
     request = urllib.request.Request(url, headers={"User-Agent": "face-recognition", "Accept-Encoding": "identity"})
+    tag: str | None = None
     if have and tag_file.exists():
         # If-Range: the rest of the same file, or all of a file that has changed meanwhile.
         request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", tag_file.read_text(encoding="utf-8"))
+        tag = tag_file.read_text(encoding="utf-8")
+        request.add_header("If-Range", tag)
     try:
         response = urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
@@ -174,12 +185,16 @@ def _receive(url: str, part: Path) -> None:
             raise _CutOffError("the server has no such range") from error
         if error.code in (429, 500, 502, 503, 504):
             raise _CutOffError(f"the server answered {error.code} {error.reason}") from error
-        raise _RefusedError(f"the server answered {error.code} {error.reason}") from error
+        reason = str(error.reason).partition("\n")[0]
+        raise _RefusedError(f"the server answered {error.code} {reason}") from error
     except ValueError as error:  # UnicodeError is one: a name that no server can have
         raise _RefusedError(f"no such address, or a redirect to none ({error})") from error
     with response:
         if response.status == 206:
-            total: int | None = _total_of_range(response.headers.get("Content-Range", ""), have)
+            total: int | None = _total_of_rest(response.headers, have, tag)
+            if total is None:
+                part.unlink(missing_ok=True)
+                raise _CutOffError("the server answered a range request with something else")
         else:
             have = 0
             length = response.headers.get("Content-Length")
@@ -275,15 +290,18 @@ def _strong_validator(headers: Message) -> str | None:
     return headers.get("Last-Modified")
 
 
-def _total_of_range(content_range: str, have: int) -> int:
-    """Length of the whole file from `Content-Range: bytes 100-199/200`, which must begin where we stopped."""
+def _total_of_rest(headers: Message, have: int, tag: str | None) -> int | None:
+    """Length of the whole file from `Content-Range: bytes 100-199/200`; None if what comes is not the rest of ours.
+
+    It must begin where we stopped, in the file that we began, which not every server compares with If-Range.
+    """
+    if tag is not None and _strong_validator(headers) not in (None, tag):
+        return None
     try:
-        span, total = content_range.removeprefix("bytes ").split("/")
-        if int(span.split("-")[0]) == have:
-            return int(total)
+        span, total = headers.get("Content-Range", "").removeprefix("bytes ").split("/")
+        return int(total) if int(span.split("-")[0]) == have else None
     except ValueError:
-        pass
-    raise _RefusedError(f"the server answered a range request with Content-Range: {content_range!r}")
+        return None
 
 
 def _check_looks_like_a_model(part: Path, url: str, target: Path) -> None:
@@ -291,13 +309,15 @@ def _check_looks_like_a_model(part: Path, url: str, target: Path) -> None:
         head = file.read(START)
     try:
         _check_start(head, part)
+        if head.startswith(PYTORCH_MAGIC[0]) and not zipfile.is_zipfile(part):  # its directory comes last
+            raise _WrongStartError(f"the end of the {Path(part.stem).suffix} model is missing")
     except _WrongStartError as error:
         part.unlink()
         raise InputError(f"{url}: {error}; {_by_hand(url, target)}") from error
 
 
 def _check_start(head: bytes, part: Path) -> None:
-    suffix = Path(part.stem).suffix  # net.pt.part
+    suffix = Path(part.stem).suffix.lower()  # net.pt.part
     right = head.startswith(ONNX_MAGIC if suffix == ".onnx" else PYTORCH_MAGIC)
     if suffix == ".safetensors":
         right = begins_safetensors(head)

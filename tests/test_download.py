@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 import download
 from utils import InputError, sha256_of
 
+ONNX = b"\x08\x07\x12\x07pytorch"  # how one begins
+
 
 def model_bytes(seed=0):
     buffer = io.BytesIO()
@@ -40,6 +42,7 @@ class Server:
 
         self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.httpd.server_port}"
+        self.httpd.requests = self.requests
         threading.Thread(target=self.httpd.serve_forever, args=(0.01,), daemon=True).start()
 
 
@@ -161,6 +164,73 @@ def test_part_longer_than_the_file(tmp_path):
         assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
 
 
+def rest(data, content_range, tag='"v1"'):
+    """Answers with the first half of `data`, and from then on as if all it has to say about ranges were this."""
+
+    def answer(handler):
+        if not handler.headers.get("Range"):
+            again = any("Range" in headers for _, headers in handler.server.requests)
+            return send(handler, data, send_only=None if again else len(data) // 2)
+        start = len(data) // 2
+        handler.send_response(206)
+        handler.send_header("Content-Range", content_range.format(start=start, last=len(data) - 1, all=len(data)))
+        handler.send_header("ETag", tag)
+        handler.end_headers()
+        handler.wfile.write(data[:-1][start:] + b"x")
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("content_range", "tag"),
+    [
+        ("bytes {start}-{last}/{all}", '"v2"'),  # of another file, though If-Range forbids that
+        ("bytes 0-{last}/{all}", '"v1"'),
+        ("bytes {start}-{last}/*", '"v1"'),
+    ],
+)
+def test_a_rest_that_does_not_fit_is_not_taken_and_all_is_asked_for(tmp_path, content_range, tag):
+    data = model_bytes()
+    with serving(rest(data, content_range, tag)) as server:
+        assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
+        assert [headers.get("Range") for _, headers in server.requests] == [None, f"bytes={len(data) // 2}-", None]
+
+
+def test_halves_without_a_rest_end(tmp_path):
+    """However much of it comes each time, it is the same half."""
+    data = model_bytes()
+
+    def answer(handler):
+        if len(handler.server.requests) > 50:
+            handler.send_error(404)
+        elif handler.headers.get("Range"):
+            handler.send_error(416)
+        else:
+            send(handler, data, send_only=len(data) // 2)
+
+    with serving(answer) as server, pytest.raises(InputError, match=r"has no such range|connection ended"):
+        download.fetch(f"{server.url}/net.pt", tmp_path)
+
+
+def test_a_zip_without_its_end_is_no_model(tmp_path):
+    """Of a body whose length nobody announced nothing else says that it was cut off."""
+    data = model_bytes()
+    with serving(lambda handler: chunked(handler, [data[:-5000]])) as server:
+        with pytest.raises(InputError, match=r"the end of the \.pt model is missing"):
+            download.fetch(f"{server.url}/net.pt", tmp_path)
+        assert not list(tmp_path.rglob("net.pt*"))
+    with serving(lambda handler: chunked(handler, [data])) as server:
+        assert download.fetch(f"{server.url}/net.pt", tmp_path).read_bytes() == data
+
+
+def test_a_known_file_in_a_folder_for_reading_only(tmp_path, monkeypatch):
+    data = model_bytes()
+    with serving(lambda handler: send(handler, data)) as server:
+        path = download.fetch(f"{server.url}/net.pt", tmp_path)
+        monkeypatch.setattr(download, "locked", None)
+        assert download.fetch(f"{server.url}/net.pt", tmp_path) == path
+
+
 def test_redirect_is_followed(tmp_path):
     data = model_bytes()
 
@@ -269,6 +339,7 @@ def test_redirect_from_https_to_http_is_refused():
         (lambda handler: send(handler, b"no model", announced="9" * 5000), "not a .pt model"),
         (lambda handler: redirect(handler, "http://[::1/net.pt"), "no such address, or a redirect to none"),
         (lambda handler: redirect(handler, f"http://{'a' * 70}.org/net.pt"), "no such address, or a redirect to none"),
+        (lambda handler: redirect(handler, handler.path), "answered 302 .* infinite loop.;"),
         (lambda handler: handler.send_error(404), "404"),
         (lambda handler: send(handler, b"<html>log in</html>", content_type="text/html"), "web page"),
         (lambda handler: send(handler, b"no model at all"), "not a .pt model"),
@@ -290,6 +361,11 @@ def test_safetensors_are_a_model(tmp_path):
         assert download.fetch(f"{server.url}/net.safetensors", tmp_path / "weights").read_bytes() == data
     with serving(lambda handler: send(handler, b"no model at all")) as server, pytest.raises(InputError, match="not a"):
         download.fetch(f"{server.url}/net.safetensors", tmp_path / "others")
+
+
+def test_letters_of_a_suffix_may_be_capital(tmp_path):
+    with serving(lambda handler: send(handler, ONNX)) as server:
+        assert download.fetch(f"{server.url}/net.ONNX", tmp_path).read_bytes() == ONNX
 
 
 def test_no_network_names_the_address_and_the_place(tmp_path):
