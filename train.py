@@ -39,7 +39,7 @@ from config import CROP_SIZE, Train
 from data_gen import BatchOrder, CropDataset
 from formats import crop_sets, tables
 from formats.selection import select
-from options import parse, refuse_useless
+from options import parse, plain_options, refuse_useless
 from training import checkpoints, distributed, finetune, monitor, reporting, storage, validation
 from training.augment import Augmentation
 from training.distillation import Distillation, NoHead, OnlineTeacher, StoredTeacher, Teacher, open_teacher
@@ -53,6 +53,8 @@ from verification.sets import VerificationSet, open_set
 
 STOP, SAVE = 2, 1  # what the hosts agree on after a step; the larger one wins
 SAMPLE_CROPS = 64  # shown in TensorBoard at the beginning of each epoch
+# What may differ among the processes of a run.
+OWN_OPTIONS = frozenset("data exclude val init teacher teacher_embeddings out workers decode device".split())
 # What only a margin head understands; margin and scale are not among them, since a recipe may go on without labels.
 HEAD_ONLY = ("filter", "sub_centres", "focal_gamma", "sample_rate", "head_lr", "init_head")
 
@@ -84,6 +86,22 @@ def check_options(options: Train, world: World) -> None:
     check_beginning(options)
     check_unused(options)
     check_out(options)
+
+
+def check_same_options(options: Train, world: World) -> None:
+    """Refuse processes with command lines that differ in what they do together: each would train another network.
+
+    Where a machine has its files, and how it reads them, is its own affair; what is in them is compared elsewhere.
+    Collective.
+    """
+    every = world.gather({key: value for key, value in plain_options(options).items() if key not in OWN_OPTIONS})
+    for key in every[0]:
+        values = list(dict.fromkeys(str(given.get(key)) for given in every))
+        if len(values) > 1:
+            raise InputError(
+                f"--{key.replace('_', '-')}: not the same for all processes ({', '.join(values)}); "
+                "start all of them with the same command line"
+            )
 
 
 def check_beginning(options: Train) -> None:
@@ -493,6 +511,7 @@ def make_good(
 def train(options: Train, world: World, log: monitor.RunLog) -> int:
     """Run from the start or the last checkpoint to the end. Returns the exit code."""
     check_options(options, world)
+    check_same_options(options, world)
     run = open_run(options, world, log)
     order, schedule = run.order, run.schedule
     amp = options.amp if options.amp is not None else world.device.type == "cuda"

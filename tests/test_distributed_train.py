@@ -281,6 +281,36 @@ def test_bad_input_is_one_line(crops, tmp_path):
     assert code == 1 and "error: --device cuda:0: with several processes it is auto, cuda" in text
 
 
+def other_rate(line):
+    return train_main([*line, "--lr", "0.5", "--workers", "1"] if os.environ["RANK"] == "1" else line)
+
+
+def test_processes_with_other_options_are_refused(crops, tmp_path):
+    """Each would train a network of its own, of which rank 0's is kept."""
+    codes = finish(start(other_rate, options(crops, tmp_path / "run"), output=tmp_path / "output", size=2))
+    text = (tmp_path / "output").read_text()
+    assert codes == [1, 1], text
+    expected = "error: --lr: not the same for all processes (0.02, 0.5); start all of them with the same command line\n"
+    assert text.count("error:") == text.count(expected) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_cannot_meet_are_told_where(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with (
+        pytest.raises(InputError, match=r"process 0 of 2: cannot meet the others: .*MASTER_PORT"),
+        distributed.join("cpu"),
+    ):
+        pass
+    with socket.create_server(("127.0.0.1", 0)) as other_run:
+        monkeypatch.setenv("MASTER_PORT", str(other_run.getsockname()[1]))
+        expected = r"cannot meet the others at MASTER_ADDR=127.0.0.1 MASTER_PORT=\d+ .*address already in use"
+        with pytest.raises(InputError, match=expected), distributed.join("cpu"):
+            pass
+
+
 # --- started, stopped, left alone ------------------------------------------------------------------------------------
 
 

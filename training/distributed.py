@@ -140,11 +140,14 @@ def join(device_name: str) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        if device.type == "cuda":
-            # With a device the communicators are opened on it at once; else sending would open some on GPU 0.
-            dist.init_process_group("nccl", timeout=GPU_TIMEOUT, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+        try:
+            if device.type == "cuda":
+                # With a device the communicators are opened on it at once; else sending would open some on GPU 0.
+                dist.init_process_group("nccl", timeout=GPU_TIMEOUT, device_id=device)
+            else:
+                dist.init_process_group("gloo", timeout=TIMEOUT)
+        except ValueError as error:  # where to meet is not said, or is no port
+            raise InputError(f"process {task.rank} of {task.size}: cannot meet the others: {error}") from error
         groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
         yield World(task.rank, task.size, device, *groups)
     except RuntimeError as error:
@@ -157,6 +160,11 @@ def join(device_name: str) -> Iterator[World]:
             raise InputError(
                 f"process {task.rank} of {task.size}: waited too long for the other processes; one of them hangs, has "
                 f"ended, or cannot be reached ({text.splitlines()[0]})"
+            ) from error
+        if isinstance(error, dist.DistNetworkError):  # such as a port that another run has
+            where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+            raise InputError(
+                f"process {task.rank} of {task.size}: cannot meet the others at {where} ({text.splitlines()[0]})"
             ) from error
         raise
     dist.destroy_process_group()
