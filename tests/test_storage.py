@@ -113,6 +113,15 @@ def test_a_process_writes_its_own_rows_and_rank_0_none_of_the_others(tmp_path):
         assert part["head"].keys() == {"centres"} and len(part["head"]["centres"]) == last - first
 
 
+def test_a_checkpoint_without_its_parts_is_not_written(tmp_path, monkeypatch):
+    """As on two machines whose --out is a disk of their own."""
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+    write_parts(tmp_path / "there", state(5, 2, 1), Alone(1, 2), "aa")
+    with pytest.raises(InputError, match=r"-2-of-2\.pt: .* not here; all machines must share --out"):
+        write_parts(tmp_path / "here", state(5, 2, 0), Alone(0, 2), "aa")
+    assert not (tmp_path / "here" / CHECKPOINT).exists()
+
+
 def test_parts_that_no_checkpoint_names_are_deleted(tmp_path):
     def parts():
         return {path.name.split("-")[0].lstrip("0") for path in (tmp_path / HEADS).iterdir()}

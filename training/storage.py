@@ -101,9 +101,21 @@ def write_parts(folder: Path, content: dict[str, Any], world: World, token: str)
     if not world.is_main:
         return
     utils.fsync_directory(folder / HEADS)
+    _await_parts(folder, names)
     common["parts"] = names
     _write_last(folder, common)
     _remove_parts(folder, content["step"], token)
+
+
+def _await_parts(folder: Path, names: Sequence[str]) -> None:
+    """Go on when all parts are seen here. Raises `InputError` if one is not: nobody could read such a checkpoint."""
+    until = time.monotonic() + PATIENCE
+    while missing := [name for name in names if not (folder / name).exists()]:
+        if time.monotonic() > until:
+            raise InputError(
+                f"{folder / missing[0]}: another process wrote it, but it is not here; all machines must share --out"
+            )
+        time.sleep(0.5)
 
 
 def _write_last(folder: Path, content: dict[str, Any]) -> None:
