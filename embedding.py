@@ -370,8 +370,11 @@ def load_embedder(
     if path.suffix.lower() == ".onnx":
         if precision != "exact":
             raise InputError(f"--precision {precision}: {path} computes as its file says; leave the option out")
-        return _load_onnx(path, torch.device(device), given, batch_size)
-    network, prefix = _read_network(path)
+        with _unchanged(path):
+            return _load_onnx(path, torch.device(device), given, batch_size)
+    with _unchanged(path):
+        network, prefix = _read_network(path)
+        sha256 = utils.sha256_of(path)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     preprocessing = _fed(path, network, prefix, given)
     return Embedder.from_network(
@@ -379,10 +382,29 @@ def load_embedder(
         device,
         preprocessing=preprocessing,
         name=path.name,
-        sha256=utils.sha256_of(path),
+        sha256=sha256,
         batch_size=batch_size,
         precision=precision,
     )
+
+
+@contextlib.contextmanager
+def _unchanged(path: Path) -> Iterator[None]:
+    """Raise InputError if another file takes the place of `path` meanwhile, as a training's next one does.
+
+    Else the features of one would be kept and reported under the hash of the other.
+    """
+    before = _stamp(path)
+    yield
+    if _stamp(path) != before:
+        raise InputError(f"{path}: was replaced while it was read; run the same command again")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError, ValueError):  # said by whoever opens it
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return None
 
 
 def open_embedder(options: config.Model, device: torch.device | str = "cpu") -> Embedder:

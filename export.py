@@ -19,6 +19,7 @@ With --layout insightface it writes backbone.pth alone, the weights as InsightFa
 
 import passive_threads  # noqa: F401  # isort: skip
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -286,9 +287,13 @@ def _random_crops() -> np.ndarray:
 
 
 def differences(reference: np.ndarray, features: np.ndarray) -> dict[str, float]:
-    """How far `features` [N, D] are from `reference`: relative to its largest length, and as cosine and angle."""
+    """How far `features` [N, D] are from `reference`: relative to its largest length, and as cosine and angle.
+
+    A feature of zero, as of a black crop, has no angle.
+    """
     lengths = np.linalg.norm(reference, axis=1)
-    cosines = (normalise(reference) * normalise(features)).sum(axis=1)
+    known = lengths > 0
+    cosines = (normalise(reference[known]) * normalise(features[known])).sum(axis=1)
     return {
         "max_difference": float(np.abs(features - reference).max()),
         "max_relative_difference": float(np.linalg.norm(features - reference, axis=1).max() / lengths.max()),
@@ -341,10 +346,24 @@ class Exporter:
         if self.network is None:
             import onnx
 
-            # With the weights that lie beside it, which loading has checked.
-            return onnx.load(checkpoint_path(self.options.checkpoint)).SerializeToString()
+            with self._named("cannot be copied"):
+                # With the weights that lie beside it, which loading has checked.
+                return onnx.load(checkpoint_path(self.options.checkpoint)).SerializeToString()
         normalisation = self.embedder.preprocessing if self.options.normalise_inside else None
         return to_onnx(ExportedNetwork(self.network, normalisation, self.options.mirror_inside))
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """What onnx and its converters raise of a foreign file is a line that names it; of ours it is a bug."""
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # a dozen unrelated types
+            if self.network is not None:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self.options.checkpoint}: {what}: {reason}") from error
 
     @property
     def _calibration_batch(self) -> int:
@@ -352,14 +371,15 @@ class Exporter:
 
     def variant(self, base: bytes, name: str) -> bytes:
         """`base` in the arithmetic of a variant."""
-        if name == "fp16":
-            return pixels_first(to_fp16(base))
-        if name == "int8":
-            size = self._calibration_batch
-            whole = range(0, len(self.crops) - size + 1, size)
-            parts = (torch.from_numpy(self.crops[start : start + size]) for start in whole)
-            scratch = self.options.out / ".scratch"
-            return pixels_first(to_int8(base, (np.ascontiguousarray(self.outside(part)) for part in parts), scratch))
+        with self._named(f"cannot be made {name}"):
+            if name == "fp16":
+                return pixels_first(to_fp16(base))
+            if name == "int8":
+                size = self._calibration_batch
+                whole = range(0, len(self.crops) - size + 1, size)
+                parts = (torch.from_numpy(self.crops[start : start + size]) for start in whole)
+                batches = (np.ascontiguousarray(self.outside(part)) for part in parts)
+                return pixels_first(to_int8(base, batches, self.options.out / ".scratch"))
         return base
 
     def write(self, model: bytes, name: str) -> dict[str, Any]:
@@ -367,12 +387,19 @@ class Exporter:
         path = self.options.out / f"embedding-{name}.onnx"
         mirrors = self.options.mirror_inside or self.embedder.metadata.get("mirror") == "graph"
         metadata = self.outside.to_metadata(mirror_in_graph=mirrors)
-        metadata |= {"source": self.embedder.name, "source_sha256": str(self.embedder.sha256), "variant": name}
+        metadata |= {
+            "source": utils.printable(self.embedder.name),
+            "source_sha256": str(self.embedder.sha256),
+            "variant": name,
+        }
         metadata["insightface"] = fed_by_insightface(model, self.outside)
-        exported = embedder_of_onnx(with_metadata(model, metadata), path.name)
+        with self._named(f"cannot be written as {path.name}"):
+            content = with_metadata(model, metadata)
+        exported = embedder_of_onnx(content, path.name)
         features = exported.features(self.crops)
-        if not np.isfinite(features).all():
-            raise InputError(f"{path}: in {name} the network gives features that are not finite; not written")
+        known = self.reference.any(axis=1)
+        if not np.isfinite(features).all() or not features[known].any(axis=1).all():
+            raise InputError(f"{path}: in {name} the network gives features that are zero or not finite; not written")
         found = differences(self.reference, features)
         if name == "fp32" and not found["max_relative_difference"] <= TOLERANCE:
             raise InputError(
@@ -513,6 +540,11 @@ def main() -> None:
     weights = options.layout == "insightface"
     useless = [
         (weights, "--layout insightface writes weights alone, as they are", OF_ONNX),
+        (
+            not (options.lfw or options.bin or options.figures),
+            "the rate of a threshold, which only --lfw, --bin and --figures bring",
+            ("far",),
+        ),
         (options.lfw is None, "pairs of the photos in --lfw, which is not given", ("pairs",)),
         (not options.detector, "concerns --detector, which is not given", ("detector_weights",)),
         (True, "files are written in the arithmetic of --variants", ("precision",)),

@@ -463,6 +463,22 @@ def test_fingerprint_tells_what_was_computed(tmp_path, network):
     assert Embedder.from_network(network, "cpu").fingerprint is None
 
 
+@pytest.mark.parametrize("name", ["net.pt", "net.onnx"])
+def test_a_file_that_another_one_replaces_while_it_is_read_is_neither(tmp_path, network, monkeypatch, name):
+    """Else the features of one would be kept, and reported, under the hash of the other."""
+    path = write_onnx(tmp_path / "net.onnx", metadata=Preprocessing().to_metadata())
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    sha256_of = utils.sha256_of
+
+    def replaced(path):
+        utils.write_bytes(path, path.read_bytes())
+        return sha256_of(path)
+
+    monkeypatch.setattr(utils, "sha256_of", replaced)
+    with pytest.raises(InputError, match=rf"{name}: was replaced while it was read"):
+        load_embedder(path.with_name(name))
+
+
 def test_fingerprint_covers_the_code_of_the_network_and_the_librarys_version(tmp_path, monkeypatch):
     """Editing the forward pass is another model: its old features must not be taken for the new ones."""
     source = tmp_path / "own_network.py"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from helpers.toy_models import TEACHER, write_onnx
 
 import export
 import lfw_eval
-from embedding import Preprocessing, load_embedder
+from embedding import Preprocessing, load_embedder, open_embedder
 from formats import crop_sets
 from formats.crop_sets import write_crops
 from formats.verification_bin import write_bin
@@ -149,6 +150,7 @@ def test_calibration_crops_are_spread_and_rgb(tmp_path):
         (["--detector-weights", "own.pth"], "--detector-weights: concerns --detector"),
         (["--precision", "bf16"], "--precision: files are written in the arithmetic of --variants"),
         (["--far", "0"], "--far 0"),
+        (["--far", "1e-4"], "--far: the rate of a threshold, which only --lfw, --bin and --figures bring"),
         ([], "no-such.pt"),
     ],
 )
@@ -220,9 +222,14 @@ def test_figures_of_lfw_eval_need_not_be_measured_again(exported, tmp_path, monk
     (point,) = [point for point in measured["tar_at_far"] if point["far"] == 0.1]
     assert stated["threshold"]["cosine"] == point["threshold"]["cosine"] != measured["threshold_best"]["cosine"]
     assert stated["threshold"]["far_interval_95"] == point["far_interval_95"]
-    # Fed in another way, or another network, it is no figure of this one.
+    # Fed in another way, or another network, it is no figure of this one; nor is it in another arithmetic.
     code, _, err = run(monkeypatch, capsys, *arguments, "--no-mirror")
     assert code == 1 and "fed with other mirror" in err
+    content = json.loads(results.read_text())
+    content["model"]["engine"] += " bf16"
+    results.write_text(json.dumps(content))
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and "results.json: measured with --precision bf16" in err
 
 
 def insightface_would_feed(path, crops):
@@ -317,7 +324,7 @@ def test_a_variant_that_overflows_is_named_and_no_report_of_other_files_stays(tm
         export.Exporter, "variant", lambda self, base, name: base if name == "fp32" else too_large(base)
     )
     code, _, err = run(monkeypatch, capsys, *arguments, "--variants", "fp32", "fp16")
-    assert code == 1 and "embedding-fp16.onnx: in fp16 the network gives features that are not finite" in err
+    assert code == 1 and "embedding-fp16.onnx: in fp16 the network gives features that are zero or not finite" in err
     assert sorted(path.name for path in out.glob("e*")) == ["embedding-fp32.onnx"]
 
 
@@ -326,6 +333,64 @@ def too_large(model):
     kernel = onnx.numpy_helper.to_array(proto.graph.initializer[0])
     proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full_like(kernel, np.inf), "kernel"))
     return proto.SerializeToString()
+
+
+def unsorted(path):
+    model = onnx.load(write_onnx(path))
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    onnx.save(model, path)
+
+
+def beside_a_hard_link(path):
+    onnx.save(onnx.load(write_onnx(path)), path, save_as_external_data=True, location="weights", size_threshold=0)
+    os.link(path.with_name("weights"), path.with_name("the-same"))
+
+
+@pytest.mark.parametrize(
+    ("write", "variant", "reason"),
+    [
+        (unsorted, "fp32", "topologically sorted"),
+        (beside_a_hard_link, "fp32", "multiple hard links"),
+        (lambda path: write_onnx(path, kind=onnx.TensorProto.FLOAT16), "int8", "expected: (tensor(float16))"),
+    ],
+)
+def test_a_foreign_file_that_cannot_be_turned_into_a_variant_is_named(
+    tmp_path, monkeypatch, capsys, write, variant, reason
+):
+    foreign = tmp_path / "foreign.onnx"
+    write(foreign)
+    write_crops(tmp_path / "crops", [(jpeg(np.random.default_rng(0)), label) for label in range(16)])
+    arguments = ["--checkpoint", foreign, "--mean", "0.5", "--std", "0.5", "--out", tmp_path / "out"]
+    code, _, err = run(monkeypatch, capsys, *arguments, "--variants", variant, "--calibration", tmp_path / "crops")
+    assert code == 1 and f"error: {foreign}: cannot be" in err and reason in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("out/*.onnx"))
+
+
+def test_a_crop_without_a_feature_does_not_end_the_export(tmp_path, monkeypatch, capsys):
+    """A black one, to a network without biases; it has no angle to anything, the others have."""
+    foreign = write_onnx(tmp_path / "foreign.onnx")
+    black = cv2.imencode(".png", np.zeros((112, 112, 3), np.uint8))[1].tobytes()
+    write_crops(tmp_path / "crops", [(jpeg(np.random.default_rng(0)), 0), (black, 1)])
+    arguments = ["--checkpoint", foreign, "--mean", "0", "--std", "1", "--out", tmp_path / "out"]
+    code, _, err = run(monkeypatch, capsys, *arguments, "--calibration", tmp_path / "crops")
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "export.json").read_text())["variants"]["fp32"]["difference_to_pytorch"]
+    assert found["min_cosine"] == pytest.approx(1)
+
+
+def test_a_name_that_is_no_text_is_written_as_it_is_shown(tmp_path, monkeypatch, capsys):
+    def renamed(*arguments):
+        embedder = open_embedder(*arguments)
+        embedder.name = "caf\udce9.pt"
+        return embedder
+
+    monkeypatch.setattr(export, "open_embedder", renamed)
+    foreign = write_onnx(tmp_path / "foreign.onnx", metadata=TEACHER)
+    code, _, err = run(monkeypatch, capsys, "--checkpoint", foreign, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert load_embedder(tmp_path / "out" / "embedding-fp32.onnx").metadata["source"] == r"caf\udce9.pt"
 
 
 def test_the_source_is_not_overwritten(tmp_path, monkeypatch, capsys):

@@ -105,8 +105,10 @@ def measured_entry(path: Path, embedder: Embedder) -> dict[str, Any]:
     found, wrong = _from_results(path, embedder)
     if found is None or wrong:
         raise InputError(f"--figures {path}: {wrong or 'no set there has both kinds of pairs'}")
-    sets = utils.read_json(path).get("sets", [])
-    for entry in sets:
+    content = utils.read_json(path)
+    if "sets" in content and str(content["model"].get("engine")).endswith(" bf16"):
+        raise InputError(f"--figures {path}: measured with --precision bf16; leave that out of lfw_eval.py")
+    for entry in content.get("sets", []):
         if entry["threshold_best"] is not None:
             return entry
     raise InputError(f"--figures {path}: of train.py; lfw_eval.py writes what is wanted here")
