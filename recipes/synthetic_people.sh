@@ -4,8 +4,8 @@
 #     recipes/synthetic_people.sh data/synthetic runs/synthetic [--val lfw.bin]
 #
 # Reaches: 83.39 % +- 1.13 on LFW (folds 1-3, 1,800 pairs; AUC 0.911). They are no substitute for photos.
-# Costs: 40,000 photos in 27 minutes, 680,000 crops of training in 72, on two cores with bfloat16 (--amp --compile --workers 0, two
-# processes).
+# Costs: 40,000 photos in 27 minutes and 680,000 crops of training in 72, on two CPU cores with bfloat16 (--amp --compile
+# --workers 0, two processes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?"usage: recipes/synthetic_people.sh CROPS OUT [more options]"}

@@ -140,14 +140,7 @@ def join(device_name: str) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        try:
-            if device.type == "cuda":
-                # With a device the communicators are opened on it at once; else sending would open some on GPU 0.
-                dist.init_process_group("nccl", timeout=GPU_TIMEOUT, device_id=device)
-            else:
-                dist.init_process_group("gloo", timeout=TIMEOUT)
-        except ValueError as error:  # where to meet is not said, or is no port
-            raise InputError(f"process {task.rank} of {task.size}: cannot meet the others: {error}") from error
+        _initialise(device, task)
         groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
         yield World(task.rank, task.size, device, *groups)
     except RuntimeError as error:
@@ -168,6 +161,18 @@ def join(device_name: str) -> Iterator[World]:
             ) from error
         raise
     dist.destroy_process_group()
+
+
+def _initialise(device: torch.device, task: processes.Task) -> None:
+    """Open the group of all processes; `InputError` where MASTER_ADDR or MASTER_PORT is missing or is no address."""
+    try:
+        if device.type == "cuda":
+            # With a device the communicators are opened on it at once; else sending would open some on GPU 0.
+            dist.init_process_group("nccl", timeout=GPU_TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+    except ValueError as error:
+        raise InputError(f"process {task.rank} of {task.size}: cannot meet the others: {error}") from error
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
